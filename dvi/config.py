@@ -1,0 +1,357 @@
+"""The settings of a `dvi train` run: frozen dataclasses < a YAML file < `key=value` on the command line.
+
+Knows names, types, bounds and defaults; knows nothing of models or training, and imports neither torch nor
+transformers, so that `dvi --help` and `--print-config` answer at once. Each default stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+
+Count = Annotated[int, Ge(0)]
+PositiveCount = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Seed = Annotated[int, Ge(0), Lt(2**62)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen language model and how it runs.
+
+    path         a folder or a hub name.
+    split_layer  layers 1..split_layer draft, the rest verify.
+    mode         "fast", or "exact": token ids equal plain decoding's, in float32 and float64 only.
+    path_kind    how the layers are called: "views" (any model), "direct" (lean, Llama-shaped models), "auto" chooses.
+    num_threads  CPU threads of torch, 0 leaves its own choice.
+    """
+
+    path: str = "checkpoints/reference-11m"
+    split_layer: PositiveCount = 1
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    device: str = "auto"
+    mode: Literal["fast", "exact"] = "fast"
+    path_kind: Literal["auto", "direct", "views"] = "auto"
+    num_threads: Count = 0
+
+    def __post_init__(self) -> None:
+        if self.mode == "exact" and self.dtype == "bfloat16":
+            raise ValueError("mode 'exact' needs dtype float32 or float64, got 'bfloat16'; try mode 'fast'")
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """The trainable part.
+
+    anchor_hidden     width of the anchored and recurrent drafters' MLP.
+    draft_vocab_size  draft from this many of the most frequent tokens, 0 from all.
+    adapter           folder of a saved drafter to start from; null starts untrained.
+    """
+
+    kind: Literal["anchored", "lora_head", "recurrent"] = "anchored"
+    lora_rank: PositiveCount = 32
+    lora_alpha: Positive = 64.0
+    anchor_hidden: PositiveCount = 1024
+    draft_vocab_size: Count = 0
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """How many tokens are drafted in a round.
+
+    policy                "fixed"; "confidence" stops where the drafter is unsure; "goodput" weighs measured costs.
+    num_draft_tokens      the most tokens drafted in a round, 0 decodes plainly.
+    confidence_threshold  "confidence" drafts on while the largest draft probability is at least this.
+    """
+
+    policy: Literal["fixed", "confidence", "goodput"] = "fixed"
+    num_draft_tokens: Count = 4
+    confidence_threshold: Share = 0.4
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How every request's tokens are chosen and when it stops: keys of `dvi.records.SamplingParams`, its bounds."""
+
+    temperature: NonNegative = 0.0
+    top_k: Count = 0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    min_p: Annotated[float, Ge(0), Lt(1)] = 0.0
+    repetition_penalty: Positive = 1.0
+    presence_penalty: float = 0.0
+    seed: Seed = 0
+    max_new_tokens: PositiveCount = 128
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(self.stop_strings):
+            raise ValueError(f"stop_strings must be non-empty strings, got {list(self.stop_strings)}; leave out ''")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The traffic: JSONL files with keys id, domain, split and turns, or a set known to `datasets`.
+
+    prompts        one JSONL path or a list of them.
+    dataset        a name for `datasets.load_dataset`, instead of `prompts`; its rows are read from dataset_split.
+    text_field     the column of `dataset` that holds the prompt.
+    domains        keep only these domains of `prompts`; empty keeps all.
+    split          keep only these rows of `prompts`.
+    limit          requests of one epoch, 0 takes all.
+    shuffle_seed   null keeps the order of the files.
+    """
+
+    prompts: tuple[str, ...] = ()
+    dataset: str | None = None
+    dataset_split: str = "train"
+    text_field: str = "prompt"
+    domains: tuple[str, ...] = ()
+    split: Literal["traffic", "eval"] = "traffic"
+    limit: Count = 0
+    batch_size: PositiveCount = 1
+    shuffle_seed: Seed | None = 0
+    epochs: PositiveCount = 1
+
+    def __post_init__(self) -> None:
+        if self.prompts and self.dataset is not None:
+            raise ValueError(
+                f"prompts and dataset must not both be given, got {list(self.prompts)} and {self.dataset!r}; "
+                "try data.prompts=[] or data.dataset=null"
+            )
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """The learning beside serving.
+
+    enabled             false serves with the drafter as it is.
+    blocks_per_step     draft blocks in one optimizer step, each of block_len positions.
+    rounds_per_step     an update is due every so many rounds ...
+    steps_per_update    ... and makes so many optimizer steps ...
+    budget              ... as long as training has taken at most this share of all time.
+    schedule            preset of the loss weights, see docs/training.md.
+    warmup_steps        optimizer steps of pure KL before the ramp of ramp_steps to the reward terms.
+    switch_by           the warm-up ends by "steps", or by "acceptance" once it no longer rises.
+    replay_positions    positions the replay buffer holds, of which reservoir_fraction are a sample of all traffic.
+    canary_tolerance    the best drafter comes back when acceptance falls below its own by more than this.
+    """
+
+    enabled: bool = True
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.01
+    clip_norm: Positive = 1.0
+    blocks_per_step: PositiveCount = 64
+    block_len: PositiveCount = 4
+    rounds_per_step: PositiveCount = 8
+    steps_per_update: PositiveCount = 1
+    budget: Share = 0.05
+    schedule: Literal["kl_only", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk"] = "kl_rl"
+    warmup_steps: Count = 400
+    ramp_steps: Count = 600
+    switch_by: Literal["steps", "acceptance"] = "steps"
+    replay_positions: PositiveCount = 16384
+    reservoir_fraction: Share = 0.3
+    canary_tolerance: Share = 0.1
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.replay_positions < self.block_len:
+            raise ValueError(
+                f"replay_positions must be at least block_len = {self.block_len}, got {self.replay_positions}; "
+                "try 16384"
+            )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a run leaves behind, all of it in `folder`. `resume` continues from the newest checkpoint there."""
+
+    folder: str = "runs/online"
+    checkpoint_every_s: Positive = 300.0
+    tensorboard: bool = True
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of `dvi train`. Built by hand it checks only what its sections' `__post_init__` say."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: LearningConfig = field(default_factory=LearningConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
+    """The checked settings: defaults, then the YAML file, then each `section.key=value` in turn.
+
+    Values are written as in YAML, with 1e-3 a number; one value where a list is expected stands for a list of one.
+    Raises ValueError naming key, value, bound and remedy; it lists every wrong value, but stops at an unknown key.
+    """
+    settings: dict[str, Any] = {}
+    if path is not None:
+        _merge(settings, _read_yaml(Path(path)), source=str(path))
+    for override in overrides:
+        _merge(settings, _parse_override(override), source="the command line")
+    return _validate(settings)
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Every key with its value, as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def write_provenance(folder: str | Path, config: TrainConfig) -> None:
+    """Writes what is needed to repeat a run: config.yaml, and provenance.json (argv, versions, git SHA, date).
+
+    git_sha is of the checkout that holds this package, with "-dirty" after it when files differ; null outside one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    provenance = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "git_sha": _git_sha(),
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in ("dvi", "torch", "transformers", "peft", "accelerate")},
+    }
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that 1e-3 is a number, as in YAML 1.2, and not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"config must be a readable YAML file, got {path}: {error.strerror}") from error
+    return _parse_yaml(text, source=str(path))
+
+
+def _parse_yaml(text: str, *, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} must be valid YAML: {error}") from error
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """{"train": {"lr": 0.001}} of "train.lr=1e-3"."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"an override must look like section.key=value, got {override!r}; try train.lr=1e-3")
+    value = _parse_yaml(text, source=override)
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(settings: dict[str, Any], new: Any, *, source: str, section: type = TrainConfig, prefix: str = "") -> None:
+    """Lays `new` over `settings`, in place; an empty file or section sets nothing. Raises at an unknown key."""
+    if new is None:
+        return
+    if not isinstance(new, Mapping):
+        raise ValueError(f"{prefix[:-1] or source} must hold keys: one of {', '.join(_names(section))}; got {new!r}")
+    hints = get_type_hints(section)
+    for name, value in new.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise ValueError(f"unknown key {key!r} in {source}; did you mean {_nearest_key(key)!r}?")
+        if dataclasses.is_dataclass(hints[name]):
+            _merge(settings.setdefault(name, {}), value, source=source, section=hints[name], prefix=f"{key}.")
+        elif hints[name] == tuple[str, ...] and isinstance(value, str):
+            settings[name] = [value]
+        else:
+            settings[name] = value
+
+
+def _names(section: type) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(section)]
+
+
+def _all_keys(section: type = TrainConfig, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(section).items():
+        yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _all_keys(hint, f"{prefix}{name}.")
+
+
+def _nearest_key(unknown: str) -> str:
+    """The known key most like `unknown`; a right name in the wrong section, or in none, comes first."""
+
+    def likeness(known: str) -> tuple[bool, float]:
+        is_same_name = known.rpartition(".")[2] == unknown.rpartition(".")[2]
+        return is_same_name, difflib.SequenceMatcher(None, unknown, known).ratio()
+
+    return max(_all_keys(), key=likeness)
+
+
+def _validate(settings: dict[str, Any]) -> TrainConfig:
+    # Here, not at the top: importing pydantic takes longer than everything else `dvi --help` does.
+    from pydantic import TypeAdapter, ValidationError
+
+    # JSON, because strict validation of Python objects refuses dicts for dataclasses and lists for tuples.
+    document = json.dumps(settings, default=str)
+    try:
+        return TypeAdapter(TrainConfig).validate_json(document, strict=True)
+    except ValidationError as error:
+        raise ValueError("\n".join(_describe(entry) for entry in error.errors())) from None
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """One line for one pydantic error: key, bound, value and the default as the remedy."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # raised by a section's __post_init__, which names its keys itself
+        return f"{key}.{error['ctx']['error']}"
+    default: Any = TrainConfig()
+    for part in error["loc"]:
+        default = getattr(default, part) if dataclasses.is_dataclass(default) else default
+    bound = error["msg"].replace("Input should be", "must be", 1)
+    return f"{key} {bound}, got {error['input']!r}; the default is {default!r}"
+
+
+def _git_sha() -> str | None:
+    command = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata  # here for the same reason as pydantic
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,318 @@
+"""The round: draft with the shallow layers, verify in one deep pass, commit what agrees and one token more.
+
+Knows a split model, a drafter, their cache and a batch of rows; emits transitions and knows nothing of replay, losses or
+text. Plain decoding is the same round with nothing drafted, so there is one path to be right about. Nothing in
+`propose` and `judge` waits for the device; `DecodingBatch.round` fetches one small tensor per round, once.
+"""
+# B rows, T drafted tokens, U = T + 1 verified positions, D hidden, V vocabulary, W committed positions.
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dvi.draft_length import LengthPolicy, RoundInfo, RoundOutcome
+from dvi.drafter import Drafter
+from dvi.records import Draft, RoundStats, SamplingParams, Transitions, Verdict
+from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
+from dvi.split import SplitModel
+from dvi.verification import VerifyRule, verify_greedy
+
+PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations
+
+
+@dataclass
+class Sequence:
+    """One request while it runs. `accept_token(id)` returns a finish reason when the text must end there, else None."""
+
+    request_id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    accept_token: Callable[[int], str | None]
+    max_new_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stats: RoundStats = field(default_factory=RoundStats)
+    started_s: float = 0.0
+
+    def extend(self, committed: list[int]) -> int:
+        """Appends committed tokens until one of them ends the request; returns how many were kept."""
+        for count, token_id in enumerate(committed, start=1):
+            self.token_ids.append(token_id)
+            self.finish_reason = self.accept_token(token_id)
+            if self.finish_reason is None and len(self.token_ids) >= self.max_new_tokens:
+                self.finish_reason = "length"
+            if self.finish_reason is not None:
+                return count
+        return len(committed)
+
+
+@dataclass
+class RowState:
+    """What the next round of B rows starts from, on the device. Views of fixed buffers."""
+
+    rows: slice
+    last_token_B: Tensor
+    anchor_BD: Tensor
+    sampling: SamplingBatch
+    seen: SeenTokens | None
+
+
+def propose(
+    split: SplitModel, drafter: Drafter, cache: object, state: RowState, policy: LengthPolicy, num_draft_tokens: int,
+    *, wants_log_probs: bool,
+) -> Draft:
+    """Draft of up to num_draft_tokens tokens per row; T may come out smaller where all rows stopped (CPU only).
+
+    Runs the shallow layers over U = T + 1 positions, the last committed token first, and writes their keys and values.
+    """
+    sampling = state.sampling
+    depth_state = drafter.begin(state.anchor_BD) if num_draft_tokens else None
+    is_greedy = sampling.is_all_greedy and not sampling.has_penalties
+    token_B = state.last_token_B
+    counts_B = torch.ones_like(token_B, dtype=torch.bool)
+    tokens, hidden, logits, probs, counted, confidences = [], [], [], [], [], []
+
+    def shallow(token_B: Tensor, depth: int) -> Tensor:
+        placement = cache.place(offset=depth, width=1, rows=state.rows)
+        return split.shallow(token_B[:, None], cache, placement)[:, 0]
+
+    for depth in range(num_draft_tokens):
+        hidden.append(shallow(token_B, depth))
+        logits_BV = drafter.step(hidden[-1], depth_state, depth)
+        if policy.needs_confidence:
+            confidences.append(logits_BV.softmax(-1).amax(-1))
+        counts_B = counts_B & policy.keep(depth, confidences[-1] if policy.needs_confidence else token_B)
+        if token_B.device.type == "cpu" and not counts_B.any():
+            break  # the last hidden state is the last drafted token's: nothing is left to compute
+        if is_greedy:
+            token_B = drafter.draft_head.to_token_ids(logits_BV.argmax(-1))
+        else:
+            token_B, probs_BV = _draw(drafter, cache, state, logits_BV, tokens, depth)
+            probs.append(probs_BV)
+        tokens.append(token_B)
+        logits.append(logits_BV)
+        counted.append(counts_B)
+    else:
+        hidden.append(shallow(token_B, num_draft_tokens))
+
+    token_ids_BT = torch.stack(tokens, 1) if tokens else token_B.new_zeros(token_B.shape[0], 0)
+    return Draft(
+        token_ids_BT=token_ids_BT,
+        num_drafted_B=torch.stack(counted, 1).sum(1) if counted else torch.zeros_like(token_B),
+        hidden_BUD=torch.stack(hidden, 1),
+        probs_BTV=torch.stack(probs, 1) if probs else None,
+        log_probs_BT=_log_probs(drafter, logits, token_ids_BT) if wants_log_probs and tokens else None,
+        confidence_BT=torch.stack(confidences, 1) if confidences else None,
+        drafter_version=drafter.version,
+    )
+
+
+def _draw(
+    drafter: Drafter, cache: object, state: RowState, logits_BV: Tensor, tokens: list[Tensor], depth: int
+) -> tuple[Tensor, Tensor]:
+    """The token each row drafts at this depth and the warped distribution it was drawn from."""
+    sampling, lengths_B = state.sampling, cache.lengths_B[state.rows]
+    full_B1V = drafter.draft_head.scatter_logits(logits_BV, sampling.vocab_size)[:, None]
+    seen_B1V = None
+    if state.seen is not None:
+        drafted_BT = torch.stack(tokens, 1) if tokens else state.last_token_B.new_zeros(len(lengths_B), 0)
+        seen_B1V = state.seen.after_drafts(drafted_BT)
+    probs_B1V = sampling.warp(full_B1V, seen_B1V)
+    # A drafter gone NaN drafts token 0 with a distribution of NaN: every such draft is rejected, none is harmful.
+    if sampling.is_gumbel:
+        noise_B1V = hash_gumbel(sampling.seed_B, lengths_B[:, None] + depth + 1, sampling.vocab_size)
+        return gumbel_argmax(probs_B1V, noise_B1V)[:, 0], probs_B1V[:, 0]
+    return sample_from(probs_B1V[:, 0], uniform(sampling.seed_B, lengths_B, depth, Role.DRAFT)), probs_B1V[:, 0]
+
+
+def _log_probs(drafter: Drafter, logits: list[Tensor], token_ids_BT: Tensor) -> Tensor:
+    """Log-probability of each drafted token under the drafter as it stood, before any warping, [B, T] float32."""
+    logits_BTV = torch.stack(logits, 1).float()
+    index_BT1 = drafter.draft_head.to_draft_ids(token_ids_BT)[..., None]
+    return logits_BTV.gather(-1, index_BT1)[..., 0] - logits_BTV.logsumexp(-1)
+
+
+def judge(draft: Draft, logits_BUV: Tensor, cache: object, state: RowState, rule: VerifyRule) -> Verdict:
+    """The verifier's verdict on a draft from its own logits."""
+    sampling, lengths_B = state.sampling, cache.lengths_B[state.rows]
+    seen_BUV = None if state.seen is None else state.seen.with_drafts(draft.token_ids_BT)
+    if sampling.is_all_greedy:
+        return verify_greedy(draft.token_ids_BT, draft.num_drafted_B, sampling.argmax(logits_BUV, seen_BUV))
+    depth_U = torch.arange(logits_BUV.shape[1], device=logits_BUV.device)
+    target_probs_BUV = sampling.warp(logits_BUV, seen_BUV)
+    if sampling.is_gumbel:
+        noise_BUV = hash_gumbel(sampling.seed_B, lengths_B[:, None] + depth_U + 1, sampling.vocab_size)
+        return verify_greedy(draft.token_ids_BT, draft.num_drafted_B, gumbel_argmax(target_probs_BUV, noise_BUV))
+    accept_uniform_BT = uniform(sampling.seed_B[:, None], lengths_B[:, None], depth_U[:-1], Role.ACCEPT)
+    # The depth is part of no recovered token's key: a round has one, whatever depth it falls on.
+    recover_uniform_B = uniform(sampling.seed_B, lengths_B, 0, Role.RECOVER)
+    draft_probs_BTV = target_probs_BUV[:, :0] if draft.probs_BTV is None else draft.probs_BTV
+    return rule.verify(
+        draft.token_ids_BT, draft.num_drafted_B, draft_probs_BTV, target_probs_BUV, accept_uniform_BT, recover_uniform_B
+    )
+
+
+class DecodingBatch:
+    """Rows that decode together: they join and leave between rounds and always fill rows 0 .. num_rows - 1."""
+
+    def __init__(
+        self, split: SplitModel, drafter: Drafter, *, max_rows: int, capacity: int, policy: LengthPolicy,
+        rule: VerifyRule, wants_transitions: bool, prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        self._prefill_chunk = prefill_chunk
+        self._split, self._drafter, self._policy, self._rule = split, drafter, policy, rule
+        self._wants_transitions = wants_transitions
+        self.cache = split.make_cache(max_rows, capacity)
+        self.sequences: list[Sequence] = []
+        self._last_token_B = torch.zeros(max_rows, dtype=torch.int64, device=split.device)
+        self._anchor_BD = torch.zeros(max_rows, split.hidden_size, dtype=split.dtype, device=split.device)
+        self._state: RowState | None = None
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.sequences) < self.cache.rows
+
+    @torch.no_grad()
+    def admit(self, sequence: Sequence) -> list[Transitions]:
+        """Prefills all but the last prompt token into the next row; the last one opens the row's first round."""
+        row, sequence.started_s = len(self.sequences), time.perf_counter()
+        self.sequences.append(sequence)
+        num_ahead = 2 * (max(self._policy.buckets) + 1)  # a last round's block, begun one token before the end
+        self.cache.open_row(row, len(sequence.prompt_ids) + sequence.max_new_tokens + num_ahead)
+        transitions = self._prefill(row, sequence)
+        self._last_token_B[row] = sequence.prompt_ids[-1]
+        self._state = None
+        sequence.stats.prompt_tokens = len(sequence.prompt_ids)
+        sequence.stats.prefill_s = time.perf_counter() - sequence.started_s
+        return transitions
+
+    def _prefill(self, row: int, sequence: Sequence) -> list[Transitions]:
+        rows, transitions = slice(row, row + 1), []
+        self._anchor_BD[row] = 0
+        ids_1S = torch.tensor([sequence.prompt_ids[:-1]], dtype=torch.int64, device=self._split.device)
+        for chunk_1Q in ids_1S.split(self._prefill_chunk, dim=1) if ids_1S.shape[1] else ():
+            start, width = self.cache.lengths[row], chunk_1Q.shape[1]
+            placement = self.cache.place(offset=0, width=width, rows=rows)
+            hidden_1QD = self._split.shallow(chunk_1Q, self.cache, placement)
+            target_1QD = self._split.deep(hidden_1QD, chunk_1Q, self.cache, placement)
+            self.cache.commit([width], rows=rows)
+            self._anchor_BD[row] = target_1QD[0, -1]
+            if self._wants_transitions:
+                nothing_W = torch.full_like(chunk_1Q[0], -1)
+                transitions.append(Transitions(
+                    request_id=sequence.request_id, start_position=start, token_ids_W=chunk_1Q[0],
+                    hidden_WD=hidden_1QD[0], target_hidden_WD=target_1QD[0], num_drafted=0, num_accepted=0,
+                    draft_token_ids_W=nothing_W, draft_log_probs_W=torch.zeros(width, device=nothing_W.device),
+                    drafter_version=self._drafter.version,
+                ))
+        return transitions
+
+    @torch.no_grad()
+    def round(self) -> list[Transitions]:
+        """One round over all rows; tokens, stops and counts land in `sequences`. Returns what there is to learn from."""
+        state, cache, split = self._row_state(), self.cache, self._split
+        num_draft_tokens = self._policy.choose(RoundInfo(num_rows=len(self.sequences)))
+        draft = propose(
+            split, self._drafter, cache, state, self._policy, num_draft_tokens, wants_log_probs=self._wants_transitions
+        )
+        input_ids_BU = torch.cat([state.last_token_B[:, None], draft.token_ids_BT], dim=1)
+        placement = cache.place(offset=0, width=input_ids_BU.shape[1], rows=state.rows)
+        final_BUD = split.deep(draft.hidden_BUD, input_ids_BU, cache, placement)
+        verdict = judge(draft, split.head(final_BUD), cache, state, self._rule)
+
+        if state.seen is not None:
+            state.seen.add(*_committed(draft, verdict))
+        row_B = torch.arange(len(self.sequences), device=split.device)
+        state.anchor_BD.copy_(final_BUD[row_B, verdict.num_accepted_B])
+        state.last_token_B.copy_(verdict.next_token_B)
+        counts_B3 = torch.stack([verdict.next_token_B, verdict.num_accepted_B, draft.num_drafted_B], dim=1)
+        # The round's one wait for the device: everything the host must know, in one transfer.
+        host_rows = torch.cat([draft.token_ids_BT, counts_B3], dim=1).tolist()
+        cache.commit([host_row[-2] + 1 for host_row in host_rows], rows=state.rows)
+        self._policy.observe(RoundOutcome([r[-1] for r in host_rows], [r[-2] for r in host_rows]))
+        return self._account(host_rows, draft, input_ids_BU, final_BUD)
+
+    def _account(
+        self, host_rows: list[list[int]], draft: Draft, input_ids_BU: Tensor, final_BUD: Tensor
+    ) -> list[Transitions]:
+        """Hands every row its committed tokens and cuts the round into one stretch of experience per row."""
+        transitions = []
+        for row, (sequence, host_row) in enumerate(zip(self.sequences, host_rows, strict=True)):
+            next_token, num_accepted, num_drafted = host_row[-3:]
+            committed = [*host_row[:num_accepted], next_token]
+            num_kept = sequence.extend(committed)
+            sequence.stats.count_round(num_drafted=num_drafted, num_accepted=num_accepted)
+            sequence.stats.new_tokens += num_kept
+            if self._wants_transitions:
+                # Columns past a stop were verified but never became text: drop them.
+                transitions.append(_cut(sequence.request_id, row, self.cache.lengths[row] - len(committed), draft,
+                                        input_ids_BU, final_BUD, num_drafted, num_accepted, num_kept))
+        return transitions
+
+    def _row_state(self) -> RowState:
+        if self._state is None:
+            rows = slice(0, len(self.sequences))
+            sampling = SamplingBatch(
+                [s.params for s in self.sequences], vocab_size=self._split.vocab_size, device=self._split.device
+            )
+            seen = None
+            if sampling.has_penalties:
+                seen = SeenTokens(len(self.sequences), self._split.vocab_size, self._split.device)
+                texts = [torch.tensor(s.prompt_ids + s.token_ids, device=self._split.device) for s in self.sequences]
+                ids_BN = pad_sequence(texts, batch_first=True, padding_value=-1)
+                seen.add(ids_BN.clamp(min=0), ids_BN >= 0)
+            self._state = RowState(rows, self._last_token_B[rows], self._anchor_BD[rows], sampling, seen)
+        return self._state
+
+    def take_finished(self) -> list[Sequence]:
+        """Removes and returns the rows that have ended; the last running row moves into each gap."""
+        finished = [s for s in self.sequences if s.finish_reason is not None]
+        for sequence in finished:
+            sequence.stats.decode_s = time.perf_counter() - sequence.started_s - sequence.stats.prefill_s
+            self.remove(sequence)
+        return finished
+
+    def remove(self, sequence: Sequence) -> None:
+        """Frees the sequence's row."""
+        row, last = self.sequences.index(sequence), len(self.sequences) - 1
+        if row != last:
+            self.cache.copy_row(source=last, target=row)
+            self._last_token_B[row] = self._last_token_B[last]
+            self._anchor_BD[row] = self._anchor_BD[last]
+            self.sequences[row] = self.sequences[last]
+        self.sequences.pop()
+        self._state = None
+
+
+def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
+    """Token ids [B, U] and which of them the round committed: the accepted drafts, then the next token."""
+    depth_T = torch.arange(draft.token_ids_BT.shape[1], device=draft.token_ids_BT.device)
+    is_accepted_BT = depth_T < verdict.num_accepted_B[:, None]
+    ids_BU = torch.cat([draft.token_ids_BT, verdict.next_token_B[:, None]], dim=1)
+    return ids_BU, torch.cat([is_accepted_BT, torch.ones_like(ids_BU[:, :1], dtype=torch.bool)], dim=1)
+
+
+def _cut(
+    request_id: int, row: int, start_position: int, draft: Draft, input_ids_BU: Tensor, final_BUD: Tensor,
+    num_drafted: int, num_accepted: int, num_kept: int,
+) -> Transitions:
+    """One row's committed stretch of a round, as views of the round's tensors."""
+    width = min(num_accepted + 1, num_kept)
+    draft_ids_W = torch.full_like(input_ids_BU[row, :width], -1)
+    log_probs_W = torch.zeros(width, device=draft_ids_W.device)
+    num_outcomes = min(width, num_drafted)
+    if num_outcomes:
+        draft_ids_W[:num_outcomes] = draft.token_ids_BT[row, :num_outcomes]
+        log_probs_W[:num_outcomes] = draft.log_probs_BT[row, :num_outcomes]
+    return Transitions(
+        request_id=request_id, start_position=start_position, token_ids_W=input_ids_BU[row, :width],
+        hidden_WD=draft.hidden_BUD[row, :width], target_hidden_WD=final_BUD[row, :width], num_drafted=num_drafted,
+        num_accepted=num_accepted, draft_token_ids_W=draft_ids_W, draft_log_probs_W=log_probs_W,
+        drafter_version=draft.drafter_version,
+    )

@@ -1,0 +1,173 @@
+"""Keys and values by row and position, preallocated, so that rejected tokens are forgotten by not counting them.
+
+Knows rows, positions and lengths; knows nothing of tokens or layers' meaning. Two words: a row's *length* is the number
+of committed positions; a *placement* says where the Q positions of one forward pass go. Writing past the length is
+free and harmless: `commit` decides what survives, the rest is masked out and overwritten later.
+"""
+# B rows, Q query positions of one pass, S cached positions.
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+VISIBLE_STEP = 256  # a GPU attends over whole multiples of this many slots: few shapes, so few captured graphs
+
+
+@dataclass
+class Placement:
+    """Where one forward pass writes and what it may see. Shared by all layers of the pass.
+
+    rows          the cache rows the pass runs over, B of them.
+    positions_BQ  int64 absolute positions of the queries.
+    visible       number of cache slots the pass attends over, from slot 0; a host number, so shapes stay on the host.
+    slots         the written columns as a slice when every row writes the same ones, else None.
+    """
+
+    rows: slice
+    positions_BQ: Tensor
+    visible: int
+    slots: slice | None
+    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @property
+    def is_trivially_causal(self) -> bool:
+        """True when one query sees exactly every visible slot, so that no mask is needed."""
+        return self.slots is not None and self.slots.stop - self.slots.start == 1 and self.slots.stop == self.visible
+
+    def mask_B1QS(self, *, window: int | None = None, dtype: torch.dtype = torch.bool) -> Tensor:
+        """What each query may attend to: slots at or before its own position, at most `window` of them.
+
+        dtype bool: True = attend (SDPA). A float dtype: 0 or the dtype's lowest value, to be added (eager attention).
+        """
+        key = (window, dtype)
+        if key not in self._masks:
+            slot_S = torch.arange(self.visible, device=self.positions_BQ.device)
+            distance_BQS = self.positions_BQ[:, :, None] - slot_S
+            mask = distance_BQS >= 0
+            if window is not None:
+                mask &= distance_BQS < window
+            if dtype != torch.bool:
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            self._masks[key] = mask[:, None]
+        return self._masks[key]
+
+
+class RollbackCache:
+    """Per-layer key/value buffers [rows, heads, S, head_dim], allocated at a layer's first write, never moved.
+
+    lengths, lengths_B  committed positions per row, on the host and, as int64, on the device.
+    """
+
+    def __init__(self, *, rows: int, capacity: int, device: torch.device) -> None:
+        self.rows = rows
+        self.capacity = capacity
+        self.device = device
+        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.lengths = [0] * rows
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer: keys, values
+        self._stacked: dict[int, Tensor] = {}  # layer: the same memory as one tensor [2, B, H, S, D]
+        self._row_index_B1 = torch.arange(rows, device=device)[:, None]
+        self._column_S = torch.arange(capacity, device=device)
+
+    def place(self, *, offset: int, width: int, rows: slice | None = None, visible: int | None = None) -> Placement:
+        """The placement of `width` positions starting `offset` past the length of each row in `rows` (default: all).
+
+        visible: slots to attend over; default is just enough for the furthest row. Fixed-shape callers (exact mode,
+        CUDA graphs) pass their own. Raises ValueError when the furthest row would not fit.
+        """
+        rows = slice(0, self.rows) if rows is None else rows
+        lengths = self.lengths[rows]
+        end = max(lengths) + offset + width
+        if end > self.capacity:
+            raise ValueError(
+                f"cache capacity must be at least {end} positions for this pass, got {self.capacity}; "
+                "allocate prompt + max_new_tokens + num_draft_tokens + 1"
+            )
+        # A slice is a host fact: cheap on a CPU, but frozen into a captured CUDA graph, so only a CPU takes it.
+        if self.device.type == "cpu" and len(set(lengths)) == 1:
+            start = lengths[0] + offset
+            slots = slice(start, start + width)
+            positions_BQ = self._column_S[slots].expand(len(lengths), width)
+        else:
+            slots = None
+            positions_BQ = self.lengths_B[rows, None] + self._column_S[offset : offset + width]
+        if visible is None:
+            visible = end if self.device.type == "cpu" else min(-(-end // VISIBLE_STEP) * VISIBLE_STEP, self.capacity)
+        return Placement(rows=rows, positions_BQ=positions_BQ, visible=visible, slots=slots)
+
+    def write(self, layer: int, keys_BHQD: Tensor, values_BHQD: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+        """Stores the pass's keys and values; returns views [B, H, visible, D] of all the pass may attend to."""
+        if layer not in self._buffers:
+            self._allocate(layer, keys_BHQD, values_BHQD)
+        keys, values = (buffer[placement.rows] for buffer in self._buffers[layer])
+        if placement.slots is not None:
+            keys[:, :, placement.slots] = keys_BHQD
+            values[:, :, placement.slots] = values_BHQD
+        else:
+            row_B1 = self._row_index_B1[: keys.shape[0]]
+            keys[row_B1, :, placement.positions_BQ] = keys_BHQD.transpose(1, 2)
+            values[row_B1, :, placement.positions_BQ] = values_BHQD.transpose(1, 2)
+        return keys[:, :, : placement.visible], values[:, :, : placement.visible]
+
+    def write_stacked(self, layer: int, stacked_2HQD: Tensor, placement: Placement) -> Tensor:
+        """`write` for one row at known slots with keys and values stacked: [2, H, visible, D] in four calls, not ten."""
+        if layer not in self._buffers:
+            self._allocate(layer, stacked_2HQD[:1], stacked_2HQD[1:])
+        row_2HSD = self._stacked[layer][:, placement.rows.start]
+        row_2HSD[:, :, placement.slots] = stacked_2HQD
+        return row_2HSD[:, :, : placement.visible]
+
+    def _allocate(self, layer: int, keys_BHQD: Tensor, values_BHQD: Tensor) -> None:
+        # Zeros, not empty: masked slots are multiplied by probability 0, and 0 * NaN would be NaN.
+        def zeros(like_BHQD: Tensor, *lead: int) -> Tensor:
+            return like_BHQD.new_zeros(*lead, self.rows, like_BHQD.shape[1], self.capacity, like_BHQD.shape[3])
+
+        if keys_BHQD.shape[1::2] == values_BHQD.shape[1::2]:
+            self._stacked[layer] = zeros(keys_BHQD, 2)
+            self._buffers[layer] = (self._stacked[layer][0], self._stacked[layer][1])
+        else:  # latent attention: keys and values differ in size
+            self._buffers[layer] = (zeros(keys_BHQD), zeros(values_BHQD))
+
+    def commit(self, num_tokens: list[int], *, rows: slice | None = None) -> None:
+        """Keeps the first num_tokens positions each row in `rows` wrote past its length, in every layer."""
+        lengths = list(self.lengths)
+        rows = slice(0, self.rows) if rows is None else rows
+        lengths[rows] = [old + new for old, new in zip(lengths[rows], num_tokens, strict=True)]
+        self.set_lengths(lengths)
+
+    def open_row(self, row: int, capacity: int) -> None:
+        """Empties a row for a sequence of up to `capacity` positions; buffers grow (and move) only if they must."""
+        if capacity > self.capacity:
+            self._grow(max(capacity, 2 * self.capacity))
+        self.set_lengths([0 if index == row else length for index, length in enumerate(self.lengths)])
+
+    def _grow(self, capacity: int) -> None:
+        old, self._buffers, self._stacked = self._buffers, {}, {}
+        used, self.capacity = self.capacity, capacity
+        self._column_S = torch.arange(capacity, device=self.device)
+        for layer, (keys, values) in old.items():
+            self._allocate(layer, keys, values)
+            for new, buffer in zip(self._buffers[layer], (keys, values), strict=True):
+                new[:, :, :used] = buffer
+
+    def copy_row(self, *, source: int, target: int) -> None:
+        """Makes row `target` an exact copy of row `source`: keeps the running rows a dense prefix when one leaves."""
+        length = self.lengths[source]
+        for buffer in itertools.chain.from_iterable(self._buffers.values()):
+            buffer[target, :, :length] = buffer[source, :, :length]
+        self.set_lengths([length if row == target else old for row, old in enumerate(self.lengths)])
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Declares each row's committed length: rollback, row reuse and prefill go through here."""
+        assert len(lengths) == self.rows and 0 <= min(lengths) and max(lengths) <= self.capacity
+        self.lengths = list(lengths)
+        self.lengths_B.copy_(torch.tensor(lengths, dtype=torch.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in itertools.chain.from_iterable(self._buffers.values()))

@@ -1,0 +1,293 @@
+"""The values that flow through DVI, as small documented records.
+
+Knows shapes and units; computes nothing but ratios of its own counts. Training and serving meet only through
+`Learner`. Letters, once for the project: B rows, T drafted tokens, U = T + 1 verified positions, N samples,
+D hidden size, V vocabulary, S cached positions. Names of tensors end in their dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+GREEDY_TEMPERATURE = 0.0
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it stops. Defaults are greedy.
+
+    temperature         0 is greedy (argmax); otherwise logits are divided by it.
+    top_k               keep the k most likely tokens, 0 keeps all.
+    top_p, min_p        nucleus mass in (0, 1]; minimum probability as a share of the most likely token's, in [0, 1).
+    repetition_penalty  > 0; seen tokens' logits are divided (positive) or multiplied (negative) by it. 1 is off.
+    presence_penalty    subtracted from the logit of every token already generated or in the prompt. 0 is off.
+    seed                fixes every random draw of the request, independent of its batch mates.
+    max_new_tokens      hard limit on generated tokens.
+    stop_token_ids      end the request; the stop token is kept in `token_ids` but not in `text`.
+    stop_strings        end the request as soon as its text contains one; the text is cut before it.
+    ignore_eos          go on after the model's own end-of-sequence token.
+    coupling            "rejection" (exact rejection sampling) or "gumbel" (shared Gumbel noise, arXiv 2408.07978:
+                        the tokens for a seed are the same for every drafter, at a lower acceptance).
+    """
+
+    temperature: float = GREEDY_TEMPERATURE
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    max_new_tokens: int = 128
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    coupling: str = "rejection"
+
+    def __post_init__(self) -> None:
+        _check(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, ">= 0")
+        _check(self.top_k >= 0, "top_k", self.top_k, ">= 0 (0 keeps every token)")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1] (1 keeps every token)")
+        _check(0 <= self.min_p < 1, "min_p", self.min_p, "in [0, 1) (0 keeps every token)")
+        _check(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty", self.repetition_penalty, "> 0 (1 is off)",
+        )
+        _check(math.isfinite(self.presence_penalty), "presence_penalty", self.presence_penalty, "finite (0 is off)")
+        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, ">= 1")
+        _check(0 <= self.seed < 2**62, "seed", self.seed, "in 0..2**62-1")
+        _check(all(self.stop_strings), "stop_strings", self.stop_strings, "non-empty strings")
+        _check(self.coupling in ("rejection", "gumbel"), "coupling", self.coupling, "'rejection' or 'gumbel'")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == GREEDY_TEMPERATURE
+
+
+def _check(is_ok: bool, name: str, value: object, bound: str) -> None:
+    if not is_ok:
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+
+
+@dataclass
+class Draft:
+    """What the drafter proposes in one round, before anything is verified.
+
+    token_ids_BT    int64; columns at or beyond num_drafted_B are padding.
+    num_drafted_B   int64, 0..T: how many columns of the row count as drafted.
+    hidden_BUD      h_k of the U input positions (the last committed token, then the drafted ones).
+    probs_BTV       the distribution each token was drawn from, after all warping; None when drafting was greedy.
+    log_probs_BT    log-probability under the drafter, unwarped, of each token; None when nobody learns from it.
+    confidence_BT   largest draft probability at each position; None unless a length rule asked for it.
+    drafter_version the version whose weights drafted every token of this round.
+    """
+
+    token_ids_BT: Tensor
+    num_drafted_B: Tensor
+    hidden_BUD: Tensor
+    probs_BTV: Tensor | None
+    log_probs_BT: Tensor | None
+    confidence_BT: Tensor | None
+    drafter_version: int
+
+
+@dataclass
+class Verdict:
+    """The verifier's answer: the row commits its first num_accepted drafts and then next_token.
+
+    num_accepted_B  int64, 0..num_drafted.
+    next_token_B    int64: the recovered token (after a rejection) or the bonus token (after full acceptance).
+    """
+
+    num_accepted_B: Tensor
+    next_token_B: Tensor
+
+
+@dataclass
+class Transitions:
+    """Experience of one round (or one prefill) of one request: a stretch of W consecutive *committed* positions.
+
+    Column i is absolute position start_position + i. The drafted token there was proposed at depth i of the round;
+    it earned reward 1 if i < num_accepted and 0 if i == num_accepted < num_drafted. Other columns carry no reward:
+    the bonus position drafted nothing. Positions after the first rejection are not committed and not here.
+
+    token_ids_W         int64: the input token at each position.
+    hidden_WD           h_k, the split layer's output.
+    target_hidden_WD    h_L, the verifier's final hidden state after the final norm: the frozen head maps it to logits.
+    num_drafted         0 for prefill and for rounds without drafts.
+    num_accepted        0..num_drafted; W == num_accepted + 1 after a round.
+    draft_token_ids_W   int64; -1 where nothing was drafted.
+    draft_log_probs_W   float32; 0 where nothing was drafted.
+    is_honest           False when a lossy rule may have accepted: usable for KL, never as a reward.
+    """
+
+    request_id: int
+    start_position: int
+    token_ids_W: Tensor
+    hidden_WD: Tensor
+    target_hidden_WD: Tensor
+    num_drafted: int
+    num_accepted: int
+    draft_token_ids_W: Tensor
+    draft_log_probs_W: Tensor
+    drafter_version: int
+    is_honest: bool = True
+
+    def __len__(self) -> int:
+        return self.token_ids_W.shape[0]
+
+
+@dataclass
+class ReplayBatch:
+    """N draft blocks of T positions, as the drafter would have met them: one anchor, then depth 0..T-1.
+
+    anchor_ND         h_L of the position before the block (zeros at the start of a sequence).
+    hidden_NTD        h_k of the block's positions.
+    target_hidden_NTD h_L of the block's positions.
+    token_ids_NT      int64, the input tokens.
+    mask_NT           bool: the position exists; every loss term is averaged over it.
+    action_NT         int64: the token really drafted at this position and depth; 0 where has_reward_NT is False.
+    reward_NT         float32: 1 accepted, 0 first rejection.
+    has_reward_NT     bool: an honest drafted outcome of this very depth, up to and including the first rejection.
+    behaviour_log_probs_NT  float32: log-probability of the action under the version that drafted it.
+    staleness_N       int64: current drafter version minus the version that drafted the block's first action.
+    """
+
+    anchor_ND: Tensor
+    hidden_NTD: Tensor
+    target_hidden_NTD: Tensor
+    token_ids_NT: Tensor
+    mask_NT: Tensor
+    action_NT: Tensor
+    reward_NT: Tensor
+    has_reward_NT: Tensor
+    behaviour_log_probs_NT: Tensor
+    staleness_N: Tensor
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the loss terms at one step; see `dvi.losses` for each formula."""
+
+    forward_kl: float = 0.0
+    reverse_kl: float = 0.0
+    accepted_ce: float = 0.0
+    policy_gradient: float = 0.0
+    entropy: float = 0.0
+    total_variation: float = 0.0
+    lk_hybrid: float = 0.0
+
+
+@dataclass
+class UpdateReport:
+    """What one optimizer step did. `losses` holds each term's unweighted value in nats (TV in 0..1)."""
+
+    step: int
+    drafter_version: int
+    phase: str
+    losses: dict[str, float]
+    weights: LossWeights
+    grad_norm: float
+    num_positions: int
+    seconds: float
+    published: bool
+    skipped_reason: str | None = None
+
+
+@dataclass
+class RoundStats:
+    """Raw counts of one request or of a whole run; ratios are properties.
+
+    `new_tokens` counts ids really emitted (a block cut by a stop counts only what was kept), while accepted,
+    drafted and `committed_tokens` count what the verifier decided, so that acceptance is not biased by stops.
+    """
+
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    committed_tokens: int = 0
+    new_tokens: int = 0
+    prompt_tokens: int = 0
+    drafted_per_depth: list[int] = field(default_factory=list)
+    accepted_per_depth: list[int] = field(default_factory=list)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def count_round(self, *, num_drafted: int, num_accepted: int) -> None:
+        """Adds one round of one row. drafted_per_depth counts depths reached: up to the first rejection."""
+        self.num_rounds += 1
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
+        self.committed_tokens += num_accepted + 1
+        num_reached = min(num_accepted + 1, num_drafted)
+        while len(self.drafted_per_depth) < num_reached:
+            self.drafted_per_depth.append(0)
+            self.accepted_per_depth.append(0)
+        for depth in range(num_reached):
+            self.drafted_per_depth[depth] += 1
+            self.accepted_per_depth[depth] += depth < num_accepted
+
+    def add(self, other: RoundStats) -> None:
+        """Adds another run's counts and seconds to this one's."""
+        for name in ("num_rounds", "num_drafted", "num_accepted", "committed_tokens", "new_tokens", "prompt_tokens",
+                     "prefill_s", "decode_s"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, theirs in ((self.drafted_per_depth, other.drafted_per_depth),
+                             (self.accepted_per_depth, other.accepted_per_depth)):
+            mine.extend([0] * (len(theirs) - len(mine)))
+            for depth, count in enumerate(theirs):
+                mine[depth] += count
+
+    @property
+    def acceptance_rate(self) -> float:
+        """accepted / drafted; 0 when nothing was drafted."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def acceptance_per_depth(self) -> list[float]:
+        """Acceptance at each depth given that the depth was reached."""
+        return [a / max(d, 1) for a, d in zip(self.accepted_per_depth, self.drafted_per_depth, strict=True)]
+
+    @property
+    def mean_accepted_tokens(self) -> float:
+        """MAT: tokens committed per verify pass, with the recovered or bonus token, as Spec-Bench counts it."""
+        return self.committed_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.new_tokens / self.decode_s if self.decode_s > 0 else 0.0
+
+
+@dataclass
+class GenerationResult:
+    """One finished request. token_ids are the new tokens only; text is without stop strings and special tokens."""
+
+    index: int
+    request_id: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: RoundStats
+    drafter_version: int
+    level: str
+    transitions: list[Transitions] = field(default_factory=list)
+
+
+class Learner(Protocol):
+    """All that serving knows of training. Every call comes between rounds, from the serving thread."""
+
+    def observe(self, transitions: list[Transitions]) -> None:
+        """Takes the experience of a round. Copies what it keeps."""
+
+    def step_if_due(self) -> UpdateReport | None:
+        """Makes at most one update and publishes it, if the cadence and the time budget allow one."""
+
+
+def no_grad_copy(tensor: Tensor) -> Tensor:
+    """A copy that autograd accepts, also of a tensor made under inference_mode."""
+    with torch.inference_mode(False):
+        return tensor.clone() if not tensor.is_inference() else torch.empty_like(tensor).copy_(tensor)

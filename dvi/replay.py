@@ -1,0 +1,390 @@
+"""Replay: committed stretches of hidden states with the verdicts they earned, and training blocks drawn from them.
+
+Knows positions, rounds and requests; knows nothing of losses, models or text. Memory is taken once; what `add` and
+`sample` cost does not depend on how much is stored.
+
+The unit is the *segment*: a slot of `segment_len` consecutive committed positions of one request. New segments fill a
+ring, so the newest are always there; a segment that the ring evicts is offered to a reservoir, which keeps a uniform
+sample of everything evicted (algorithm R, Vitter 1985), against forgetting.
+"""
+# N blocks, T positions of a block, W positions of a transition, D hidden size, P probes, R rows: all stored positions.
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby, islice
+
+import torch
+from torch import Tensor
+
+from dvi.records import ReplayBatch, Transitions
+
+# What is known of a row besides its states, one column each of an int64 table: few tensors make few kernel launches.
+FACTS = TOKEN, POSITION, ACTION, DEPTH, REWARD, VERSION = range(6)
+NOT_DRAFTED = -1  # the depth of a position without a draft
+# What a row can be to a block, best last. One byte a row, since sampling probes many rows: it must stay in the cache.
+EMPTY, UNANCHORED, ANCHORED, ROUND_START = range(4)
+# Places tried for each block. A block that only a share s of all places can start is missed with odds (1 - s)^32:
+# 1 in 100 000 where s = 0.3 (round starts in generated text), 1 in 10 where s = 0.07 (among long prompts).
+NUM_PROBES = 32
+
+
+class ReplayBuffer:
+    """A bounded store of Transitions, from which blocks are drawn as a drafter would have met them.
+
+    capacity_positions    bound on the stored positions; rounded down to whole segments.
+    hidden_size           D.
+    max_block             the longest block that will be asked for: T.
+    dtype, device         of the stored hidden states. States that overflow the dtype are refused.
+    reservoir_fraction    share of the capacity, and of every sample, that belongs to the reservoir; in [0, 1).
+    segment_len           a block never crosses a segment's end, so T / (2 segment_len) of all positions are cut off.
+    max_bytes             optional bound on the memory taken.
+    seed                  of the reservoir's own draws.
+
+    num_refused           rows refused so far because they were not finite.
+    `len()` is the number of stored positions. Raises ValueError when the sizes cannot work, saying what would.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity_positions: int,
+        hidden_size: int,
+        max_block: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        reservoir_fraction: float = 0.3,
+        segment_len: int = 32,
+        max_bytes: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= reservoir_fraction < 1:
+            raise ValueError(f"reservoir_fraction must be in [0, 1), got {reservoir_fraction}; 0.3 is the default")
+        if not 1 <= max_block < segment_len:
+            raise ValueError(
+                f"max_block must be in 1..{segment_len - 1} for segment_len {segment_len}, got {max_block}; "
+                f"segment_len {8 * max_block} would do"
+            )
+        num_segments = capacity_positions // segment_len
+        self._num_reservoir = round(num_segments * reservoir_fraction)
+        self._num_ring = num_segments - self._num_reservoir
+        if self._num_ring < 1:
+            raise ValueError(f"capacity_positions must be at least {2 * segment_len}, got {capacity_positions}")
+        self.reservoir_fraction = reservoir_fraction
+        self.segment_len = segment_len
+        self.max_block = max_block
+        self.device = torch.device(device)
+        self.dtype = dtype
+        layout = {
+            "hidden": ((hidden_size,), dtype),
+            "target_hidden": ((hidden_size,), dtype),
+            "log_prob": ((), torch.float32),
+            "facts": ((len(FACTS),), torch.int64),
+            "kind": ((), torch.int8),
+        }
+        bytes_per_segment = segment_len * sum(
+            torch.Size(shape).numel() * field_dtype.itemsize for shape, field_dtype in layout.values()
+        )
+        if max_bytes is not None and num_segments * bytes_per_segment > max_bytes:
+            raise ValueError(
+                f"capacity_positions {capacity_positions} takes {num_segments * bytes_per_segment} bytes, over "
+                f"max_bytes {max_bytes}; {max_bytes // bytes_per_segment * segment_len} positions would fit"
+            )
+        num_rows = num_segments * segment_len
+        self._fields = {
+            name: torch.zeros(num_rows, *shape, dtype=field_dtype, device=self.device)
+            for name, (shape, field_dtype) in layout.items()
+        }
+
+        # Slots 0..num_ring-1 are the ring, the others the reservoir. The bookkeeping stays on the host: no syncs.
+        self._starts = [0] * num_segments
+        self._lengths = [0] * num_segments
+        self._owners = [-1] * num_segments
+        self._open: dict[int, int] = {}
+        self._cursor = 0
+        self._ring_used = 0
+        self._reservoir_used = 0
+        self._num_evicted = 0
+        self._num_positions = 0
+        self.num_refused = 0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self._num_positions
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken, full or empty."""
+        return sum(field.numel() * field.element_size() for field in self._fields.values())
+
+    # Writing
+
+    @torch.no_grad()
+    def add(self, *transitions: Transitions) -> None:
+        """Appends each stretch to its request's open segment, or to a new one where it does not continue it.
+
+        Rows whose hidden states or log-probability are not finite are refused: counted, never stored; what follows
+        them starts a new segment. A dishonest stretch is kept without its drafts, so that it can never be a reward.
+        One device sync a call, so pass a round's stretches together.
+        """
+        transitions = [stretch for stretch in transitions if len(stretch)]
+        if not transitions:
+            return
+        # The call's one device sync.
+        is_finite = iter(torch.cat([self._checksum_W(stretch) for stretch in transitions]).isfinite().tolist())
+        for stretch in transitions:
+            columns = self._columns(stretch)
+            first = 0
+            for is_kept, run in groupby(islice(is_finite, len(stretch))):
+                end = first + sum(1 for _ in run)
+                if is_kept:
+                    self._append(stretch, columns, first, end)
+                else:
+                    self.num_refused += end - first
+                first = end
+
+    def end(self, request_id: int) -> None:
+        """Closes the request's open segment; unknown requests are ignored. What it holds stays."""
+        self._open.pop(request_id, None)
+
+    @torch.no_grad()
+    def forget(self, request_ids: Iterable[int]) -> None:
+        """Drops every segment of these requests and wipes its memory. Takes time in the number of segments."""
+        forgotten = set(request_ids)
+        for request_id in forgotten:
+            self.end(request_id)
+        # Backwards, so that the reservoir's last segment, which fills the gap, has already been looked at.
+        for slot in reversed(range(len(self._owners))):
+            if self._owners[slot] not in forgotten or not self._lengths[slot]:
+                continue
+            if slot >= self._num_ring:
+                last = self._num_ring + self._reservoir_used - 1
+                self._reservoir_used -= 1
+                if slot != last:
+                    self._copy_segment(last, slot)
+                    slot = last
+            for field in self._fields.values():
+                field[self._rows(slot)] = 0
+            self._clear(slot)
+
+    def _checksum_W(self, stretch: Transitions) -> Tensor:
+        """One number per row, finite only if all of the row is."""
+        # Cast first: a float32 state may be infinite in float16. Sum in float32, where no float16 sum overflows.
+        hidden_W = stretch.hidden_WD.to(self.dtype).sum(1, dtype=torch.float32)
+        target_hidden_W = stretch.target_hidden_WD.to(self.dtype).sum(1, dtype=torch.float32)
+        return hidden_W + target_hidden_W + stretch.draft_log_probs_W
+
+    def _columns(self, stretch: Transitions) -> dict[str, Tensor]:
+        """The stretch as the fields hold it."""
+        token_W = stretch.token_ids_W
+        column_W = torch.arange(len(stretch), device=token_W.device)
+        num_drafted = stretch.num_drafted if stretch.is_honest else 0
+        depth_W = column_W.where(column_W < num_drafted, NOT_DRAFTED)
+        facts = {
+            TOKEN: token_W,
+            POSITION: column_W + stretch.start_position,
+            ACTION: stretch.draft_token_ids_W,
+            DEPTH: depth_W,
+            REWARD: (column_W < stretch.num_accepted).long(),
+            VERSION: torch.full_like(column_W, stretch.drafter_version),
+        }
+        return {
+            "hidden": stretch.hidden_WD,
+            "target_hidden": stretch.target_hidden_WD,
+            "log_prob": stretch.draft_log_probs_W,
+            "facts": torch.stack([facts[name] for name in FACTS], 1),
+            "kind": torch.where(depth_W == 0, ROUND_START, ANCHORED),
+        }
+
+    def _append(self, stretch: Transitions, columns: dict[str, Tensor], first: int, end: int) -> None:
+        """Stores the stretch's columns first..end-1, in as many segments as it takes."""
+        while first < end:
+            position = stretch.start_position + first
+            slot = self._slot_for(stretch.request_id, position)
+            length = self._lengths[slot]
+            take = min(self.segment_len - length, end - first)
+            row = slot * self.segment_len + length
+            for name, field in self._fields.items():
+                field[row : row + take] = columns[name][first : first + take]
+            if length == 0 and position > 0:
+                # The position before is in another segment. A sequence's own first position has none: it needs none.
+                self._fields["kind"][row] = UNANCHORED
+            self._lengths[slot] += take
+            self._num_positions += take
+            first += take
+
+    def _slot_for(self, request_id: int, position: int) -> int:
+        """The request's open segment if it has room and ends just before this position, else a new one."""
+        slot = self._open.get(request_id)
+        if slot is not None:
+            length = self._lengths[slot]
+            if length < self.segment_len and position == self._starts[slot] + length:
+                return slot
+        slot = self._cursor
+        self._cursor = (slot + 1) % self._num_ring
+        self._ring_used = max(self._ring_used, slot + 1)
+        if self._lengths[slot]:
+            self._evict(slot)
+        self._starts[slot] = position
+        self._owners[slot] = request_id
+        self._open[request_id] = slot
+        return slot
+
+    def _evict(self, slot: int) -> None:
+        """Empties a ring slot; its segment takes a place in the reservoir with odds places / segments ever evicted."""
+        # A request that still writes here must not write into the next owner's segment.
+        if self._open.get(self._owners[slot]) == slot:
+            del self._open[self._owners[slot]]
+        self._num_evicted += 1
+        if self._reservoir_used < self._num_reservoir:
+            place = self._reservoir_used
+            self._reservoir_used += 1
+        else:
+            place = int(torch.randint(self._num_evicted, (), generator=self._generator))
+        if place < self._num_reservoir:
+            self._copy_segment(slot, self._num_ring + place)
+        self._clear(slot)
+
+    def _copy_segment(self, source: int, target: int) -> None:
+        self._clear(target)
+        for field in self._fields.values():
+            field[self._rows(target)] = field[self._rows(source)]
+        for book in (self._starts, self._lengths, self._owners):
+            book[target] = book[source]
+        self._num_positions += self._lengths[source]
+
+    def _clear(self, slot: int) -> None:
+        self._num_positions -= self._lengths[slot]
+        self._lengths[slot] = 0
+        self._owners[slot] = -1
+        self._fields["kind"][self._rows(slot)] = EMPTY
+
+    def _rows(self, slot: int) -> slice:
+        return slice(slot * self.segment_len, (slot + 1) * self.segment_len)
+
+    # Reading
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_blocks: int,
+        block_len: int,
+        *,
+        current_version: int,
+        generator: torch.Generator,
+        aligned_fraction: float = 0.5,
+        max_staleness: int = 16,
+    ) -> ReplayBatch:
+        """Blocks of T = block_len consecutive positions with the verifier's state just before them as anchor.
+
+        Every committed position with a known predecessor can start a block, since a drafter sees committed tokens
+        alone; that is all the distribution terms need. Reward terms need depths that match what was really drafted,
+        so a share of the blocks starts where a round started. Both are drawn uniformly, with replacement. A block is
+        masked from its segment's end on, and throughout where NUM_PROBES found nothing to start it with.
+
+        generator         on any device; drives every draw.
+        aligned_fraction  share of the blocks drawn among round starts, or anywhere where probing finds none.
+        max_staleness     versions; older drafts carry no reward, for their ratio to today's drafter means little.
+        Raises ValueError when nothing is stored or block_len is outside 1..max_block.
+        """
+        if not 1 <= block_len <= self.max_block:
+            raise ValueError(f"block_len must be in 1..{self.max_block} (max_block), got {block_len}")
+        if not self._num_positions:
+            raise ValueError("nothing to sample from: the replay buffer is empty; add transitions first")
+        num_reservoir_blocks = round(num_blocks * self.reservoir_fraction) if self._reservoir_used else 0
+        row_N, is_found_N = self._find_starts(
+            num_ring_blocks=num_blocks - num_reservoir_blocks,
+            num_reservoir_blocks=num_reservoir_blocks,
+            aligned_fraction=aligned_fraction,
+            generator=generator,
+        )
+        fields = self._fields
+        step_T = torch.arange(block_len, device=self.device)
+        offset_N = row_N % self.segment_len
+        is_inside_NT = offset_N[:, None] + step_T < self.segment_len
+        row_NT = (row_N[:, None] + step_T).where(is_inside_NT, row_N[:, None])
+        facts_NT = fields["facts"][row_NT].unbind(-1)
+        mask_NT = is_inside_NT & (fields["kind"][row_NT] != EMPTY) & is_found_N[:, None]
+        staleness_NT = current_version - facts_NT[VERSION]
+        has_reward_NT = mask_NT & (facts_NT[DEPTH] == step_T) & (staleness_NT <= max_staleness)
+        anchor_ND = fields["target_hidden"][(row_N - 1).clamp_min(0)]
+        return ReplayBatch(
+            anchor_ND=anchor_ND.masked_fill_((facts_NT[POSITION] == 0)[:, :1], 0),
+            hidden_NTD=fields["hidden"][row_NT],
+            target_hidden_NTD=fields["target_hidden"][row_NT],
+            token_ids_NT=facts_NT[TOKEN],
+            mask_NT=mask_NT,
+            action_NT=facts_NT[ACTION].where(has_reward_NT, 0),
+            reward_NT=facts_NT[REWARD].where(has_reward_NT, 0).float(),
+            has_reward_NT=has_reward_NT,
+            behaviour_log_probs_NT=fields["log_prob"][row_NT].where(has_reward_NT, 0),
+            staleness_N=staleness_NT[:, 0],
+        )
+
+    def _find_starts(
+        self, *, num_ring_blocks: int, num_reservoir_blocks: int, aligned_fraction: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """One row per block to start at, and whether it can: ring blocks first, then reservoir blocks.
+
+        Each block probes random rows of its region and takes the best: a round start if it is an aligned block,
+        else any row a block can start at. So the draw is uniform over those rows, at a fixed cost.
+        """
+        probes, is_aligned = [], []
+        for first_slot, num_slots, count in (
+            (0, self._ring_used, num_ring_blocks),
+            (self._num_ring, self._reservoir_used, num_reservoir_blocks),
+        ):
+            if count:
+                rows_NP = torch.randint(
+                    num_slots * self.segment_len, (count, NUM_PROBES), generator=generator, device=generator.device
+                )
+                probes.append(rows_NP + first_slot * self.segment_len)
+                is_aligned.append(torch.arange(count) < round(count * aligned_fraction))
+        row_NP = torch.cat(probes).to(self.device)
+        # In other blocks a round start is as good as any anchored row; argmax takes the first of equals.
+        best_wanted_N1 = torch.where(torch.cat(is_aligned), ROUND_START, ANCHORED).to(self.device)[:, None]
+        kind_NP = torch.minimum(self._fields["kind"][row_NP], best_wanted_N1)
+        best_N1 = kind_NP.argmax(1, keepdim=True)
+        return row_NP.gather(1, best_N1)[:, 0], kind_NP.gather(1, best_N1)[:, 0] >= ANCHORED
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything, as a flat dict of tensors fit for safetensors; the fields are the live memory."""
+        return {
+            **self._fields,
+            "sizes": torch.tensor(self._sizes),
+            "starts": torch.tensor(self._starts),
+            "lengths": torch.tensor(self._lengths),
+            "owners": torch.tensor(self._owners),
+            "open": torch.tensor(list(self._open.items()), dtype=torch.int64).reshape(-1, 2),
+            "counters": torch.tensor([getattr(self, name) for name in _COUNTERS]),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores bit for bit what state_dict gave. Raises ValueError when it came from a buffer of other sizes."""
+        saved, mine = (state["sizes"].tolist(), state["hidden"].dtype), (self._sizes, self.dtype)
+        if saved != mine:
+            raise ValueError(
+                "[segment_len, ring segments, reservoir segments, hidden_size] and dtype must be "
+                f"{saved[0]}, {saved[1]} to take this replay state, got {mine[0]}, {mine[1]}; "
+                "build the buffer as the saved one was"
+            )
+        for name, field in self._fields.items():
+            field.copy_(state[name])
+        self._starts = state["starts"].tolist()
+        self._lengths = state["lengths"].tolist()
+        self._owners = state["owners"].tolist()
+        self._open = dict(state["open"].tolist())
+        for name, value in zip(_COUNTERS, state["counters"].tolist(), strict=True):
+            setattr(self, name, value)
+        self._generator.set_state(state["generator"].cpu())
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [self.segment_len, self._num_ring, self._num_reservoir, self._fields["hidden"].shape[1]]
+
+
+# In a saved state by place: append, never reorder.
+_COUNTERS = ("_cursor", "_ring_used", "_reservoir_used", "_num_evicted", "_num_positions", "num_refused")

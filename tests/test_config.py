@@ -1,0 +1,209 @@
+"""Settings: what wins over what, what is refused, and how it says so."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvi.config import SamplingConfig, TrainConfig, load_config, to_yaml, write_provenance
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_yaml(folder, text):
+    path = folder / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    """Catches merging in the wrong order, and a section in the file that resets its other keys."""
+    path = write_yaml(tmp_path, "train:\n  lr: 0.5\n  weight_decay: 0.25\n")
+    train = load_config(path, ["train.lr=0.125"]).train
+    assert (train.lr, train.weight_decay, train.clip_norm) == (0.125, 0.25, TrainConfig().train.clip_norm)
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "+1.e-3", "0.001", ".1e-2"])
+def test_scientific_notation_is_a_number_in_files_and_overrides(tmp_path, number):
+    """Catches YAML 1.1, where 1e-3 without a dot and a sign is a string."""
+    assert load_config(None, [f"train.lr={number}"]).train.lr == 0.001
+    assert load_config(write_yaml(tmp_path, f"train: {{lr: {number}}}")).train.lr == 0.001
+
+
+def test_one_value_where_a_list_is_expected_stands_for_a_list_of_one():
+    """Catches a path taken apart into letters, and a refusal of the commonest override."""
+    config = load_config(None, ["data.prompts=a.jsonl", "sampling.stop_strings=[x, y]"])
+    assert config.data.prompts == ("a.jsonl",) and config.sampling.stop_strings == ("x", "y")
+
+
+def test_printed_yaml_reads_back_to_the_same_config(tmp_path):
+    """Catches tuples, nulls, tiny numbers or odd characters that do not survive --print-config."""
+    stop_strings = r'sampling.stop_strings=["\n\n", "é: #"]'
+    config = load_config(None, ["train.lr=1e-5", "data.shuffle_seed=null", "model.path='007'", stop_strings])
+    assert load_config(write_yaml(tmp_path, to_yaml(config))) == config != TrainConfig()
+
+
+def test_an_empty_file_and_an_empty_section_set_nothing(tmp_path):
+    """Catches a crash on a section whose every key is commented out."""
+    assert load_config(write_yaml(tmp_path, "")) == load_config(write_yaml(tmp_path, "train:\n")) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.lrr=1", "train.lr"),
+        ("lr=1", "train.lr"),
+        ("draft.lora_rank=8", "drafter.lora_rank"),
+        ("sampling.temprature=1", "sampling.temperature"),
+        ("trian.lr=1", "train"),
+        ("outputs=1", "output"),
+    ],
+)
+def test_an_unknown_key_fails_and_names_the_nearest(override, nearest):
+    """Catches a mistyped setting that is silently ignored for hours."""
+    with pytest.raises(ValueError, match=r"unknown key .* in the command line; did you mean") as caught:
+        load_config(None, [override])
+    assert str(caught.value).endswith(f"{nearest!r}?")
+
+
+def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
+    """Catches an error that leaves one to guess which of two places holds the typo."""
+    path = write_yaml(tmp_path, "train:\n  lrr: 1\n")
+    with pytest.raises(ValueError, match=r"settings\.yaml"):
+        load_config(path, ["train.lr=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=-1", "train.lr must be greater than 0, got -1; the default is 0.001"),
+        ("train.lr=fast", "train.lr must be a valid number, got 'fast'; the default is 0.001"),
+        ("train.budget=1.5", "train.budget must be less than or equal to 1, got 1.5; the default is 0.05"),
+        ("model.split_layer=1.5", "model.split_layer must be a valid integer, got 1.5; the default is 1"),
+        ("model.split_layer=true", "model.split_layer must be a valid integer, got True; the default is 1"),
+        ("train.enabled=1", "train.enabled must be a valid boolean, got 1; the default is True"),
+        ("sampling.temperature=.nan", "sampling.temperature must be a finite number, got nan; the default is 0.0"),
+        ("draft.policy=long", "draft.policy must be 'fixed', 'confidence' or 'goodput', got 'long'; the default is"),
+        ("data.prompts=[a, 1]", "data.prompts.1 must be a valid string, got 1; the default is ()"),
+        ("train=3", "train must hold keys: one of enabled, lr"),
+        ("train.lr", "must look like section.key=value, got 'train.lr'; try"),
+        ("train.lr={", "train.lr={ must be valid YAML"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_key_bound_value_and_remedy(override, message):
+    """Catches silent coercion (true to 1, 1.5 to 1) and errors that do not say what to change."""
+    with pytest.raises(ValueError) as caught:
+        load_config(None, [override])
+    assert message in str(caught.value)
+
+
+def test_all_wrong_values_are_reported_at_once():
+    """Catches the one-error-per-start game."""
+    with pytest.raises(ValueError, match=r"train\.lr .*\nsampling\.top_p |sampling\.top_p .*\ntrain\.lr "):
+        load_config(None, ["train.lr=0", "sampling.top_p=0"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.mode=exact", "model.dtype=bfloat16"], "model.mode 'exact' needs dtype float32 or float64"),
+        (["data.prompts=a", "data.dataset=b"], "data.prompts and dataset must not both be given"),
+        (["sampling.stop_strings=['']"], "sampling.stop_strings must be non-empty"),
+        (["train.replay_positions=3"], "train.replay_positions must be at least block_len = 4, got 3"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides, message):
+    """Catches one of two settings being ignored in silence."""
+    with pytest.raises(ValueError) as caught:
+        load_config(None, overrides)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    """Catches falling back to the defaults when the path is mistyped."""
+    with pytest.raises(ValueError, match=r"readable YAML file, got .*absent\.yaml: No such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("temperature", [-0.1, 0.0, 2.5]),
+        ("top_k", [-1, 0, 50]),
+        ("top_p", [0.0, 0.5, 1.0, 1.1]),
+        ("min_p", [-0.1, 0.0, 0.99, 1.0]),
+        ("repetition_penalty", [0.0, 0.5, 2.0]),
+        ("presence_penalty", [-1.0, 0.0, 3.0]),
+        ("seed", [-1, 0, 2**62 - 1, 2**62]),
+        ("max_new_tokens", [0, 1]),
+    ],
+)
+def test_sampling_settings_have_the_bounds_of_sampling_params(key, values):
+    """Catches a setting that passes here and fails at the first request, or one that is refused without need."""
+    from dvi.records import SamplingParams
+
+    def accepts(make):
+        try:
+            make()
+        except ValueError:
+            return False
+        return True
+
+    here = [accepts(lambda value=value: load_config(None, [f"sampling.{key}={value}"])) for value in values]
+    there = [accepts(lambda value=value: SamplingParams(**{key: value})) for value in values]
+    assert here == there
+
+
+def test_default_sampling_settings_are_the_default_sampling_params():
+    """Catches two disagreeing sets of defaults, and a key that SamplingParams does not know."""
+    from dvi.records import SamplingParams
+
+    assert SamplingParams(**dataclasses.asdict(SamplingConfig())) == SamplingParams()
+
+
+def test_the_bundled_configuration_names_every_key_its_default_and_files_that_exist():
+    """Catches a key added or tuned in one place only, and a first command that cannot run as it stands."""
+    import yaml
+
+    path = ROOT / "configs/online/reference.yaml"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {section: list(keys) for section, keys in written.items()} == {
+        section: list(keys) for section, keys in dataclasses.asdict(TrainConfig()).items()
+    }
+    config = load_config(path)
+    defaults = TrainConfig()
+    assert config == dataclasses.replace(
+        defaults,
+        data=dataclasses.replace(defaults.data, prompts=config.data.prompts),
+        output=dataclasses.replace(defaults.output, folder=config.output.folder),
+    )
+    assert all((ROOT / prompts).is_file() for prompts in config.data.prompts)
+    assert (ROOT / config.model.path / "config.json").is_file()
+
+
+def test_provenance_is_written_beside_the_output_even_outside_git(tmp_path, monkeypatch):
+    """Catches a run that cannot be repeated, and one that dies for want of git."""
+    monkeypatch.setenv("PATH", "")
+    config = load_config(None, ["train.lr=0.5"])
+    write_provenance(tmp_path / "run", config)
+    assert load_config(tmp_path / "run/config.yaml") == config
+    provenance = json.loads((tmp_path / "run/provenance.json").read_text(encoding="utf-8"))
+    assert provenance["argv"] == sys.argv and provenance["git_sha"] is None and provenance["date"]
+    assert provenance["versions"]["python"] == sys.version.split()[0]
+    assert set(provenance["versions"]) == {"python", "dvi", "torch", "transformers", "peft", "accelerate"}
+
+
+def test_importing_the_configuration_imports_no_heavy_library():
+    """Catches an import that makes `dvi --help` wait for torch, or for pydantic."""
+    code = "import sys, dvi.config; print(sorted({'torch', 'transformers', 'pydantic'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_settings_cannot_be_changed_after_loading():
+    """Catches code that edits a setting midway, so that config.yaml no longer says what ran."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config().train.lr = 1.0

@@ -32,7 +32,7 @@ Seed = Annotated[int, Ge(0), Lt(2**62)]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelSettings:
     """The frozen language model and how it runs.
 
     path         a folder or a hub name.
@@ -56,7 +56,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DrafterConfig:
+class DrafterSettings:
     """The trainable part.
 
     anchor_hidden     width of the anchored and recurrent drafters' MLP.
@@ -66,14 +66,14 @@ class DrafterConfig:
 
     kind: Literal["anchored", "lora_head", "recurrent"] = "anchored"
     lora_rank: PositiveCount = 32
-    lora_alpha: Positive = 64.0
+    lora_alpha: Positive = 32.0
     anchor_hidden: PositiveCount = 1024
     draft_vocab_size: Count = 0
     adapter: str | None = None
 
 
 @dataclass(frozen=True)
-class DraftConfig:
+class DraftSettings:
     """How many tokens are drafted in a round.
 
     policy                "fixed"; "confidence" stops where the drafter is unsure; "goodput" weighs measured costs.
@@ -83,11 +83,11 @@ class DraftConfig:
 
     policy: Literal["fixed", "confidence", "goodput"] = "fixed"
     num_draft_tokens: Count = 4
-    confidence_threshold: Share = 0.4
+    confidence_threshold: Share = 0.6
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingSettings:
     """How every request's tokens are chosen and when it stops: keys of `dvi.records.SamplingParams`, its bounds."""
 
     temperature: NonNegative = 0.0
@@ -106,7 +106,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataSettings:
     """The traffic: JSONL files with keys id, domain, split and turns, or a set known to `datasets`.
 
     prompts        one JSONL path or a list of them.
@@ -138,14 +138,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class LearningConfig:
+class LearningSettings:
     """The learning beside serving.
 
     enabled             false serves with the drafter as it is.
     blocks_per_step     draft blocks in one optimizer step, each of block_len positions.
-    rounds_per_step     an update is due every so many rounds ...
-    steps_per_update    ... and makes so many optimizer steps ...
-    budget              ... as long as training has taken at most this share of all time.
+    rounds_per_step     a step is due every so many rounds ...
+    budget              ... as long as training has taken at most this share of all time; 1 is no limit.
+    steps_per_publish   the serving drafter takes over the learner's parameters every so many steps.
+    steps_per_canary    the learner is held against its best so far every so many steps.
+    learn_from_prompts  also distil on the prompts' own positions, not only on generated text.
     schedule            preset of the loss weights, see docs/training.md.
     warmup_steps        optimizer steps of pure KL before the ramp of ramp_steps to the reward terms.
     switch_by           the warm-up ends by "steps", or by "acceptance" once it no longer rises.
@@ -160,8 +162,10 @@ class LearningConfig:
     blocks_per_step: PositiveCount = 64
     block_len: PositiveCount = 4
     rounds_per_step: PositiveCount = 8
-    steps_per_update: PositiveCount = 1
     budget: Share = 0.05
+    steps_per_publish: PositiveCount = 4
+    steps_per_canary: PositiveCount = 32
+    learn_from_prompts: bool = True
     schedule: Literal["kl_only", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk"] = "kl_rl"
     warmup_steps: Count = 400
     ramp_steps: Count = 600
@@ -180,7 +184,7 @@ class LearningConfig:
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputSettings:
     """What a run leaves behind, all of it in `folder`. `resume` continues from the newest checkpoint there."""
 
     folder: str = "runs/online"
@@ -195,13 +199,13 @@ class TrainConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    drafter: DrafterConfig = field(default_factory=DrafterConfig)
-    draft: DraftConfig = field(default_factory=DraftConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: LearningConfig = field(default_factory=LearningConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    drafter: DrafterSettings = field(default_factory=DrafterSettings)
+    draft: DraftSettings = field(default_factory=DraftSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: LearningSettings = field(default_factory=LearningSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:

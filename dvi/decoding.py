@@ -209,7 +209,7 @@ class DecodingBatch:
                     request_id=sequence.request_id, start_position=start, token_ids_W=chunk_1Q[0],
                     hidden_WD=hidden_1QD[0], target_hidden_WD=target_1QD[0], num_drafted=0, num_accepted=0,
                     draft_token_ids_W=nothing_W, draft_log_probs_W=torch.zeros(width, device=nothing_W.device),
-                    drafter_version=self._drafter.version,
+                    drafter_version=self._drafter.version, is_prefill=True,
                 ))
         return transitions
 

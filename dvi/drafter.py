@@ -121,7 +121,7 @@ class DraftHead(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, width, device=device))
         self.lora_B = nn.Parameter(torch.zeros(head_weight.shape[0], rank, device=device))
         nn.init.normal_(self.lora_A, std=1.0 / math.sqrt(width))
-        self.register_buffer("_published_DV", head_weight.detach().t().contiguous(), persistent=False)
+        self._published_DV: Tensor | None = None  # a learner's copy never publishes and never pays for it
 
     @property
     def vocab_size(self) -> int:
@@ -142,7 +142,9 @@ class DraftHead(nn.Module):
 
     def publish(self) -> None:
         correction_DV = (self.lora_A.detach().t() @ self.lora_B.detach().t()) * self.scaling
-        self._published_DV.copy_(self._frozen[0].t() + correction_DV)
+        if self._published_DV is None:
+            self._published_DV = torch.empty_like(self._frozen[0].t(), memory_format=torch.contiguous_format)
+        torch.add(self._frozen[0].t(), correction_DV, out=self._published_DV)
 
     def to_token_ids(self, draft_ids: Tensor) -> Tensor:
         """Token ids of draft ids."""
@@ -186,7 +188,8 @@ class LoraHeadDrafter(nn.Module):
 
     @torch.no_grad()
     def publish(self, source: nn.Module, version: int) -> None:
-        self.load_state_dict(source.state_dict())
+        if source is not self:
+            self.load_state_dict(source.state_dict())
         self.draft_head.publish()
         self.version = version
 
@@ -258,7 +261,7 @@ DRAFTER_KINDS: dict[str, type[nn.Module]] = {
 
 
 def build_drafter(split: object, config: DrafterConfig, *, draft_token_ids_V: Tensor | None = None) -> nn.Module:
-    """An untrained drafter for this split model, seeded by torch's global generator.
+    """An untrained, unpublished drafter for this split model, seeded by torch's global generator.
 
     draft_token_ids_V: int64 token ids of a trimmed draft vocabulary (default: the full vocabulary, or the first
     draft_vocab_size ids, which byte-pair tokenizers order by frequency of merging).

@@ -122,6 +122,7 @@ class Transitions:
     num_accepted        0..num_drafted; W == num_accepted + 1 after a round.
     draft_token_ids_W   int64; -1 where nothing was drafted.
     draft_log_probs_W   float32; 0 where nothing was drafted.
+    is_prefill          True for prompt text: the verifier read it, nobody generated it.
     is_honest           False when a lossy rule may have accepted: usable for KL, never as a reward.
     """
 
@@ -136,6 +137,7 @@ class Transitions:
     draft_log_probs_W: Tensor
     drafter_version: int
     is_honest: bool = True
+    is_prefill: bool = False
 
     def __len__(self) -> int:
         return self.token_ids_W.shape[0]

@@ -1,34 +1,32 @@
 """One frozen language model cut at a layer: the shallow part drafts, the deep part verifies from stored states.
 
 Works on any Hugging Face decoder-only model whose layers keep keys and values and nothing else. Knows layers, positions
-and the cache; knows nothing of drafts, sampling or training. No weight is copied, and neither the model's modules nor its
-config change; what cannot be split is refused, and every split is compared with the plain model when it is made.
+and the cache; knows nothing of drafts, sampling or training. Neither the model's modules nor its config change; what
+cannot be split is refused, and every split is compared with the plain model when it is made.
 Not covered: rotary embeddings that stretch with the longest row (dynamic, longrope) beyond their original length, where
 a row's keys depend on its batch mates.
 """
-# B rows, Q query positions, D hidden size, V vocabulary, S cached positions.
+# B rows, Q query positions, D hidden size, V vocabulary, S positions of a text.
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import causal_mask_function
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dvi.kv_cache import Placement, RollbackCache
+from dvi.views import ViewsPath, dissect
 
-SPLITTABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 PATHS = ("auto", "views", "direct")
+SPLITTABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
+SPLITTABLE_ATTENTION = ("sdpa", "eager")
 
 # Largest relative error (Frobenius, per phase) between split and plain logits that rounding explains: eager attention
-# takes its softmax in float32 whatever the dtype. A wrong mask, position or layer gives 0.1 and more on tiny models.
+# takes its softmax in float32 whatever the dtype, and bfloat16 is off by 0.01 in 12 layers. A wrong mask, position or
+# layer gives 0.1 and more.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
 
@@ -37,17 +35,19 @@ class SplitModel:
     """A model seen as two: `shallow` runs layers [0, split_layer), `deep` the others and the final norm.
 
     split_layer  0..num_layers-1; at 0 only the embedding is shallow.
-    path         how layers are called: "views" suits every model, "direct" is leaner on Llama-shaped ones, "auto" chooses.
+    path         how layers are called: "views" suits every model, "direct" is leaner on Llama-shaped ones, "auto" is
+                 direct where it can be.
 
-    The backbone is frozen (no gradients, eval mode). Attributes: model, config (of the text decoder), path, split_layer,
-    num_layers, hidden_size, vocab_size, device (where token ids go), dtype, final_norm, head_weight_VD, head_bias_V or None.
+    The backbone is frozen: no gradients, eval mode. Attributes: model, config (of its decoder), path, split_layer,
+    num_layers, hidden_size, vocab_size, device (where token ids go), dtype, final_norm, head_weight_VD, head_bias_V
+    (or None), and post_head: what the model does to the head's logits, element by element.
     Raises ValueError, with the reason, when the model cannot be split or the split differs from the plain model.
     """
 
     def __init__(self, model: PreTrainedModel, *, split_layer: int, path: str = "auto") -> None:
         _refuse_unsplittable(model)
         self.model = model.requires_grad_(False).eval()
-        anatomy = _dissect(model)
+        anatomy = dissect(model)
         self.config = anatomy.decoder.config
         self.num_layers = len(anatomy.layers)
         if not 0 <= split_layer < self.num_layers:
@@ -160,174 +160,6 @@ class SplitModel:
         return self.head(self.deep(torch.cat(steps, dim=1), token_ids_BQ, cache, cache.place(offset=0, width=width)))
 
 
-class ViewsPath:
-    """The generic path: two shallow copies of the model's decoder that share its layer objects.
-
-    One holds the layers below the split, the other those above it behind an `_Inject`. Each runs the model's own forward,
-    which makes its own rotary embeddings, positions and per-layer masks; only the cache and the queries' places are ours.
-    """
-
-    def __init__(self, anatomy: _Anatomy, *, split_layer: int) -> None:
-        layers, num_layers = anatomy.layers, len(anatomy.layers)
-        self._inject = _Inject(returns_tuple=anatomy.layers_return_tuples)
-        self._shallow = _view(anatomy, layers[:split_layer], range(split_layer))
-        # The injecting layer takes the config entries of the layer above it.
-        self._deep = _view(anatomy, [self._inject, *layers[split_layer:]], [split_layer, *range(split_layer, num_layers)])
-        if anatomy.norm_name is not None:
-            setattr(self._shallow, anatomy.norm_name, nn.Identity())
-        self._takes_positions = "position_ids" in inspect.signature(anatomy.decoder.forward).parameters
-
-    def shallow(self, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
-        return self._run(self._shallow, token_ids_BQ, cache, placement)
-
-    def deep(self, hidden_BQD: Tensor, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
-        self._inject.hidden_BQD = hidden_BQD
-        return self._run(self._deep, token_ids_BQ, cache, placement)
-
-    def _run(self, view: PreTrainedModel, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
-        # The config is the view's own, and the only thing of the view that reaches the mask function.
-        view.config.dvi_placement = placement
-        positions = {"position_ids": placement.positions_BQ} if self._takes_positions else {}
-        return view(input_ids=token_ids_BQ, past_key_values=_PlacedCache(cache, placement), use_cache=True, **positions)[0]
-
-
-class _Inject(nn.Module):
-    """Stands where the layers below the split were: ignores its input and gives the stored h_k."""
-
-    def __init__(self, *, returns_tuple: bool) -> None:
-        super().__init__()
-        self.returns_tuple = returns_tuple
-        self.hidden_BQD: Tensor | None = None
-
-    def forward(self, *_args, **_kwargs) -> Tensor | tuple[Tensor]:
-        return (self.hidden_BQD,) if self.returns_tuple else self.hidden_BQD
-
-
-class _PlacedCache(Cache):
-    """A RollbackCache at one placement, as transformers models call it. Layer indices are the whole model's."""
-
-    def __init__(self, cache: RollbackCache, placement: Placement) -> None:
-        super().__init__(layers=[])
-        self._cache = cache
-        self._placement = placement
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
-        return self._cache.write(layer_idx, key_states, value_states, self._placement)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._placement.visible, 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        # Models add the number of queries to this to size what they lay over the keys (alibi of Bloom, Falcon and MPT).
-        return self._placement.visible - self._placement.positions_BQ.shape[1]
-
-
-def _placed_mask(
-    *,
-    mask_function: Callable[..., Tensor],
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    is_additive: bool,
-    allow_is_causal_skip: bool = True,
-    **_kwargs,
-) -> Tensor | None:
-    """mask_B1QS by the model's own rule (causal, sliding window, ...), asked with each row's true positions.
-
-    transformers would take the queries to be the last slots of every row, which is wrong for rows of unequal length.
-    is_additive: 0 or the lowest number of dtype for eager attention, which adds the mask; else bool, True = attend.
-    """
-    placement: Placement = config.dvi_placement
-    if placement.is_trivially_causal and mask_function is causal_mask_function and allow_is_causal_skip and not is_additive:
-        return None
-    positions_BQ = placement.positions_BQ
-    row_B = torch.arange(positions_BQ.shape[0], device=positions_BQ.device)
-    slot_S = torch.arange(placement.visible, device=positions_BQ.device)
-    mask = mask_function(row_B[:, None, None, None], row_B[:1], positions_BQ[:, None, :, None], slot_S)
-    if is_additive:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-    return mask
-
-
-_MASK_PREFIX = "dvi_placed_"
-AttentionMaskInterface.register(_MASK_PREFIX + "sdpa", partial(_placed_mask, is_additive=False))
-AttentionMaskInterface.register(_MASK_PREFIX + "eager", partial(_placed_mask, is_additive=True))
-
-
-@dataclass(frozen=True)
-class _Anatomy:
-    """Where a decoder keeps what a split touches. norm_name is None when nothing follows the last layer."""
-
-    decoder: PreTrainedModel
-    layers_name: str
-    norm_name: str | None
-    layers_return_tuples: bool
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        return list(getattr(self.decoder, self.layers_name))
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return nn.Identity() if self.norm_name is None else getattr(self.decoder, self.norm_name)
-
-
-@torch.no_grad()
-def _dissect(model: PreTrainedModel) -> _Anatomy:
-    """The model's anatomy, seen by watching a forward pass of two tokens, so that no list of names is needed."""
-    decoder = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} cannot be split: get_decoder() gives its {type(decoder).__name__}")
-    num_layers = decoder.config.num_hidden_layers
-    lists = [name for name, m in decoder.named_children() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    if len(lists) != 1:
-        raise ValueError(f"{type(model).__name__} cannot be split: found {len(lists)} lists of {num_layers} layers in it")
-    calls: list[tuple[str, object]] = []
-
-    def watch(module: nn.Module, name: str):
-        return module.register_forward_hook(lambda _module, _args, output: calls.append((name, output)))
-
-    hooks = [watch(module, name) for name, module in decoder.named_children()]
-    hooks += [watch(layer, lists[0]) for layer in getattr(decoder, lists[0])]
-    try:
-        decoder(input_ids=torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    last = max(i for i, (name, _) in enumerate(calls) if name == lists[0])
-    output, after = calls[last][1], [name for name, _ in calls[last + 1 :]]
-    hidden = output[0] if isinstance(output, tuple) else output
-    head_width = model.get_output_embeddings().weight.shape[1]
-    if len(after) > 1 or hidden.shape[-1] != head_width:
-        raise ValueError(
-            f"{type(model).__name__} cannot be split: after its last layer, {hidden.shape[-1]} wide, come "
-            f"{after} and a head that reads {head_width}; at most one norm of the same width is supported"
-        )
-    return _Anatomy(decoder, lists[0], after[0] if after else None, isinstance(output, tuple))
-
-
-def _view(anatomy: _Anatomy, layers: Iterable[nn.Module], layer_indices: Iterable[int]) -> PreTrainedModel:
-    """A copy of the decoder that holds these layers and a config that describes them; all modules are shared."""
-    view = copy.copy(anatomy.decoder)
-    view._modules = dict(view._modules)
-    # A forward bound to the instance (accelerate's hooks) would still run the original.
-    view.__dict__.pop("forward", None)
-    setattr(view, anatomy.layers_name, nn.ModuleList(layers))
-    view.config = _config_of_layers(view.config, list(layer_indices))
-    return view
-
-
-def _config_of_layers(config: PretrainedConfig, layer_indices: list[int]) -> PretrainedConfig:
-    """A copy of the config for the chosen layers, which asks `_placed_mask` for its masks."""
-    config, num_layers = copy.copy(config), config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        # One entry per layer: layer_types, no_rope_layers and their like.
-        if isinstance(value, (list, tuple)) and len(value) == num_layers:
-            setattr(config, name, [value[i] for i in layer_indices])
-    config.num_hidden_layers = len(layer_indices)
-    config._attn_implementation = _MASK_PREFIX + config._attn_implementation
-    return config
-
-
 def _choose_path(model: PreTrainedModel, path: str) -> str:
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
@@ -365,18 +197,18 @@ def _refuse_unsplittable(model: PreTrainedModel) -> None:
     """Raises ValueError for models known not to work, with the reason. `SplitModel.self_check` finds the others."""
     config = model.config.get_text_config(decoder=True)
     layer_types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
-    foreign = sorted(layer_types - SPLITTABLE_LAYER_TYPES)
+    foreign = ", ".join(sorted(layer_types - SPLITTABLE_LAYER_TYPES))
     if model.config.is_encoder_decoder:
-        reason = "it is an encoder-decoder; only decoder-only models draft and verify the same sequence"
+        reason = "it is an encoder-decoder; only decoder-only models draft and verify one sequence"
     elif foreign:
-        reason = f"its {', '.join(foreign)} layers keep more than keys and values by position, so drafts cannot be undone"
+        reason = f"its {foreign} layers keep or see more than keys and values by position, so drafts cannot be undone"
     elif getattr(model, "_is_stateful", False):
         reason = "it keeps recurrent state, so drafts cannot be undone"
     elif getattr(config, "num_kv_shared_layers", 0):
         reason = f"its last {config.num_kv_shared_layers} layers read the keys and values of earlier ones"
     elif model.get_output_embeddings() is None:
         reason = "it has no output head; load it with AutoModelForCausalLM"
-    elif config._attn_implementation not in ("sdpa", "eager"):
+    elif config._attn_implementation not in SPLITTABLE_ATTENTION:
         reason = (
             f"its attention implementation is {config._attn_implementation!r}, which takes no mask per row; "
             "load it with attn_implementation='sdpa'"

@@ -144,7 +144,7 @@ class Document:
         """As the chat template writes it, and always closed, so that packed documents are apart."""
         parts = [BOS]
         for role, text in self.messages:
-            parts += [MARKERS[role], text, ""]
+            parts += [MARKERS[role], text, EOS if role == "assistant" else ""]
         closed = "".join(parts)
         return closed if closed.endswith(EOS) else closed + EOS
 
@@ -215,7 +215,7 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTraine
 
 def pack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, sequence_len: int) -> Tensor:
     """int64 [S, L]: the documents one after the other, cut into sequences; the last incomplete one is dropped."""
-    parts = []
+    parts = [torch.empty(0, dtype=torch.int64)]
     for start in range(0, len(documents), 1000):  # in parts: encodings take a hundred times the memory of their ids
         texts = [document.text for document in documents[start : start + 1000]]
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)

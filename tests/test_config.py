@@ -4,11 +4,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from dvi.config import SamplingConfig, TrainConfig, load_config, to_yaml, write_provenance
+from dvi.config import SamplingSettings, TrainConfig, load_config, to_yaml, write_provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,7 +162,7 @@ def test_default_sampling_settings_are_the_default_sampling_params():
     """Catches two disagreeing sets of defaults, and a key that SamplingParams does not know."""
     from dvi.records import SamplingParams
 
-    assert SamplingParams(**dataclasses.asdict(SamplingConfig())) == SamplingParams()
+    assert SamplingParams(**dataclasses.asdict(SamplingSettings())) == SamplingParams()
 
 
 def test_the_bundled_configuration_names_every_key_its_default_and_files_that_exist():
@@ -182,6 +183,27 @@ def test_the_bundled_configuration_names_every_key_its_default_and_files_that_ex
     )
     assert all((ROOT / prompts).is_file() for prompts in config.data.prompts)
     assert (ROOT / config.model.path / "config.json").is_file()
+
+
+def test_every_loss_schedule_can_be_chosen_and_no_other():
+    """Catches a preset added to the schedules only, or a choice that fails when training starts."""
+    from dvi.loss_schedule import PRESETS
+
+    for preset in PRESETS:
+        assert load_config(None, [f"train.schedule={preset}"]).train.schedule == preset
+    with pytest.raises(ValueError) as caught:
+        load_config(None, ["train.schedule=none"])
+    assert str(caught.value).count("'") == 2 * (len(PRESETS) + 2)  # each choice, the value and the default, quoted
+
+
+def test_demo_prompts_are_distinct_and_held_out_rows_are_not_in_the_traffic():
+    """Catches training on what is measured, rows counted twice, and a domain that is missing from either split."""
+    lines = (ROOT / "configs/demo/prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len({row["id"] for row in rows}) == len({tuple(row["turns"]) for row in rows}) == len(rows)
+    counts = Counter((row["domain"], row["split"]) for row in rows)
+    domains = ("math", "code", "roleplay", "shell", "geography", "assistant")
+    assert counts == {(domain, split): n for domain in domains for split, n in (("traffic", 117), ("eval", 15))}
 
 
 def test_provenance_is_written_beside_the_output_even_outside_git(tmp_path, monkeypatch):

@@ -87,6 +87,7 @@ def test_a_row_is_warped_the_same_whatever_its_batch_mates_ask_for():
     plain, greedy = SamplingParams(temperature=0.9), SamplingParams()
     busy = SamplingParams(temperature=2.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5, presence_penalty=0.3)
     logits_BQV = random_logits(3, 4, 1000, seed=3, dtype=torch.float32)
+    logits_BQV[0, 0, 7] = 60  # leaves a tail that no running sum resolves, which top_p = 1 must keep all the same
     seen_BQV = torch.rand(3, 4, 1000, generator=torch.Generator().manual_seed(4)) < 0.5
     together = batch_of(plain, greedy, busy, vocab_size=1000).warp(logits_BQV, seen_BQV)
     for row, params in enumerate((plain, greedy, busy)):
@@ -304,6 +305,12 @@ def test_zero_probability_is_never_drawn_even_if_the_running_sum_is_not_monotone
     probs_BV = torch.tensor([[0.5, 0.0, 0.0, 0.0, 0.5, 0.0]]).expand(3, -1)
     uniform_B = torch.tensor([0.5, 0.5 * (1 + 2.0**-51), 1 - 2.0**-53], dtype=torch.float64)
     assert (probs_BV[0, sample_from(probs_BV, uniform_B)] > 0).all()
+
+
+def test_a_uniform_on_a_boundary_belongs_to_the_next_token():
+    """Catches `>=` for `>`: intervals are closed below and open above, as the uniforms are."""
+    uniform_B = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    assert sample_from(torch.tensor([[0.5, 0.0, 1.0, 0.5]]).expand(4, -1), uniform_B).tolist() == [0, 2, 2, 3]
 
 
 def test_rows_that_are_no_distribution_still_give_an_id_in_range():

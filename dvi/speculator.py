@@ -1,0 +1,321 @@
+"""SelfSpeculator: one frozen model that drafts for itself. Text in, text out, whatever the drafter has learnt so far.
+
+Ties model, tokenizer, split, drafter and rounds together; sees training only as a `Learner` that is passed in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dvi.adapter_store import load_drafter, read_manifest, save_drafter
+from dvi.autotune import measure_costs
+from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
+from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
+from dvi.drafter import DrafterConfig, build_drafter
+from dvi.exact import ExactSplit
+from dvi.records import GenerationResult, Learner, SamplingParams
+from dvi.split import SplitModel
+from dvi.text import TextStream
+from dvi.verification import RejectionRule, VerifyRule
+
+Prompt = str | list[int] | list[dict[str, str]]
+
+POLICIES = ("auto", "fixed", "confidence", "goodput")
+GOODPUT_BUCKETS = (1, 2, 3, 4, 6, 8)
+EXACT_WIDTH = 9  # GOODPUT_BUCKETS[-1] + 1: room for the longest draft of every policy
+PLAIN = FixedLength(0)
+
+
+class SelfSpeculator:
+    """A causal language model cut at split_layer, its drafter, and the loop that decodes with them.
+
+    Attributes: model, tokenizer, split, drafter, policy (a name of POLICIES), num_draft_tokens, rule, mode.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        split_layer: int = 1,
+        drafter: DrafterConfig | None = None,
+        adapter: str | Path | None = None,
+        mode: str = "fast",
+        path: str = "auto",
+        policy: str = "auto",
+        num_draft_tokens: int = 4,
+        confidence_threshold: float = 0.4,
+        rule: VerifyRule | None = None,
+        seed: int = 0,
+    ) -> None:
+        """See `from_pretrained`. A tokenizer of None serves token ids only (no text, no stop strings)."""
+        if mode not in ("fast", "exact"):
+            raise ValueError(f"mode must be 'fast' or 'exact', got {mode!r}")
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if not 0 <= num_draft_tokens <= GOODPUT_BUCKETS[-1]:
+            raise ValueError(f"num_draft_tokens must be in 0..{GOODPUT_BUCKETS[-1]}, got {num_draft_tokens}; try 4")
+        self.model, self.tokenizer, self.mode = model, tokenizer, mode
+        self.split = SplitModel(model, split_layer=split_layer, path=path)
+        self._passes = ExactSplit(self.split, width=EXACT_WIDTH) if mode == "exact" else self.split
+        if adapter is not None:
+            self.drafter = load_drafter(adapter, self.split)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.drafter = build_drafter(self.split, drafter or DrafterConfig())
+            self.drafter.publish(self.drafter, version=0)
+        self.drafter.requires_grad_(False)
+        self.policy, self.num_draft_tokens = policy, num_draft_tokens
+        self._confidence_threshold = confidence_threshold
+        self.rule: VerifyRule = rule or RejectionRule()
+        self._goodput: dict[int, GoodputLength] = {}
+        self._request_ids = itertools.count()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        split_layer: int | None = None,
+        drafter: str | DrafterConfig = "anchored",
+        lora_rank: int = 32,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        adapter: str | Path | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **options: object,
+    ) -> SelfSpeculator:
+        """A speculator from a Hugging Face model folder or hub id.
+
+        split_layer   layers 0 .. split_layer - 1 draft; default 1, or the adapter's.
+        drafter       "anchored", "recurrent", "lora_head", or a whole DrafterConfig; ignored with an adapter.
+        dtype         "auto" is float32 on CPUs and bfloat16 on GPUs.
+        device        "auto" takes a CUDA device when there is one.
+        adapter       folder written by `save_drafter`.
+        options       mode "fast" or "exact"; path "auto", "direct" or "views"; policy "auto" (the goodput rule where
+                      the output cannot depend on it, else fixed), "fixed", "confidence" or "goodput";
+                      num_draft_tokens; confidence_threshold; rule; seed.
+        Raises ValueError for anything that does not fit together, with the reason.
+        """
+        if not Path(name_or_path).is_dir() and str(name_or_path).startswith((".", "/", "checkpoints/")):
+            raise ValueError(f"no model folder at {name_or_path}; give a Hugging Face folder or a hub id")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(name_or_path, **source)
+        if config.is_encoder_decoder:
+            raise ValueError(f"{name_or_path} is an encoder-decoder model; only decoder-only models can be split")
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **source).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+        if adapter is not None and split_layer is None:
+            split_layer = read_manifest(adapter).split_layer
+        if isinstance(drafter, str):
+            drafter = DrafterConfig(kind=drafter, lora_rank=lora_rank, lora_alpha=float(lora_rank))
+        return cls(
+            model, tokenizer, split_layer=1 if split_layer is None else split_layer, drafter=drafter, adapter=adapter,
+            **options,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text as it is, chat messages through the model's own template, ids unchanged."""
+        if isinstance(prompt, str):
+            ids = self._need_tokenizer("text prompts")(prompt)["input_ids"]
+        elif prompt and isinstance(prompt[0], dict):
+            tokenizer = self._need_tokenizer("chat messages")
+            if tokenizer.chat_template is None:
+                raise ValueError("this model has no chat template; give the prompt as text")
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = list(prompt)
+        vocab_size, limit = self.split.vocab_size, self.max_positions
+        if not ids:
+            raise ValueError("a prompt must hold at least 1 token, got an empty one")
+        if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+            raise ValueError(f"token ids must be integers in 0..{vocab_size - 1}, got {ids[:8]}")
+        if len(ids) >= limit:
+            raise ValueError(f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}")
+        return ids
+
+    @property
+    def max_positions(self) -> int:
+        """The model's context, prompt and answer together."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
+
+    def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError(f"{what} need a tokenizer; give token ids")
+        return self.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        batch_size: int = 8,
+        learner: Learner | None = None,
+        policy: LengthPolicy | None = None,
+        keep_transitions: bool = True,
+    ) -> Iterator[GenerationResult]:
+        """Results in the order they finish, each with its prompt's index.
+
+        prompts           one prompt or many (an iterable is consumed as rows become free); see `encode`.
+        params            for all prompts, or one per prompt (then prompts must be a list of that length).
+        batch_size        rows that decode together; a finished row is replaced by the next prompt at once.
+        learner           observes every round's transitions and may step and publish between rounds.
+        policy            draft-length rule for this call; `PLAIN` decodes without drafts. Default: the speculator's.
+        keep_transitions  also collect each request's transitions in its result (only without a learner).
+        A request whose prompt and max_new_tokens exceed the model's context ends at the context, reason "length".
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        if _is_one_prompt(prompts):
+            prompts = [prompts]
+        if isinstance(params, list):
+            if not hasattr(prompts, "__len__") or len(prompts) != len(params):
+                raise ValueError(f"a list of {len(params)} params needs a list of as many prompts")
+            pairs = zip(prompts, params, strict=True)
+            representative = params
+        else:
+            representative = [params or SamplingParams()]
+            pairs = zip(prompts, itertools.repeat(representative[0]))
+        batch = DecodingBatch(
+            self._passes, self.drafter, max_rows=batch_size, capacity=0, rule=self.rule,
+            policy=policy or self._choose_policy(representative, batch_size),
+            wants_transitions=learner is not None or keep_transitions,
+            prefill_chunk=EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK,
+        )
+        return self._run(batch, pairs, learner)
+
+    def _run(
+        self, batch: DecodingBatch, pairs: Iterable[tuple[Prompt, SamplingParams]], learner: Learner | None
+    ) -> Iterator[GenerationResult]:
+        waiting = enumerate(pairs)
+        running: dict[int, tuple[int, TextStream | None, list]] = {}
+        is_exhausted = False
+        while True:
+            while batch.has_room and not is_exhausted:
+                item = next(waiting, None)
+                if item is None:
+                    is_exhausted = True
+                    break
+                index, (prompt, params) = item
+                sequence, stream = self._sequence(prompt, params)
+                experience = batch.admit(sequence)
+                running[sequence.request_id] = (index, stream, [])
+                self._teach(experience, learner, running)
+            if not batch.sequences:
+                return
+            self._teach(batch.round(), learner, running)
+            if learner is not None:
+                learner.step_if_due()
+            for sequence in batch.take_finished():
+                yield self._result(sequence, *running.pop(sequence.request_id))
+
+    def _teach(self, transitions: list, learner: Learner | None, running: dict) -> None:
+        if learner is not None:
+            learner.observe(transitions)
+        else:
+            for stretch in transitions:
+                running[stretch.request_id][2].append(stretch)
+
+    def _sequence(self, prompt: Prompt, params: SamplingParams) -> tuple[Sequence, TextStream | None]:
+        if params.stop_strings:
+            self._need_tokenizer("stop strings")
+        ids = self.encode(prompt)
+        stream = None
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, stop_strings=params.stop_strings)
+        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
+
+        def accept_token(token_id: int) -> str | None:
+            if token_id in stop_ids:
+                return "stop"
+            return "stop" if stream is not None and stream.push(token_id) else None
+
+        max_new_tokens = min(params.max_new_tokens, self.max_positions - len(ids))
+        return Sequence(next(self._request_ids), ids, params, accept_token, max_new_tokens), stream
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+    def _result(self, sequence: Sequence, index: int, stream: TextStream | None, kept: list) -> GenerationResult:
+        if stream is not None:
+            stream.close()
+        return GenerationResult(
+            index=index, request_id=sequence.request_id, text="" if stream is None else stream.text,
+            token_ids=sequence.token_ids, finish_reason=sequence.finish_reason, stats=sequence.stats,
+            drafter_version=self.drafter.version, level=self.mode if self.rule.is_lossless else "lossy",
+            transitions=kept,
+        )
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, learner: Learner | None = None
+    ) -> Iterator[str]:
+        """Pieces of one answer's text as rounds finish; never half a character, never part of a stop string."""
+        params = params or SamplingParams()
+        sequence, text = self._sequence(prompt, params)
+        self._need_tokenizer("streamed text")
+        batch = DecodingBatch(
+            self._passes, self.drafter, max_rows=1, capacity=0, policy=self._choose_policy([params], 1), rule=self.rule,
+            wants_transitions=learner is not None,
+            prefill_chunk=EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK,
+        )
+
+        def pieces() -> Iterator[str]:
+            experience = batch.admit(sequence)
+            while True:
+                if learner is not None:
+                    learner.observe(experience)
+                    learner.step_if_due()
+                if sequence.finish_reason is not None:
+                    break
+                experience = batch.round()
+                if piece := text.read():
+                    yield piece
+            text.close()
+            if piece := text.read(is_final=True):
+                yield piece
+
+        return pieces()
+
+    def _choose_policy(self, params: list[SamplingParams], batch_size: int) -> LengthPolicy:
+        """The draft-length rule. "auto" is the goodput rule only where tokens cannot depend on the lengths it picks:
+        a seeded sample should not change with the machine's speed."""
+        name = self.policy
+        if name == "auto":
+            does_length_matter = any(not p.is_greedy and p.coupling == "rejection" for p in params)
+            name = "fixed" if does_length_matter else "goodput"
+        if name == "fixed":
+            return FixedLength(self.num_draft_tokens)
+        if name == "confidence":
+            return ConfidenceStop(self.num_draft_tokens, threshold=self._confidence_threshold)
+        if batch_size not in self._goodput:
+            costs = measure_costs(self._passes, self.drafter, buckets=GOODPUT_BUCKETS, rows=(batch_size,))
+            self._goodput[batch_size] = GoodputLength(GOODPUT_BUCKETS, costs)
+        return self._goodput[batch_size]
+
+    def save_drafter(self, folder: str | Path, *, metrics: dict | None = None, config: dict | None = None) -> None:
+        """Writes the drafter as it serves now: PEFT layout, extra tensors, manifest; see `dvi.adapter_store`."""
+        save_drafter(
+            folder, self.drafter, self.split, base_model=self.model.config.name_or_path, metrics=metrics, config=config
+        )
+
+
+def _is_one_prompt(prompts: object) -> bool:
+    if isinstance(prompts, str):
+        return True
+    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (int, dict))

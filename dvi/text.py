@@ -1,0 +1,73 @@
+"""Text as it grows: token ids to pieces, without ever printing half a character, and stop strings inside a piece.
+
+Knows a tokenizer; knows nothing of models or rounds.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """The text of one growing list of token ids.
+
+    A byte-level token may hold part of a character: such text is held back until the character is complete or the
+    stream is closed. Cost per token does not grow with the text: only the ids since the last emitted piece, and that
+    piece for its context, are decoded.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_strings: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop_strings = stop_strings
+        self._context_ids: list[int] = []
+        self._pending_ids: list[int] = []
+        self._num_read = 0
+        self.text = ""
+        self.is_stopped = False
+
+    def push(self, token_id: int) -> bool:
+        """Adds one token; True when the text now contains a stop string, which has been cut off with all after it."""
+        self._pending_ids.append(token_id)
+        piece = self._decode_pending()
+        if piece and not piece.endswith(REPLACEMENT):
+            self._emit(piece)
+        return self.is_stopped
+
+    def close(self) -> None:
+        """Emits what was held back as an incomplete character."""
+        piece = self._decode_pending() if self._pending_ids and not self.is_stopped else ""
+        if piece:
+            self._emit(piece)
+
+    def read(self, *, is_final: bool = False) -> str:
+        """New text since the last read; keeps back what may yet turn out to be the beginning of a stop string."""
+        end = len(self.text)
+        if not is_final and not self.is_stopped:
+            end -= max((_overlap(self.text, stop) for stop in self._stop_strings), default=0)
+        piece, self._num_read = self.text[self._num_read : end], max(end, self._num_read)
+        return piece
+
+    def _decode_pending(self) -> str:
+        # Decoded with the previous piece in front: some tokenizers drop the space of a text's first word.
+        context = self._decode(self._context_ids)
+        return self._decode(self._context_ids + self._pending_ids)[len(context) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _emit(self, piece: str) -> None:
+        longest = max((len(stop) for stop in self._stop_strings), default=0)
+        search_from = max(len(self.text) - longest, 0)
+        self.text += piece
+        found = [self.text.find(stop, search_from) for stop in self._stop_strings]
+        if any(at >= 0 for at in found):
+            self.text = self.text[: min(at for at in found if at >= 0)]
+            self.is_stopped = True
+        self._context_ids, self._pending_ids = self._pending_ids, []
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` that `text` ends with."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

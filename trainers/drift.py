@@ -1,0 +1,58 @@
+"""Is the drafter still rising, settled, or has the traffic moved? Decided from acceptance alone.
+
+Knows acceptance rates, one per round batch; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+FAST_RATE, SLOW_RATE = 0.02, 0.002
+RISE = 0.005
+
+
+@dataclass
+class AcceptanceTrend:
+    """Two moving averages of the acceptance rate and what their gap says.
+
+    is_settled  True once the fast average has not beaten its best by 0.005 for `patience` observations.
+    A fall of the fast average to less than (1 - drop) of the slow one is drift: it unsettles and counts in num_drifts.
+    """
+
+    patience: int = 2000
+    drop: float = 0.15
+    fast: float = 0.0
+    slow: float = 0.0
+    best: float = 0.0
+    num_seen: int = 0
+    num_since_best: int = 0
+    num_drifts: int = 0
+    is_settled: bool = False
+
+    def observe(self, num_drafted: int, num_accepted: int) -> bool:
+        """Takes in one round; True when this round shows drift. Rounds without drafts say nothing."""
+        if num_drafted == 0:
+            return False
+        rate = num_accepted / num_drafted
+        self.num_seen += 1
+        # Until a window has been seen, plain means: an average that starts at 0 would look like a rise.
+        self.fast += max(FAST_RATE, 1 / self.num_seen) * (rate - self.fast)
+        self.slow += max(SLOW_RATE, 1 / self.num_seen) * (rate - self.slow)
+        if self.fast > self.best + RISE:
+            self.best, self.num_since_best = self.fast, 0
+        else:
+            self.num_since_best += 1
+        self.is_settled = self.num_since_best >= self.patience
+        is_drift = self.num_seen > 1 / FAST_RATE and self.fast < (1 - self.drop) * self.slow
+        if is_drift:
+            self.num_drifts += 1
+            self.is_settled = False
+            self.best, self.num_since_best, self.slow = self.fast, 0, self.fast
+        return is_drift
+
+    def state_dict(self) -> dict[str, float | int | bool]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, float | int | bool]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

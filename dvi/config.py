@@ -76,12 +76,14 @@ class DrafterSettings:
 class DraftSettings:
     """How many tokens are drafted in a round.
 
-    policy                "fixed"; "confidence" stops where the drafter is unsure; "goodput" weighs measured costs.
+    policy                "fixed"; "confidence" stops where the drafter is unsure; "goodput" weighs measured costs and
+                          never loses to plain decoding; "auto" is goodput where the output cannot depend on the
+                          lengths it picks, else fixed.
     num_draft_tokens      the most tokens drafted in a round, 0 decodes plainly.
     confidence_threshold  "confidence" drafts on while the largest draft probability is at least this.
     """
 
-    policy: Literal["fixed", "confidence", "goodput"] = "fixed"
+    policy: Literal["auto", "fixed", "confidence", "goodput"] = "auto"
     num_draft_tokens: Count = 4
     confidence_threshold: Share = 0.6
 
@@ -107,7 +109,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The traffic: JSONL files with keys id, domain, split and turns, or a set known to `datasets`.
+    """The traffic: JSONL files (see `dvi.traffic.read_prompts`), or a set known to `datasets`.
 
     prompts        one JSONL path or a list of them.
     dataset        a name for `datasets.load_dataset`, instead of `prompts`; its rows are read from dataset_split.
@@ -184,6 +186,19 @@ class LearningSettings:
 
 
 @dataclass(frozen=True)
+class EvalSettings:
+    """What is measured before and after, with a frozen drafter, on rows that are never trained on.
+
+    limit           held-out requests: the rows of data.prompts whose split is eval, or the first of data.dataset;
+                    0 measures nothing.
+    max_new_tokens  of each of them.
+    """
+
+    limit: Count = 24
+    max_new_tokens: PositiveCount = 64
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """What a run leaves behind, all of it in `folder`. `resume` continues from the newest checkpoint there."""
 
@@ -205,6 +220,7 @@ class TrainConfig:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: LearningSettings = field(default_factory=LearningSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
 
 

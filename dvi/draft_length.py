@@ -171,8 +171,8 @@ class GoodputLength:
     goodput(T) = (1 + sum over j = 1..T of a_0 ... a_{j-1}) / round_s(T), with a the live `AcceptanceEstimate`.
     Hysteresis: another T takes over when the present one has been beaten by more than `margin` in `patience` rounds
     running. Probing: now and then a round drafts at a bucket above the present T, each in turn, so that a drafter that
-    improved is noticed. The seconds of such rounds are at most `probe_share` of all: probes are a bounded share of
-    rounds too, and margin + probe_share bounds what is lost against the best T at steady state.
+    improved is noticed. The seconds of such rounds are at most `probe_share` of all, and so is their number: margin +
+    probe_share bounds what is lost against the best T at steady state, as far as costs and estimates are right.
     Same rule with a companion model's estimate: Speculative Verification (arXiv 2509.24328).
     """
 

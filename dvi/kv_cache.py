@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
 VISIBLE_STEP = 256  # a GPU attends over whole multiples of this many slots: few shapes, so few captured graphs
 
 
@@ -109,13 +108,15 @@ class RollbackCache:
             keys[:, :, placement.slots] = keys_BHQD
             values[:, :, placement.slots] = values_BHQD
         else:
-            row_B1 = self._row_index_B1[: keys.shape[0]]
-            keys[row_B1, :, placement.positions_BQ] = keys_BHQD.transpose(1, 2)
-            values[row_B1, :, placement.positions_BQ] = values_BHQD.transpose(1, 2)
+            # A layer of a model spread over devices need not sit where the token ids do.
+            row_B1 = self._row_index_B1[: keys.shape[0]].to(keys.device)
+            positions_BQ = placement.positions_BQ.to(keys.device)
+            keys[row_B1, :, positions_BQ] = keys_BHQD.transpose(1, 2)
+            values[row_B1, :, positions_BQ] = values_BHQD.transpose(1, 2)
         return keys[:, :, : placement.visible], values[:, :, : placement.visible]
 
     def write_stacked(self, layer: int, stacked_2HQD: Tensor, placement: Placement) -> Tensor:
-        """`write` for one row at known slots with keys and values stacked: [2, H, visible, D] in four calls, not ten."""
+        """`write` for one row at known slots, keys and values stacked: [2, H, visible, D] in four calls, not ten."""
         if layer not in self._buffers:
             self._allocate(layer, stacked_2HQD[:1], stacked_2HQD[1:])
         row_2HSD = self._stacked[layer][:, placement.rows.start]
@@ -164,7 +165,7 @@ class RollbackCache:
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Declares each row's committed length: rollback, row reuse and prefill go through here."""
-        assert len(lengths) == self.rows and 0 <= min(lengths) and max(lengths) <= self.capacity
+        assert len(lengths) == self.rows and min(lengths) >= 0 and max(lengths) <= self.capacity
         self.lengths = list(lengths)
         self.lengths_B.copy_(torch.tensor(lengths, dtype=torch.int64))
 

@@ -5,8 +5,9 @@ Ties model, tokenizer, split, drafter and rounds together; sees training only as
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -127,8 +128,11 @@ class SelfSpeculator:
             **options,
         )
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text as it is, chat messages through the model's own template, ids unchanged."""
+    def encode(self, prompt: Prompt, *, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a prompt: text as it is, chat messages through the model's own template, ids unchanged.
+
+        max_tokens: a longer prompt loses its beginning; by default it is refused when it fills the model's context.
+        """
         if isinstance(prompt, str):
             ids = self._need_tokenizer("text prompts")(prompt)["input_ids"]
         elif prompt and isinstance(prompt[0], dict):
@@ -144,6 +148,8 @@ class SelfSpeculator:
             raise ValueError("a prompt must hold at least 1 token, got an empty one")
         if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
             raise ValueError(f"token ids must be integers in 0..{vocab_size - 1}, got {ids[:8]}")
+        if max_tokens is not None:
+            ids = ids[-max_tokens:]
         if len(ids) >= limit:
             raise ValueError(f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}")
         return ids
@@ -171,7 +177,9 @@ class SelfSpeculator:
         """Results in the order they finish, each with its prompt's index.
 
         prompts           one prompt or many (an iterable is consumed as rows become free); see `encode`.
-        params            for all prompts, or one per prompt (then prompts must be a list of that length).
+        params            for all prompts, or one per prompt (then prompts must be a list of that length). Given once,
+                          prompt i draws with seed + i: requests that shared a seed would share their draws, and a
+                          learner that saw one of them would be no longer independent of the other's.
         batch_size        rows that decode together; a finished row is replaced by the next prompt at once.
         learner           observes every round's transitions and may step and publish between rounds.
         policy            draft-length rule for this call; `PLAIN` decodes without drafts. Default: the speculator's.
@@ -188,8 +196,9 @@ class SelfSpeculator:
             pairs = zip(prompts, params, strict=True)
             representative = params
         else:
-            representative = [params or SamplingParams()]
-            pairs = zip(prompts, itertools.repeat(representative[0]))
+            shared = params or SamplingParams()
+            representative = [shared]
+            pairs = ((p, dataclasses.replace(shared, seed=shared.seed + i)) for i, p in enumerate(prompts))
         batch = DecodingBatch(
             self._passes, self.drafter, max_rows=batch_size, capacity=0, rule=self.rule,
             policy=policy or self._choose_policy(representative, batch_size),
@@ -264,8 +273,11 @@ class SelfSpeculator:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, learner: Learner | None = None
-    ) -> Iterator[str]:
-        """Pieces of one answer's text as rounds finish; never half a character, never part of a stop string."""
+    ) -> Generator[str, None, GenerationResult]:
+        """Pieces of one answer's text as rounds finish; never half a character, never part of a stop string.
+
+        The generator's return value, as of `result = yield from speculator.stream(...)`, is the whole result.
+        """
         params = params or SamplingParams()
         sequence, text = self._sequence(prompt, params)
         self._need_tokenizer("streamed text")
@@ -275,7 +287,7 @@ class SelfSpeculator:
             prefill_chunk=EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK,
         )
 
-        def pieces() -> Iterator[str]:
+        def pieces() -> Generator[str, None, GenerationResult]:
             experience = batch.admit(sequence)
             while True:
                 if learner is not None:
@@ -289,6 +301,8 @@ class SelfSpeculator:
             text.close()
             if piece := text.read(is_final=True):
                 yield piece
+            batch.take_finished()
+            return self._result(sequence, 0, text, [])
 
         return pieces()
 

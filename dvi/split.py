@@ -24,10 +24,10 @@ PATHS = ("auto", "views", "direct")
 SPLITTABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 SPLITTABLE_ATTENTION = ("sdpa", "eager")
 
-# Largest relative error (Frobenius, per phase) between split and plain logits that rounding explains: eager attention
-# takes its softmax in float32 whatever the dtype, and bfloat16 is off by 0.01 in 12 layers. A wrong mask, position or
+# Largest relative error (Frobenius, per phase) between split and plain logits that rounding explains: models take norms
+# and eager softmax in float32 whatever their dtype, and bfloat16 is off by 0.01 in 12 layers. A wrong mask, position or
 # layer gives 0.1 and more.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
 
 
@@ -204,6 +204,9 @@ def _refuse_unsplittable(model: PreTrainedModel) -> None:
         reason = f"its {foreign} layers keep or see more than keys and values by position, so drafts cannot be undone"
     elif getattr(model, "_is_stateful", False):
         reason = "it keeps recurrent state, so drafts cannot be undone"
+    elif "local" in (getattr(config, "attention_layers", None) or ()):
+        # GPT-Neo. The self-check cannot know: it would take a text longer than the window.
+        reason = "its local layers take the queries for the cache's last slots, which is wrong where rows differ"
     elif getattr(config, "num_kv_shared_layers", 0):
         reason = f"its last {config.num_kv_shared_layers} layers read the keys and values of earlier ones"
     elif model.get_output_embeddings() is None:

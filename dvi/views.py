@@ -68,13 +68,14 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             hook.remove()
     last = max(i for i, (key, _) in enumerate(calls) if key == lists[0])
     output, after = calls[last][1], [key for key, _ in calls[last + 1 :]]
-    width = (output[0] if isinstance(output, tuple) else output).shape[-1]
+    is_wrapped = isinstance(output, (tuple, list))
+    width = (output[0] if is_wrapped else output).shape[-1]
     if len(after) > 1 or width != head_width:
         raise ValueError(
             f"{name} cannot be split: after its last layer, {width} wide, come {after} and a head that reads "
             f"{head_width}; at most one norm of that same width is supported"
         )
-    return Anatomy(decoder, lists[0], after[0] if after else None, isinstance(output, tuple))
+    return Anatomy(decoder, lists[0], after[0] if after else None, is_wrapped)
 
 
 class ViewsPath:

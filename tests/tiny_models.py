@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, built from configs: no downloads, the same weights for the same seed.
 
-The scales are chosen so that a wrong layer, position, mask or head shows: next-token distributions are peaked, norms and
-biases are not the identity, and logit scaling, soft-capping and sliding windows (shorter than any test's text) are on.
+The scales are chosen so that a wrong layer, position, mask or head shows: next-token distributions are peaked, norms
+and biases are not the identity, and logit scaling, soft-capping and short sliding windows are on.
 """
 
 from __future__ import annotations

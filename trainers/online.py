@@ -125,7 +125,7 @@ class OnlineTrainer:
         self.accelerator.backward(total)
         grad_norm = float(self.accelerator.clip_grad_norm_(self._model.parameters(), config.clip_norm))
         skipped = None
-        if math.isfinite(float(total)) and math.isfinite(grad_norm):
+        if math.isfinite(float(total.detach())) and math.isfinite(grad_norm):
             self._optimizer.step()
             self.baseline.update(batch.reward_NT, batch.has_reward_NT)
             if not self._is_finite():

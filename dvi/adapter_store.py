@@ -1,0 +1,450 @@
+"""Drafters on disk: a PEFT adapter with a manifest, whole or not at all, and never a pickle.
+
+Knows files, tensors and which backbone a drafter fits; knows nothing of decoding or learning. A saved folder holds
+    adapter_config.json, adapter_model.safetensors   the low-rank head correction, for PEFT alone to load on any module
+                                                     with a linear layer named `draft_head`
+    drafter_extra.safetensors                        the drafter's other tensors under their state-dict names
+    dvi_manifest.json, README.md                     what it fits (`AdapterManifest`), for machines and for people
+A folder is staged beside its place, synced and renamed, so a crash leaves the old drafter or the new one.
+"""
+# D hidden, R rank, V draft vocabulary (trimmed or full).
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dvi.drafter import DrafterConfig, RmsGain, build_drafter
+
+if TYPE_CHECKING:  # reading a manifest needs no transformers, which takes seconds to import
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from dvi.split import SplitModel
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "dvi_manifest.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+EXTRA_FILE = "drafter_extra.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+MAX_HEADER_BYTES = 1 << 20  # a drafter has some ten tensors; a longer safetensors header is an attack or damage
+
+TENSOR_FILES = (ADAPTER_FILE, EXTRA_FILE)
+TOKEN_IDS = "draft_head.draft_token_ids_V"
+PEFT_NAMES = {f"draft_head.{name}": f"base_model.model.draft_head.{name}.weight" for name in ("lora_A", "lora_B")}
+
+
+@dataclass(frozen=True)
+class AdapterManifest:
+    """What a saved drafter is and which backbone it fits.
+
+    drafter           its shape; drafter_version counts publishes.
+    base_model        hub id or path as the user gave it; base_revision the hub's commit, where it is known.
+    head_fingerprint  SHA-256 of the head the drafter corrects, which depends on dtype, the backbone's.
+    sha256            of each tensor file, by name.
+    metrics, config   whatever the run wants remembered.
+    created           ISO 8601, UTC. software: versions by package name.
+    """
+
+    format_version: int
+    drafter: DrafterConfig
+    drafter_version: int
+    base_model: str
+    base_revision: str | None
+    architecture: str
+    dtype: str
+    head_fingerprint: str
+    split_layer: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    sha256: dict[str, str]
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    created: str
+    software: dict[str, str | None]
+
+
+def save_drafter(
+    folder: str | Path, drafter: nn.Module, split: SplitModel, *,
+    base_model: str, metrics: dict[str, Any] | None = None, config: dict[str, Any] | None = None,
+) -> None:
+    """Writes the drafter to `folder`, in place of a drafter saved there before. One writer at a time.
+
+    Raises ValueError when `folder` holds files that this would delete, OSError when the disk refuses; what was there
+    then stays as it was.
+    """
+    from peft import LoraConfig  # seconds to import, and only saving needs it
+
+    tensors = drafter.state_dict()
+    with staged_folder(folder) as staging:
+        write_tensors(staging / ADAPTER_FILE, {PEFT_NAMES[name]: tensors.pop(name) for name in PEFT_NAMES})
+        write_tensors(staging / EXTRA_FILE, tensors)
+        LoraConfig(
+            r=drafter.config.lora_rank, lora_alpha=drafter.config.lora_alpha, target_modules=["draft_head"],
+            base_model_name_or_path=base_model, inference_mode=True,
+        ).save_pretrained(staging)
+        manifest = AdapterManifest(
+            format_version=FORMAT_VERSION,
+            drafter=drafter.config,
+            drafter_version=drafter.version,
+            base_model=base_model,
+            base_revision=getattr(split.model.config, "_commit_hash", None),
+            **_backbone_facts(split),
+            sha256={name: sha256_of((staging / name).read_bytes()) for name in TENSOR_FILES},
+            metrics=metrics or {},
+            config=config or {},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            software={name: _version(name) for name in ("dvi", "torch", "transformers", "peft")},
+        )
+        (staging / MANIFEST_FILE).write_bytes(TypeAdapter(AdapterManifest).dump_json(manifest, indent=2) + b"\n")
+        (staging / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+
+
+def load_drafter(folder: str | Path, split: SplitModel) -> nn.Module:
+    """The drafter saved in `folder`, published at its saved version, beside the backbone it was trained on.
+
+    Raises ValueError, with the reason and the remedy, when anything is missing, damaged, unsafe, not finite or made
+    for another backbone.
+    """
+    folder = surviving_folder(folder)
+    manifest = read_manifest(folder)
+    _check_backbone(manifest, split, folder)
+    tensors = {name: tensor for file in TENSOR_FILES for name, tensor in _read_tensors(folder / file, manifest).items()}
+    for name, peft_name in PEFT_NAMES.items():
+        if peft_name in tensors:
+            tensors[name] = tensors.pop(peft_name)
+    _check_claimed_sizes(tensors, manifest.drafter, folder)
+    token_ids_V = tensors.get(TOKEN_IDS)
+    if token_ids_V is not None:
+        _check_token_ids(token_ids_V, split.vocab_size, folder)
+        token_ids_V = token_ids_V.to(split.device)
+    drafter = build_drafter(split, manifest.drafter, draft_token_ids_V=token_ids_V)
+    _check_tensors(tensors, drafter.state_dict(), folder)
+    drafter.load_state_dict(tensors)
+    drafter.publish(drafter, manifest.drafter_version)
+    return drafter
+
+
+def read_manifest(folder: str | Path) -> AdapterManifest:
+    """What the drafter saved in `folder` is. Raises ValueError when there is none, or one that must not be loaded."""
+    folder = surviving_folder(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no adapter folder {folder}; give the folder that a drafter was saved to")
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            raise ValueError(f"{path} may be a pickle, which runs any code when loaded; keep safetensors files only")
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, so nothing tells what the drafter fits; save it with save_drafter")
+    text = path.read_bytes()
+    try:
+        fields = from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); save the drafter again") from error
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {version!r}, this dvi reads {FORMAT_VERSION}; use the dvi that wrote it")
+    try:
+        return TypeAdapter(AdapterManifest).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is not valid: {where}: {first['msg']}; save the drafter again") from error
+
+
+def export_standalone(
+    folder: str | Path, drafter: nn.Module, split: SplitModel, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Writes the shallow layers, the drafter's norm and its merged head as an ordinary Hugging Face checkpoint.
+
+    `AutoModelForCausalLM` loads it without this library, for `generate(assistant_model=...)` or any server that takes
+    a draft model. The vocabulary is the full one: tokens that a trimmed drafter cannot draft keep the frozen rows.
+    Raises ValueError for drafters that read the verifier's state, for split_layer 0, when `folder` is not empty, and
+    when the first layers as a model of their own do not give the drafter's logits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if drafter.config.kind != "lora_head":
+        raise ValueError(
+            f"drafter kind must be lora_head for a standalone model, got {drafter.config.kind!r}: it reads the "
+            "verifier's hidden state, so it needs this runtime; share it with save_drafter instead"
+        )
+    if split.split_layer == 0:
+        raise ValueError("split_layer must be >= 1 for a standalone model, got 0: a model needs a layer; try 1")
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} must be a new or an empty folder for a standalone model; choose another")
+    model = AutoModelForCausalLM.from_config(_shallow_config(split.model.config, split), dtype=split.dtype)
+    source = split.model.state_dict()
+    model.load_state_dict({name: source[name] for name in model.state_dict()})  # layer i keeps its name
+    for name, module in split.model.named_modules():
+        if module is split.final_norm:
+            _copy_norm(drafter.norm, model.get_submodule(name))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(_merged_head(drafter, split))
+    _check_standalone(model.eval(), drafter, split)
+    with staged_folder(folder) as staging:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+
+
+def _shallow_config(config: PretrainedConfig, split: SplitModel) -> PretrainedConfig:
+    """The model's config for its first layers: whatever it lists per layer is cut, the head is no longer tied."""
+    fields = copy.deepcopy(config.to_dict())
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) == split.num_layers and not name.endswith("token_id"):
+            fields[name] = value[: split.split_layer]
+    fields |= {"num_hidden_layers": split.split_layer, "tie_word_embeddings": False}
+    return type(config).from_dict(fields)
+
+
+@torch.no_grad()
+def _copy_norm(drafter_norm: nn.Module, norm: nn.Module) -> None:
+    """Gives `norm`, of the base's own class, the drafter's values. Raises ValueError when it cannot hold them."""
+    if not isinstance(drafter_norm, RmsGain):
+        norm.load_state_dict(drafter_norm.state_dict())
+        return
+    gain_D = drafter_norm.gain.cpu()
+    trial = copy.deepcopy(norm).float()
+    probe_ND = torch.linspace(-2.0, 3.0, 2 * gain_D.shape[0]).view(2, -1)
+    expected = copy.deepcopy(drafter_norm).cpu()(probe_ND)
+    for weight_D in (gain_D, gain_D - 1.0):  # Gemma stores gain - 1
+        trial.weight.copy_(weight_D)
+        if torch.allclose(trial(probe_ND), expected, rtol=1e-5, atol=1e-6):
+            norm.weight.copy_(weight_D)
+            return
+    raise ValueError(f"{type(norm).__name__} holds neither the drafter's gain nor gain - 1; share it with save_drafter")
+
+
+def _merged_head(drafter: nn.Module, split: SplitModel) -> Tensor:
+    """[V, D] float32: a copy of the frozen head with the drafter's correction added to the rows it can draft."""
+    head = drafter.draft_head
+    merged_VD = split.head_weight_VD.detach().to(torch.float32, copy=True)
+    correction_VD = head.scaling * (head.lora_B.detach() @ head.lora_A.detach())
+    rows = slice(None) if head.draft_token_ids_V is None else head.draft_token_ids_V
+    merged_VD[rows] += correction_VD
+    return merged_VD
+
+
+@torch.no_grad()
+def _check_standalone(model: nn.Module, drafter: nn.Module, split: SplitModel) -> None:
+    # Some models nest their config, or scale layers by how many there are: their first layers make no model.
+    token_ids_BQ = torch.randint(split.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
+    cache = split.make_cache(1, 8)
+    hidden_BQD = split.shallow(token_ids_BQ.to(split.device), cache, cache.place(offset=0, width=8))
+    expected_BQV = drafter(hidden_BQD, hidden_BQD[:, 0])  # a lora_head drafter ignores the anchor
+    logits_BQV = drafter.draft_head.gather_logits(model(input_ids=token_ids_BQ).logits.to(expected_BQV.device))
+    error = ((logits_BQV - expected_BQV).norm() / expected_BQV.norm()).item()
+    tolerance = 0.1 if split.dtype.itemsize == 2 else 1e-3  # what rounding explains, as in SplitModel's own check
+    if not error <= tolerance:
+        raise ValueError(
+            f"the first {split.split_layer} layers of {type(split.model).__name__} do not draft alone: their logits "
+            f"miss the drafter's by a relative error of {error:.1e}, at most {tolerance:.0e}; use save_drafter instead"
+        )
+
+
+def _backbone_facts(split: SplitModel) -> dict[str, Any]:
+    """What must be equal for a drafter to fit: the manifest's fields about the backbone."""
+    return {
+        "architecture": type(split.model).__name__,
+        "num_layers": split.num_layers,
+        "hidden_size": split.hidden_size,
+        "vocab_size": split.vocab_size,
+        "split_layer": split.split_layer,
+        "dtype": str(split.dtype).removeprefix("torch."),
+        "head_fingerprint": split.head_fingerprint(),
+    }
+
+
+def _check_backbone(manifest: AdapterManifest, split: SplitModel, folder: Path) -> None:
+    for name, found in _backbone_facts(split).items():
+        wanted = getattr(manifest, name)
+        if found != wanted:
+            revision = f" at revision {manifest.base_revision}" if manifest.base_revision else ""
+            raise ValueError(
+                f"{folder} was trained with {name} {wanted!r}, this model has {found!r}; load {manifest.base_model}"
+                f"{revision} with split_layer={manifest.split_layer} in {manifest.dtype}, or train a new drafter"
+            )
+
+
+def _read_tensors(path: Path, manifest: AdapterManifest) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy the whole folder again")
+    # Read once: what is hashed is what is parsed, and a file cut short under a memory map would kill the process.
+    content = path.read_bytes()
+    wanted, found = manifest.sha256.get(path.name), sha256_of(content)
+    if found != wanted:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {found}, the manifest says {wanted}; copy it again")
+    header_bytes = int.from_bytes(content[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"{path} must have a header of <= {MAX_HEADER_BYTES} bytes, got {header_bytes}; do not use it")
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); do not use it") from error
+
+
+def _check_claimed_sizes(tensors: dict[str, Tensor], config: DrafterConfig, folder: Path) -> None:
+    # Before anything is built: a manifest that lies about sizes must not make us allocate them.
+    sizes = {"draft_head.lora_A": ("lora_rank", config.lora_rank)}
+    if config.kind != "lora_head":
+        sizes["from_hidden.weight"] = ("anchor_hidden", config.anchor_hidden)
+    for name, (setting, size) in sizes.items():
+        shape = list(tensors[name].shape) if name in tensors else None
+        if not shape or shape[0] != size:
+            raise ValueError(f"{folder}: {name} must have {setting}={size} rows, got shape {shape}; do not use it")
+
+
+def _check_token_ids(token_ids_V: Tensor, vocab_size: int, folder: Path) -> None:
+    is_list = token_ids_V.dtype == torch.int64 and token_ids_V.dim() == 1 and len(token_ids_V) > 0
+    if not is_list or not (token_ids_V.diff() > 0).all() or token_ids_V[0] < 0 or token_ids_V[-1] >= vocab_size:
+        raise ValueError(f"{folder}: {TOKEN_IDS} must be ascending int64 ids in 0..{vocab_size - 1}; do not use it")
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:
+    if tensors.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        raise ValueError(f"{folder} must hold this drafter's tensors and no others; missing {missing}, extra {extra}")
+    for name, tensor in tensors.items():
+        wanted, found = (f"{t.dtype} {list(t.shape)}" for t in (expected[name], tensor))
+        if found != wanted:
+            raise ValueError(f"{folder}: {name} must be {wanted}, got {found}; do not use it")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {name} holds NaN or infinity; use one saved before its training diverged")
+
+
+def _model_card(manifest: AdapterManifest) -> str:
+    base, drafter = json.dumps(manifest.base_model), manifest.drafter  # JSON strings are also YAML's and Python's
+    metrics = "".join(f"| {name} | {value} |\n" for name, value in manifest.metrics.items())
+    table = f"\n| metric | value |\n|---|---|\n{metrics}" if metrics else ""
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [dvi, speculative-decoding]
+---
+# A DVI drafter for {manifest.base_model}
+
+It drafts tokens from layer {manifest.split_layer} of {manifest.num_layers} for the other layers to verify, so it
+changes how fast the model decodes, not what. Made for {manifest.architecture} in {manifest.dtype}, revision
+{manifest.base_revision or "not recorded"}.
+
+```python
+from dvi import SelfSpeculator
+
+speculator = SelfSpeculator.from_pretrained({base}, split_layer={manifest.split_layer}, adapter="this folder")
+```
+
+Kind `{drafter.kind}`, rank {drafter.lora_rank}, version {manifest.drafter_version}, saved {manifest.created}.
+`{MANIFEST_FILE}` says what it was trained on and how. The low-rank head correction alone is a PEFT adapter for a
+linear layer named `draft_head`.
+{table}"""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return None
+
+
+# Durable folders
+
+
+@contextmanager
+def staged_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place, whole and synced, when the block ends without an error.
+
+    Files get the permissions that the umask gives. A crash at any point leaves `surviving_folder(folder)` old or new.
+    Raises ValueError when the old folder has an entry that the new one has not, OSError when the disk refuses.
+    """
+    folder = Path(folder).resolve()  # a link to a folder stays a link
+    staging, previous = folder.with_name(f".{folder.name}.staging"), _previous(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove(staging)
+    staging.mkdir()
+    try:
+        yield staging
+        orphans = sorted(_entries(folder) - _entries(staging))
+        if orphans:
+            raise ValueError(f"{folder} holds {', '.join(orphans)}, which saving would delete; save to another folder")
+        file_mode = staging.stat().st_mode & 0o666
+        for path in staging.rglob("*"):
+            if path.is_file():
+                path.chmod(file_mode)  # safetensors makes files that only their owner can read
+            sync(path)
+        sync(staging)
+        if folder.exists():
+            _remove(previous)
+            os.rename(folder, previous)
+        os.rename(staging, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not folder.exists() and previous.exists():
+            os.rename(previous, folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def surviving_folder(folder: str | Path) -> Path:
+    """`folder`, or its predecessor when a crash came just between their renames."""
+    folder = Path(folder).resolve()
+    previous = _previous(folder)
+    return previous if previous.exists() and not folder.exists() else folder
+
+
+def _entries(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Waits until the file, or the list of names in the folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file; tensors that share memory are written apart. Raises OSError when the disk refuses."""
+    separate, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    try:
+        safetensors.torch.save_file(separate, path)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

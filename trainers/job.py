@@ -1,0 +1,366 @@
+"""The main job: serve a stream of prompts with a drafter that learns from it, and leave behind what was learnt.
+
+The one place where serving and training meet. Knows settings, traffic, a speculator, a trainer and files; every piece
+of arithmetic is theirs. A run's folder holds config.yaml, provenance.json, metrics.jsonl, tensorboard/, checkpoints/,
+and at the end acceptance.png, drafter/ and summary.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dvi.adapter_store import load_drafter
+from dvi.config import TrainConfig, load_config, write_provenance
+from dvi.drafter import DrafterConfig
+from dvi.records import GenerationResult, SamplingParams, Transitions, UpdateReport
+from dvi.speculator import SelfSpeculator
+from dvi.telemetry import METRICS_FILE, MetricsWriter, plot_acceptance, read_metrics
+from dvi.traffic import Messages, NoPromptsError, as_text, read_dataset, read_prompts
+from trainers.checkpoint import CheckpointStore
+from trainers.evaluation import Measurement, SpeedProbe, drafts_alike, measure
+from trainers.online import OnlineTrainer
+from trainers.progress import RunDisplay, comparison_table
+
+CHECKPOINTS, DRAFTER, PICTURE, SUMMARY = "checkpoints", "drafter", "acceptance.png", "summary.json"
+NUM_RELOAD_PROMPTS = 3
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; raised between rounds."""
+
+
+def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
+    """Runs the job to its end, or to SIGINT or SIGTERM, and returns its summary (what summary.json holds).
+
+    summary["status"] is "done" or "interrupted"; an interrupted run has saved a checkpoint and goes on with
+    output.resume=true from the last finished request.
+    Raises ValueError for settings that do not fit together, a bad prompt row, and a folder that already holds a run.
+    """
+    folder = Path(config.output.folder)
+    if config.model.num_threads:
+        torch.set_num_threads(config.model.num_threads)
+    speculator = build_speculator(config)
+    with CheckpointStore(folder / CHECKPOINTS) as store:
+        saved = store.load_latest()
+        if saved is not None and not config.output.resume:
+            raise ValueError(
+                f"output.folder {folder} already holds a run; output.resume=true continues it, another folder "
+                "starts afresh"
+            )
+        if saved is not None:
+            _check_same_run(config, folder)
+        elif config.output.resume:
+            console.print(f"nothing to resume in {folder}: starting afresh")
+        write_provenance(folder, config)
+        job = _Job(config, speculator, store, console)
+        if saved is not None:
+            job.load_state_dict(saved[0])
+        return job.run()
+
+
+def build_speculator(config: TrainConfig) -> SelfSpeculator:
+    """The speculator of these settings, its drafter untrained or as drafter.adapter has it."""
+    model, drafter, draft = config.model, config.drafter, config.draft
+    shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
+    return SelfSpeculator.from_pretrained(
+        model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
+        device=model.device, adapter=drafter.adapter, mode=model.mode, path=model.path_kind, policy=draft.policy,
+        num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
+        seed=config.train.seed,
+    )
+
+
+class TrafficPosition:
+    """Which requests are done: all before first_open, and those of done_ahead, which overtook it in a batch."""
+
+    def __init__(self, first_open: int = 0, done_ahead: Iterable[int] = ()) -> None:
+        self.first_open, self.done_ahead = first_open, set(done_ahead)
+
+    @property
+    def num_done(self) -> int:
+        return self.first_open + len(self.done_ahead)
+
+    def finish(self, index: int) -> None:
+        self.done_ahead.add(index)
+        while self.first_open in self.done_ahead:
+            self.done_ahead.remove(self.first_open)
+            self.first_open += 1
+
+    def open_requests(self, traffic: Iterable[Messages]) -> Iterator[tuple[int, Messages]]:
+        """(index, prompt) of what was not done when this was called."""
+        first_open, done_ahead = self.first_open, frozenset(self.done_ahead)
+        return ((i, p) for i, p in enumerate(traffic) if i >= first_open and i not in done_ahead)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt of the traffic: its place there, its token ids, and whether they had to lose their beginning."""
+
+    index: int
+    token_ids: list[int]
+    is_cut: bool
+
+
+class _Job:
+    def __init__(
+        self, config: TrainConfig, speculator: SelfSpeculator, store: CheckpointStore, console: Console
+    ) -> None:
+        self.config, self.speculator, self.store, self.console = config, speculator, store, console
+        self.folder = Path(config.output.folder)
+        self.params = SamplingParams(**dataclasses.asdict(config.sampling))
+        self.eval_params = dataclasses.replace(self.params, max_new_tokens=config.eval.max_new_tokens)
+        self.trainer = OnlineTrainer(speculator, config.train) if config.train.enabled else None
+        self.traffic, held_out = read_traffic(config)
+        self.held_out = [self._request(0, messages).token_ids for messages in held_out]
+        self.position = TrafficPosition()
+        self.before: Measurement | None = None
+        self.num_tokens = self.num_cut = self.num_metrics_bytes = 0
+        self.serving_s = 0.0
+
+    # Saving
+
+    def state_dict(self) -> dict[str, object]:
+        """What a resumed run needs besides its settings."""
+        return {
+            "trainer": None if self.trainer is None else self.trainer.state_dict(),
+            "first_open": self.position.first_open,
+            "done_ahead": sorted(self.position.done_ahead),
+            "before": None if self.before is None else dataclasses.asdict(self.before),
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        if self.trainer is not None and state["trainer"] is not None:
+            self.trainer.load_state_dict(state["trainer"])
+        self.position = TrafficPosition(state["first_open"], state["done_ahead"])
+        self.before = None if state["before"] is None else Measurement(**state["before"])
+        for name, value in state["counts"].items():
+            setattr(self, name, value)
+        # Events after the checkpoint belong to requests that will be served again.
+        os.truncate(self.folder / METRICS_FILE, self.num_metrics_bytes)
+
+    def _save(self) -> Path:
+        self.num_metrics_bytes = (self.folder / METRICS_FILE).stat().st_size
+        return self.store.save(self.state_dict(), self.position.num_done)
+
+    # Running
+
+    def run(self) -> dict[str, object]:
+        """Measures, serves, saves, and if nobody interrupted it measures again and saves the drafter."""
+        start_s, interruption = time.perf_counter(), None
+        metrics = MetricsWriter(self.folder, tensorboard=self.config.output.tensorboard)
+        try:
+            with Signals() as signals:
+                if self.before is None and self.held_out:
+                    self.console.print(f"measuring the drafter as it is on {len(self.held_out)} held-out requests")
+                    self.before = self._measure()
+                try:
+                    self._serve(metrics, signals)
+                except Interrupted:
+                    interruption = signals.received
+                checkpoint = self._save()
+        finally:
+            metrics.close()
+        summary: dict[str, object] = {
+            "status": "done" if interruption is None else "interrupted", "signal": interruption,
+            "folder": str(self.folder), "checkpoint": str(checkpoint), "level": self.config.model.mode,
+            "requests": self.position.num_done, "cut_prompts": self.num_cut, "tokens": self.num_tokens,
+            "serving_s": round(self.serving_s, 2), "drafter_version": self.speculator.drafter.version,
+            "before": None if self.before is None else dataclasses.asdict(self.before),
+        }  # fmt: skip
+        if self.trainer is not None:
+            summary |= {"steps": self.trainer.num_steps, "train_s": round(self.trainer.train_s, 2)}
+        if interruption is None:
+            summary |= self._conclude()
+        else:
+            self.console.print(f"interrupted after {self.position.num_done} requests; output.resume=true goes on")
+        summary["seconds"] = round(time.perf_counter() - start_s, 2)
+        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return summary
+
+    def _serve(self, metrics: MetricsWriter, signals: Signals) -> None:
+        batch_size = self.config.data.batch_size
+        num_requests = len(self.traffic) if isinstance(self.traffic, list) else None
+        learner = JobLearner(self.trainer, metrics, signals)
+        probe = SpeedProbe(self.speculator, self.params, batch_size=batch_size)
+        admitted: list[Request | None] = []
+
+        def waiting() -> Iterator[list[int]]:
+            for index, messages in self.position.open_requests(self.traffic):
+                admitted.append(self._request(index, messages))
+                yield admitted[-1].token_ids
+
+        # A resumed run draws with the seeds that it would have come to.
+        params = dataclasses.replace(self.params, seed=self.params.seed + self.position.num_done)
+        saved_s = last_s = time.monotonic()
+        with RunDisplay(self.console, num_requests=num_requests, num_done=self.position.num_done) as display:
+            for result in self.speculator.generate(waiting(), params, batch_size=batch_size, learner=learner):
+                self.serving_s += time.monotonic() - last_s
+                request, admitted[result.index] = admitted[result.index], None
+                self._record(request, result, metrics)
+                probe.observe(request.token_ids, result)
+                display.finish_request(
+                    result.stats, learner.last_report, speed_up=probe.speed_up, drafter_version=result.drafter_version
+                )
+                last_s = time.monotonic()
+                if last_s - saved_s >= self.config.output.checkpoint_every_s:
+                    self._save()
+                    saved_s = last_s = time.monotonic()
+
+    def _record(self, request: Request, result: GenerationResult, metrics: MetricsWriter) -> None:
+        stats = result.stats
+        self.position.finish(request.index)
+        self.num_tokens += stats.new_tokens
+        self.num_cut += request.is_cut
+        if self.trainer is not None:
+            self.trainer.replay.end(result.request_id)
+        metrics.write(
+            "request", index=request.index, tokens_seen=self.num_tokens, new_tokens=stats.new_tokens,
+            prompt_tokens=stats.prompt_tokens, rounds=stats.num_rounds, drafted=stats.num_drafted,
+            accepted=stats.num_accepted, acceptance=stats.acceptance_rate,
+            mean_accepted_tokens=stats.mean_accepted_tokens, tokens_per_s=stats.decode_tokens_per_s,
+            drafter_version=result.drafter_version, finish_reason=result.finish_reason, level=result.level,
+        )  # fmt: skip
+
+    def _conclude(self) -> dict[str, object]:
+        """Measures, draws, saves the drafter and reloads it."""
+        after = None
+        if self.before is not None:
+            after = self._measure()
+            self.console.print(comparison_table(self.before, after))
+        plot_acceptance(read_metrics(self.folder / METRICS_FILE), self.folder / PICTURE)
+        metrics = None if after is None else dataclasses.asdict(after)
+        self.speculator.save_drafter(self.folder / DRAFTER, metrics=metrics, config=dataclasses.asdict(self.config))
+        reloaded = load_drafter(self.folder / DRAFTER, self.speculator.split)
+        traffic = (self._request(0, messages).token_ids for messages in self.traffic)
+        is_alike = drafts_alike(
+            self.speculator, reloaded, list(itertools.islice(self.held_out or traffic, NUM_RELOAD_PROMPTS)),
+            self.eval_params, num_draft_tokens=self.config.draft.num_draft_tokens,
+        )
+        verdict = "drafts the same" if is_alike else "DRAFTS OTHERWISE"
+        self.console.print(f"drafter saved in {self.folder / DRAFTER}; reloaded, it {verdict}")
+        return {
+            "after": metrics, "drafter": str(self.folder / DRAFTER), "reloads_alike": is_alike,
+            "picture": str(self.folder / PICTURE),
+        }  # fmt: skip
+
+    def _measure(self) -> Measurement:
+        return measure(
+            self.speculator, self.held_out, self.eval_params, num_draft_tokens=self.config.draft.num_draft_tokens
+        )
+
+    def _request(self, index: int, messages: Messages) -> Request:
+        """The prompt's last tokens, as many as leave room for an answer."""
+        tokenizer, context = self.speculator.tokenizer, self.speculator.max_positions
+        longest = max(self.params.max_new_tokens, self.eval_params.max_new_tokens)
+        room = context - longest - 1
+        if room < 1:
+            raise ValueError(
+                f"max_new_tokens, of sampling and of eval, must be at most {context - 2} for the model's context of "
+                f"{context}, got {longest}; try {context // 2}"
+            )
+        prompt = messages if tokenizer.chat_template is not None else as_text(messages)
+        ids = self.speculator.encode(prompt, max_tokens=room + 1)  # one more tells a longer prompt from one that fits
+        return Request(index, ids[-room:], is_cut=len(ids) > room)
+
+
+_COUNTS = ("num_tokens", "num_cut", "num_metrics_bytes", "serving_s")
+
+
+class JobLearner:
+    """The trainer as serving sees it, with its updates written down; ends the serving between rounds on a signal."""
+
+    def __init__(self, trainer: OnlineTrainer | None, metrics: MetricsWriter, signals: Signals) -> None:
+        """trainer None: serves without learning."""
+        self._trainer, self._metrics, self._signals = trainer, metrics, signals
+        self.last_report: UpdateReport | None = None
+
+    def observe(self, transitions: list[Transitions]) -> None:
+        if self._trainer is not None:
+            self._trainer.observe(transitions)
+
+    def step_if_due(self) -> UpdateReport | None:
+        report = None if self._trainer is None else self._trainer.step_if_due()
+        if report is not None:
+            self.last_report = report
+            self._metrics.write("update", **dataclasses.asdict(report))
+        if self._signals.received is not None:
+            raise Interrupted
+        return report
+
+
+class Signals:
+    """While entered, the first SIGINT or SIGTERM is only noted in `received`; a second one acts as ever."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received = number
+        self.__exit__()
+
+
+def read_traffic(config: TrainConfig) -> tuple[Iterable[Messages], list[Messages]]:
+    """The requests to serve (a list where their number is known) and the held-out ones.
+
+    Raises ValueError when no traffic is named, or what `dvi.traffic` raises.
+    """
+    data, limit = config.data, config.eval.limit
+    order = {"shuffle_seed": data.shuffle_seed, "epochs": data.epochs}
+    if data.dataset is not None:
+        source = {"split": data.dataset_split, "field": data.text_field}
+        held_out = list(read_dataset(data.dataset, limit=limit, **source)) if limit else []
+        return DatasetTraffic(data.dataset, {"skip": limit, "limit": data.limit} | source | order), held_out
+    if not data.prompts:
+        raise ValueError("data.prompts or data.dataset must name the traffic; configs/demo/prompts.jsonl is a small one")
+    traffic = read_prompts(data.prompts, split=data.split, domains=data.domains, limit=data.limit, **order)
+    if not limit or data.split == "eval":
+        return traffic, []
+    try:
+        return traffic, read_prompts(data.prompts, split="eval", domains=data.domains, limit=limit)
+    except NoPromptsError:
+        return traffic, []
+
+
+class DatasetTraffic:
+    """A streamed dataset that can be read from its start more than once."""
+
+    def __init__(self, name: str, options: dict[str, object]) -> None:
+        self._name, self._options = name, options
+
+    def __iter__(self) -> Iterator[Messages]:
+        return read_dataset(self._name, **self._options)
+
+
+def _check_same_run(config: TrainConfig, folder: Path) -> None:
+    """Raises ValueError when the run in the folder had another model, drafter or traffic."""
+    earlier = load_config(folder / "config.yaml")
+    for section in ("model", "drafter", "data"):
+        now, then = (dataclasses.asdict(getattr(c, section)) for c in (config, earlier))
+        for key in now.keys() - {"device", "num_threads"}:
+            if now[key] != then[key]:
+                raise ValueError(
+                    f"{section}.{key} must be {then[key]!r} to resume the run in {folder}, got {now[key]!r}; "
+                    "another output.folder starts afresh"
+                )

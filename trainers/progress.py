@@ -1,0 +1,96 @@
+"""What a person sees of a run: a progress bar on a terminal, a line every ten seconds elsewhere, a table at the end.
+
+Knows figures and a console; computes only sums over the newest requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dvi.records import RoundStats, UpdateReport
+from trainers.evaluation import Measurement
+
+SECONDS_PER_LINE = 10.0
+WINDOW = 50  # newest requests that the shown acceptance is of
+
+
+class RunDisplay:
+    """Context manager around a run's traffic. num_requests is None when nobody knows how many will come."""
+
+    def __init__(self, console: Console, *, num_requests: int | None, num_done: int) -> None:
+        self._console = console
+        self._window: deque[RoundStats] = deque(maxlen=WINDOW)
+        self._num_requests, self._num_done, self._num_tokens = num_requests, num_done, 0
+        self._last_line_s = time.monotonic()
+        self._progress = Progress(
+            TextColumn("serving"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"), console=console, disable=not console.is_terminal, transient=True,
+        )
+        self._task = self._progress.add_task("", total=num_requests, completed=num_done, figures="")
+
+    def __enter__(self) -> RunDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def finish_request(
+        self, stats: RoundStats, report: UpdateReport | None, *, speed_up: float | None, drafter_version: int
+    ) -> None:
+        """Shows the run after one more request. report: the newest update; speed_up: against plain decoding."""
+        self._window.append(stats)
+        self._num_done += 1
+        self._num_tokens += stats.new_tokens
+        recent = RoundStats()
+        for one in self._window:
+            recent.add(one)
+        figures = [
+            f"{self._num_tokens} tokens",
+            f"acceptance {recent.acceptance_rate:.2f}",
+            f"MAT {recent.mean_accepted_tokens:.2f}",
+        ]
+        if speed_up is not None:
+            figures.append(f"{speed_up:.2f}x plain")
+        if report is not None:
+            losses = " ".join(f"{name} {value:.3f}" for name, value in report.losses.items() if _counts(report, name))
+            figures.append(f"{report.phase} step {report.step}: {losses}")
+        figures.append(f"drafter v{drafter_version}")
+        text = ", ".join(figures)
+        self._progress.update(self._task, completed=self._num_done, figures=text)
+        if not self._console.is_terminal and time.monotonic() - self._last_line_s >= SECONDS_PER_LINE:
+            self._last_line_s = time.monotonic()
+            of = "" if self._num_requests is None else f"/{self._num_requests}"
+            self._console.print(f"{self._num_done}{of} requests, {text}", soft_wrap=True)
+
+
+def comparison_table(before: Measurement, after: Measurement) -> Table:
+    """Held-out figures before and after, side by side."""
+    table = Table(
+        title=f"{after.num_prompts} held-out requests, {after.num_draft_tokens} drafted tokens a round, batch 1"
+    )
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, name, form in (
+        ("drafter version", "drafter_version", "d"),
+        ("acceptance", "acceptance", ".3f"),
+        ("mean accepted tokens", "mean_accepted_tokens", ".2f"),
+        ("tokens/s", "tokens_per_s", ".0f"),
+        ("plain tokens/s", "plain_tokens_per_s", ".0f"),
+        ("speed against plain", "speed_up", ".2f"),
+    ):
+        table.add_row(label, *(format(getattr(measurement, name), form) for measurement in (before, after)))
+    for depth in range(max(len(before.acceptance_per_depth), len(after.acceptance_per_depth))):
+        shares = [m.acceptance_per_depth[depth : depth + 1] for m in (before, after)]
+        table.add_row(f"acceptance at depth {depth + 1}", *(f"{s[0]:.2f}" if s else "-" for s in shares))
+    return table
+
+
+def _counts(report: UpdateReport, name: str) -> bool:
+    """Whether a loss term has weight now."""
+    return getattr(report.weights, name, 0.0) > 0

@@ -82,8 +82,13 @@ class AdapterManifest:
 
 
 def save_drafter(
-    folder: str | Path, drafter: nn.Module, split: SplitModel, *,
-    base_model: str, metrics: dict[str, Any] | None = None, config: dict[str, Any] | None = None,
+    folder: str | Path,
+    drafter: nn.Module,
+    split: SplitModel,
+    *,
+    base_model: str,
+    metrics: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
 ) -> None:
     """Writes the drafter to `folder`, in place of a drafter saved there before. One writer at a time.
 
@@ -97,8 +102,11 @@ def save_drafter(
         write_tensors(staging / ADAPTER_FILE, {PEFT_NAMES[name]: tensors.pop(name) for name in PEFT_NAMES})
         write_tensors(staging / EXTRA_FILE, tensors)
         LoraConfig(
-            r=drafter.config.lora_rank, lora_alpha=drafter.config.lora_alpha, target_modules=["draft_head"],
-            base_model_name_or_path=base_model, inference_mode=True,
+            r=drafter.config.lora_rank,
+            lora_alpha=drafter.config.lora_alpha,
+            target_modules=["draft_head"],
+            base_model_name_or_path=base_model,
+            inference_mode=True,
         ).save_pretrained(staging)
         manifest = AdapterManifest(
             format_version=FORMAT_VERSION,

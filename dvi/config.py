@@ -150,6 +150,7 @@ class LearningSettings:
     steps_per_publish   the serving drafter takes over the learner's parameters every so many steps.
     steps_per_canary    the learner is held against its best so far every so many steps.
     learn_from_prompts  also distil on the prompts' own positions, not only on generated text.
+    target_temperature  the verifier's distribution is sharpened (below 1) or flattened by it before it is distilled.
     schedule            preset of the loss weights, see docs/training.md.
     warmup_steps        optimizer steps of pure KL before the ramp of ramp_steps to the reward terms.
     switch_by           the warm-up ends by "steps", or by "acceptance" once it no longer rises.
@@ -167,7 +168,8 @@ class LearningSettings:
     budget: Share = 0.05
     steps_per_publish: PositiveCount = 4
     steps_per_canary: PositiveCount = 32
-    learn_from_prompts: bool = True
+    learn_from_prompts: bool = False
+    target_temperature: Positive = 1.0
     schedule: Literal["kl_only", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk"] = "kl_rl"
     warmup_steps: Count = 400
     ramp_steps: Count = 600

@@ -8,6 +8,7 @@ text. Plain decoding is the same round with nothing drafted, so there is one pat
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dvi.cuda_graph import RoundGraphs, can_capture
 from dvi.draft_length import LengthPolicy, RoundInfo, RoundOutcome
 from dvi.drafter import Drafter
 from dvi.records import Draft, RoundStats, SamplingParams, Transitions, Verdict
@@ -158,6 +160,41 @@ def judge(draft: Draft, logits_BUV: Tensor, cache: object, state: RowState, rule
     )
 
 
+@dataclass
+class VerifiedRound:
+    """All that one round computes on the device; nothing of the rows' state has changed yet.
+
+    input_ids_BU  the last committed token and the drafted ones; final_BUD their final hidden states.
+    anchor_BD     the final hidden state at the position whose logits gave next_token.
+    for_host_BH   int64 [B, T + 3]: drafted ids, next token, num_accepted, num_drafted.
+    """
+
+    draft: Draft
+    verdict: Verdict
+    input_ids_BU: Tensor
+    final_BUD: Tensor
+    anchor_BD: Tensor
+    for_host_BH: Tensor
+
+
+def draft_and_verify(
+    split: SplitModel, drafter: Drafter, cache: object, state: RowState, policy: LengthPolicy, num_draft_tokens: int,
+    rule: VerifyRule, *, wants_log_probs: bool,
+) -> VerifiedRound:
+    """The round on the device, without a wait: propose, one deep pass over U positions from the stored h_k, judge."""
+    draft = propose(split, drafter, cache, state, policy, num_draft_tokens, wants_log_probs=wants_log_probs)
+    input_ids_BU = torch.cat([state.last_token_B[:, None], draft.token_ids_BT], dim=1)
+    placement = cache.place(offset=0, width=input_ids_BU.shape[1], rows=state.rows)
+    final_BUD = split.deep(draft.hidden_BUD, input_ids_BU, cache, placement)
+    verdict = judge(draft, split.head(final_BUD), cache, state, rule)
+    row_B = torch.arange(len(input_ids_BU), device=input_ids_BU.device)
+    counts_B3 = torch.stack([verdict.next_token_B, verdict.num_accepted_B, draft.num_drafted_B], dim=1)
+    return VerifiedRound(
+        draft, verdict, input_ids_BU, final_BUD, anchor_BD=final_BUD[row_B, verdict.num_accepted_B],
+        for_host_BH=torch.cat([draft.token_ids_BT, counts_B3], dim=1),
+    )
+
+
 class DecodingBatch:
     """Rows that decode together: they join and leave between rounds and always fill rows 0 .. num_rows - 1."""
 
@@ -173,6 +210,7 @@ class DecodingBatch:
         self._last_token_B = torch.zeros(max_rows, dtype=torch.int64, device=split.device)
         self._anchor_BD = torch.zeros(max_rows, split.hidden_size, dtype=split.dtype, device=split.device)
         self._state: RowState | None = None
+        self._graphs = RoundGraphs() if can_capture(split) else None
 
     @property
     def has_room(self) -> bool:
@@ -216,31 +254,36 @@ class DecodingBatch:
     @torch.no_grad()
     def round(self) -> list[Transitions]:
         """One round over all rows; tokens, stops and counts land in `sequences`. Returns what there is to learn from."""
-        state, cache, split = self._row_state(), self.cache, self._split
+        state, cache = self._row_state(), self.cache
         num_draft_tokens = self._policy.choose(RoundInfo(num_rows=len(self.sequences)))
-        draft = propose(
-            split, self._drafter, cache, state, self._policy, num_draft_tokens, wants_log_probs=self._wants_transitions
-        )
-        input_ids_BU = torch.cat([state.last_token_B[:, None], draft.token_ids_BT], dim=1)
-        placement = cache.place(offset=0, width=input_ids_BU.shape[1], rows=state.rows)
-        final_BUD = split.deep(draft.hidden_BUD, input_ids_BU, cache, placement)
-        verdict = judge(draft, split.head(final_BUD), cache, state, self._rule)
-
+        verified = self._on_device(state, num_draft_tokens)
         if state.seen is not None:
-            state.seen.add(*_committed(draft, verdict))
-        row_B = torch.arange(len(self.sequences), device=split.device)
-        state.anchor_BD.copy_(final_BUD[row_B, verdict.num_accepted_B])
-        state.last_token_B.copy_(verdict.next_token_B)
-        counts_B3 = torch.stack([verdict.next_token_B, verdict.num_accepted_B, draft.num_drafted_B], dim=1)
+            state.seen.add(*_committed(verified.draft, verified.verdict))
+        state.anchor_BD.copy_(verified.anchor_BD)
+        state.last_token_B.copy_(verified.verdict.next_token_B)
         # The round's one wait for the device: everything the host must know, in one transfer.
-        host_rows = torch.cat([draft.token_ids_BT, counts_B3], dim=1).tolist()
+        host_rows = verified.for_host_BH.tolist()
         cache.commit([host_row[-2] + 1 for host_row in host_rows], rows=state.rows)
         self._policy.observe(RoundOutcome([r[-1] for r in host_rows], [r[-2] for r in host_rows]))
-        return self._account(host_rows, draft, input_ids_BU, final_BUD)
+        return self._account(host_rows, verified)
 
-    def _account(
-        self, host_rows: list[list[int]], draft: Draft, input_ids_BU: Tensor, final_BUD: Tensor
-    ) -> list[Transitions]:
+    def _on_device(self, state: RowState, num_draft_tokens: int) -> VerifiedRound:
+        """Drafts and verifies: replayed as one CUDA graph where a graph can serve, launched call by call elsewhere."""
+
+        def run() -> VerifiedRound:
+            return draft_and_verify(
+                self._split, self._drafter, self.cache, state, self._policy, num_draft_tokens, self._rule,
+                wants_log_probs=self._wants_transitions,
+            )
+
+        # A graph holds addresses: sampling settings live at new ones for every set of rows, so only greedy rounds.
+        if self._graphs is None or not state.sampling.is_all_greedy or state.seen is not None:
+            return run()
+        visible = self.cache.place(offset=0, width=num_draft_tokens + 1, rows=state.rows).visible
+        verified = self._graphs.run((len(self.sequences), num_draft_tokens, visible, self.cache.epoch), run)
+        return _detached_from_graph(verified, self._drafter.version) if self._wants_transitions else verified
+
+    def _account(self, host_rows: list[list[int]], verified: VerifiedRound) -> list[Transitions]:
         """Hands every row its committed tokens and cuts the round into one stretch of experience per row."""
         transitions = []
         for row, (sequence, host_row) in enumerate(zip(self.sequences, host_rows, strict=True)):
@@ -251,8 +294,10 @@ class DecodingBatch:
             sequence.stats.new_tokens += num_kept
             if self._wants_transitions:
                 # Columns past a stop were verified but never became text: drop them.
-                transitions.append(_cut(sequence.request_id, row, self.cache.lengths[row] - len(committed), draft,
-                                        input_ids_BU, final_BUD, num_drafted, num_accepted, num_kept))
+                transitions.append(_cut(
+                    verified, row, request_id=sequence.request_id, num_drafted=num_drafted, num_accepted=num_accepted,
+                    start_position=self.cache.lengths[row] - len(committed), num_kept=num_kept,
+                ))
         return transitions
 
     def _row_state(self) -> RowState:
@@ -290,6 +335,19 @@ class DecodingBatch:
         self._state = None
 
 
+def _detached_from_graph(verified: VerifiedRound, drafter_version: int) -> VerifiedRound:
+    """What transitions keep, out of the graph's memory; the version is a host fact that the graph knows from capture."""
+    draft = verified.draft
+    log_probs_BT = None if draft.log_probs_BT is None else draft.log_probs_BT.clone()
+    draft = dataclasses.replace(
+        draft, token_ids_BT=draft.token_ids_BT.clone(), hidden_BUD=draft.hidden_BUD.clone(), log_probs_BT=log_probs_BT,
+        drafter_version=drafter_version,
+    )
+    return dataclasses.replace(
+        verified, draft=draft, input_ids_BU=verified.input_ids_BU.clone(), final_BUD=verified.final_BUD.clone()
+    )
+
+
 def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
     """Token ids [B, U] and which of them the round committed: the accepted drafts, then the next token."""
     depth_T = torch.arange(draft.token_ids_BT.shape[1], device=draft.token_ids_BT.device)
@@ -299,20 +357,21 @@ def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
 
 
 def _cut(
-    request_id: int, row: int, start_position: int, draft: Draft, input_ids_BU: Tensor, final_BUD: Tensor,
-    num_drafted: int, num_accepted: int, num_kept: int,
+    verified: VerifiedRound, row: int, *, request_id: int, start_position: int, num_drafted: int, num_accepted: int,
+    num_kept: int,
 ) -> Transitions:
     """One row's committed stretch of a round, as views of the round's tensors."""
-    width = min(num_accepted + 1, num_kept)
-    draft_ids_W = torch.full_like(input_ids_BU[row, :width], -1)
+    draft, input_ids_W = verified.draft, verified.input_ids_BU[row, : min(num_accepted + 1, num_kept)]
+    width = len(input_ids_W)
+    draft_ids_W = torch.full_like(input_ids_W, -1)
     log_probs_W = torch.zeros(width, device=draft_ids_W.device)
     num_outcomes = min(width, num_drafted)
     if num_outcomes:
         draft_ids_W[:num_outcomes] = draft.token_ids_BT[row, :num_outcomes]
         log_probs_W[:num_outcomes] = draft.log_probs_BT[row, :num_outcomes]
     return Transitions(
-        request_id=request_id, start_position=start_position, token_ids_W=input_ids_BU[row, :width],
-        hidden_WD=draft.hidden_BUD[row, :width], target_hidden_WD=final_BUD[row, :width], num_drafted=num_drafted,
-        num_accepted=num_accepted, draft_token_ids_W=draft_ids_W, draft_log_probs_W=log_probs_W,
-        drafter_version=draft.drafter_version,
+        request_id=request_id, start_position=start_position, token_ids_W=input_ids_W,
+        hidden_WD=draft.hidden_BUD[row, :width], target_hidden_WD=verified.final_BUD[row, :width],
+        num_drafted=num_drafted, num_accepted=num_accepted, draft_token_ids_W=draft_ids_W,
+        draft_log_probs_W=log_probs_W, drafter_version=draft.drafter_version,
     )

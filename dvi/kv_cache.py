@@ -68,6 +68,7 @@ class RollbackCache:
         self.device = device
         self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self.lengths = [0] * rows
+        self.epoch = 0  # counts moves of the buffers: what has remembered their addresses must forget them
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer: keys, values
         self._stacked: dict[int, Tensor] = {}  # layer: the same memory as one tensor [2, B, H, S, D]
         self._row_index_B1 = torch.arange(rows, device=device)[:, None]
@@ -150,6 +151,7 @@ class RollbackCache:
     def _grow(self, capacity: int) -> None:
         old, self._buffers, self._stacked = self._buffers, {}, {}
         used, self.capacity = self.capacity, capacity
+        self.epoch += 1
         self._column_S = torch.arange(capacity, device=self.device)
         for layer, (keys, values) in old.items():
             self._allocate(layer, keys, values)

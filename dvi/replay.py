@@ -66,10 +66,10 @@ class ReplayBuffer:
                 f"segment_len {8 * max_block} would do"
             )
         num_segments = capacity_positions // segment_len
-        self._num_reservoir = round(num_segments * reservoir_fraction)
+        if num_segments < 1:
+            raise ValueError(f"capacity_positions must hold a segment of {segment_len}, got {capacity_positions}")
+        self._num_reservoir = int(num_segments * reservoir_fraction)
         self._num_ring = num_segments - self._num_reservoir
-        if self._num_ring < 1:
-            raise ValueError(f"capacity_positions must be at least {2 * segment_len}, got {capacity_positions}")
         self.reservoir_fraction = reservoir_fraction
         self.segment_len = segment_len
         self.max_block = max_block

@@ -15,7 +15,7 @@ from typing import Any
 
 Messages = list[dict[str, str]]
 
-DEFAULT_SPLIT = "traffic"  # of rows that name none
+DEFAULT_SPLIT = "traffic"
 SHUFFLE_BUFFER = 1000  # rows of a streamed dataset that are shuffled at a time
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -27,7 +27,7 @@ class NoPromptsError(ValueError):
 def read_prompts(
     paths: Iterable[str | Path],
     *,
-    split: str = DEFAULT_SPLIT,
+    split: str | None = None,
     domains: Iterable[str] = (),
     limit: int = 0,
     shuffle_seed: int | None = None,
@@ -38,6 +38,7 @@ def read_prompts(
     A row is {"turns": [...]}, {"prompt": ...} or {"messages": [...]}, optionally with "split" and "domain". Of turns
     the first is asked: the later ones need an answer to it. Of messages those after the user's last are left out.
 
+    split         keep only its rows; None keeps all. A row that names none is traffic.
     domains       keep only these; empty keeps all.
     limit         rows of one epoch, the files' first ones; 0 takes all.
     shuffle_seed  None keeps the order of the files.
@@ -52,13 +53,13 @@ def read_prompts(
             row_split, domain = row.get("split", DEFAULT_SPLIT), row.get("domain")
             seen_splits.add(row_split)
             seen_domains.add(domain)
-            if row_split == split and (not domains or domain in domains):
+            if split in (None, row_split) and (not domains or domain in domains):
                 prompts.append(messages)
     if not prompts:
         raise NoPromptsError(
-            f"no row of {', '.join(map(str, paths))} has split {split!r}"
-            f"{f' and a domain of {sorted(domains)}' if domains else ''}; "
-            f"there are splits {sorted(map(str, seen_splits))} and domains {sorted(map(str, seen_domains))}"
+            f"{', '.join(map(str, paths))} must hold a row of split {split or 'any'} and domain "
+            f"{' or '.join(sorted(domains)) or 'any'}; there are splits {sorted(map(str, seen_splits))} and domains "
+            f"{sorted(map(str, seen_domains))}"
         )
     return list(itertools.chain.from_iterable(_epochs(prompts[: limit or None], shuffle_seed, epochs)))
 

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from trainers import checkpoint
 from trainers.checkpoint import SUMS_FILE, TENSORS_FILE, TREE_FILE, CheckpointStore
 
 # What a save may do to the disk, each a step at which a process can die.
@@ -61,7 +62,7 @@ def test_every_kind_of_value_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "odd": torch.tensor([math.nan, math.inf, -0.0]),
         "floats": [0.1, -0.0, 1e308, 5e-324, math.pi, math.nan, math.inf, -math.inf, 1.0],
         "numbers": (1, True, False, -7, 2**80, None),
-        "text": "snow ☃, a quote \", a lone surrogate \ud800",
+        "text": 'snow ☃, a quote ", a lone surrogate \ud800',
         "keys": {0: "int", "0": "str", (1, "a"): "tuple", None: "none", 2.5: "float"},
         "empty": [(), [], {}, ""],
         "nested": {"tuple": {"tensor": [({"dict": (1,)},)]}},
@@ -167,9 +168,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_
         with CheckpointStore(folder, keep=1) as store:
             if old is not None:
                 store.save(*old)
-            with DyingProcess(survives) as process:
-                with suppress(Killed):
-                    store.save(*new)
+            with DyingProcess(survives) as process, suppress(Killed):
+                store.save(*new)
         loaded = load(folder)  # also proves that no leftover gets in the way, and warns of nothing
         outcomes.append("new" if loaded is not None and loaded[0]["seed"] == 2 else "old")
         assert_equal(loaded, new if outcomes[-1] == "new" else old)
@@ -221,7 +221,8 @@ def test_two_hundred_torn_or_flipped_files_are_all_found_and_the_one_before_is_u
                 path.write_bytes(whole[:at])
             else:
                 path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
-            with pytest.warns(UserWarning, match=f"step-00000002 is damaged: .*({path.name}|{SUMS_FILE})"):
+            named = path.name if path.name != SUMS_FILE else f"({TENSORS_FILE}|{TREE_FILE}) does not match {SUMS_FILE}"
+            with pytest.warns(UserWarning, match=f"step-00000002 is damaged: {named}"):
                 assert_equal(store.load_latest(), (state_of(1), 1))
             path.write_bytes(whole)
         assert_equal(store.load_latest(), (state_of(2), 2))
@@ -257,6 +258,21 @@ def test_a_step_before_the_last_saved_one_is_refused(tmp_path: Path) -> None:
         store.save(state_of(1), 100)
         with pytest.raises(ValueError, match=r"step must be >= 100, .* got 3; resume"):
             store.save(state_of(2), 3)
+
+
+def test_a_checkpoint_of_another_format_is_refused_rather_than_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch an older program that resumes from, and then prunes towards, what a newer one left behind."""
+    with CheckpointStore(tmp_path) as store:
+        store.save(state_of(1), 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "FORMAT_VERSION", 2)
+            store.save(state_of(2), 2)
+        with pytest.raises(
+            ValueError, match="has format 2, this version reads 1; resume with the version that wrote it"
+        ):
+            store.load_latest()
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:

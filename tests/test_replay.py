@@ -190,9 +190,12 @@ END_OR_FORGET = st.tuples(st.sampled_from(["end", "end", "forget"]), REQUESTS)
 OPERATIONS = st.lists(st.one_of(ADD, ADD, ADD, ADD, ADD, END_OR_FORGET), min_size=15, max_size=40)
 
 
-def play(operations: list[tuple], *replays, value: float = 1.0) -> None:
-    """Runs the same random history into every store; each row gets a value of its own."""
-    next_position = dict.fromkeys(range(4), 0)
+def play(operations: list[tuple], *replays, value: float = 1.0, after: dict[int, int] | None = None) -> dict[int, int]:
+    """Runs the same random history into every store; each row gets a value of its own.
+
+    Returns each request's next position; given as `after`, the requests go on from there.
+    """
+    next_position = dict(after) if after else dict.fromkeys(range(4), 0)
     for version, (verb, request_id, *rest) in enumerate(operations):
         if verb != "add":
             for replay in replays:
@@ -217,13 +220,14 @@ def play(operations: list[tuple], *replays, value: float = 1.0) -> None:
         )
         for replay in replays:
             replay.add(stretch)
+    return next_position
 
 
 @settings(max_examples=60, deadline=None)
 @given(operations=OPERATIONS, seed=st.integers(0, 1000), max_staleness=st.integers(0, 40))
 def test_samples_hold_exactly_what_a_list_of_lists_would_hold(operations, seed, max_staleness):
     # Catches writes into an evicted segment, anchors across a gap, rewards at the wrong depth, lost or invented rows.
-    buffer = make_buffer(capacity_positions=20, seed=seed)
+    buffer = make_buffer(capacity_positions=20, reservoir_fraction=0.4, seed=seed)
     oracle = ListReplay(num_ring=3, num_reservoir=2, seed=seed)
     play(operations, buffer, oracle)
     assert len(buffer) == len(oracle)
@@ -231,7 +235,7 @@ def test_samples_hold_exactly_what_a_list_of_lists_would_hold(operations, seed, 
     if not len(buffer):
         return
     version = len(operations)
-    # 600 blocks over at most 20 rows: the odds of missing one that can start a block are below 1e-6.
+    # 600 blocks, 360 of them over the ring's 12 rows: the odds of missing one are below 1e-6.
     batch = sample(buffer, 600, seed=seed, current_version=version, aligned_fraction=0.0, max_staleness=max_staleness)
     assert set(starts(batch)) == oracle.start_values()
     aligned = sample(buffer, 40, seed=seed, current_version=version, aligned_fraction=1.0, max_staleness=max_staleness)
@@ -247,12 +251,12 @@ def test_samples_hold_exactly_what_a_list_of_lists_would_hold(operations, seed, 
 @given(before=OPERATIONS, after=OPERATIONS, seed=st.integers(0, 1000))
 def test_a_restored_buffer_goes_on_bit_for_bit(tmp_path_factory, before, after, seed):
     # Catches a cursor, an open segment or the reservoir's generator left out of the saved state.
-    straight, restored = (make_buffer(capacity_positions=20, seed=seed + i) for i in range(2))
-    play(before, straight)
+    straight, restored = (make_buffer(capacity_positions=20, reservoir_fraction=0.4, seed=seed + i) for i in range(2))
+    next_position = play(before, straight)
     path = tmp_path_factory.mktemp("state") / "replay.safetensors"
     save_file(straight.state_dict(), path)
     restored.load_state_dict(load_file(path))
-    play(after, straight, restored, value=1000.0)
+    play(after, straight, restored, value=1000.0, after=next_position)
     for name, tensor in straight.state_dict().items():
         assert tensor.equal(restored.state_dict()[name]), name
     if len(straight):
@@ -490,7 +494,7 @@ def test_the_same_seed_draws_the_same_blocks():
     ("changes", "message"),
     [
         ({"max_block": 4}, r"max_block must be in 1\.\.3 for segment_len 4, got 4; segment_len 32 would do"),
-        ({"capacity_positions": 3}, "capacity_positions must be at least 8, got 3"),
+        ({"capacity_positions": 3}, "capacity_positions must hold a segment of 4, got 3"),
         ({"reservoir_fraction": 1.0}, r"reservoir_fraction must be in \[0, 1\), got 1.0"),
     ],
 )

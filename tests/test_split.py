@@ -190,7 +190,6 @@ FURTHER_ARCHITECTURES = {
     "falcon": {"alibi": True, "new_decoder_architecture": False},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4},
     "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4},
-    "gpt_bigcode": {"n_embd": 32, "n_layer": 4, "n_head": 4},
     "biogpt": {},
     "cohere2": {"sliding_window": SLIDING_WINDOW},
     "deepseek_v3": {

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dvi.adapter_store import load_drafter
+from dvi.adapter_store import load_drafter, read_manifest
 from dvi.config import TrainConfig, load_config, write_provenance
 from dvi.drafter import DrafterConfig
 from dvi.records import GenerationResult, SamplingParams, Transitions, UpdateReport
@@ -79,6 +79,27 @@ def build_speculator(config: TrainConfig) -> SelfSpeculator:
         num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
         seed=config.train.seed,
     )
+
+
+def load_run(folder: str | Path, *, model: str | None = None) -> tuple[SelfSpeculator, dict, dict]:
+    """The speculator of a run with its final drafter, or its newest checkpoint's; the drafter's metrics; the settings.
+
+    model: another path of the base model. Raises ValueError when the folder holds neither.
+    """
+    folder = Path(folder)
+    config = load_config(folder / "config.yaml", [] if model is None else [f"model.path={json.dumps(model)}"])
+    settings = dataclasses.asdict(config)
+    if (folder / DRAFTER).is_dir():
+        manifest = read_manifest(folder / DRAFTER)
+        config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, adapter=str(folder / DRAFTER)))
+        return build_speculator(config), manifest.metrics, settings
+    with CheckpointStore(folder / CHECKPOINTS) as store:
+        saved = store.load_latest()
+    if saved is None or saved[0]["trainer"] is None:
+        raise ValueError(f"{folder} must hold a drafter or a checkpoint with one; let the run reach its first")
+    speculator = build_speculator(config)
+    OnlineTrainer(speculator, config.train).load_state_dict(saved[0]["trainer"])
+    return speculator, {}, settings
 
 
 class TrafficPosition:
@@ -333,7 +354,7 @@ def read_traffic(config: TrainConfig) -> tuple[Iterable[Messages], list[Messages
         held_out = list(read_dataset(data.dataset, limit=limit, **source)) if limit else []
         return DatasetTraffic(data.dataset, {"skip": limit, "limit": data.limit} | source | order), held_out
     if not data.prompts:
-        raise ValueError("data.prompts or data.dataset must name the traffic; configs/demo/prompts.jsonl is a small one")
+        raise ValueError("data.prompts or data.dataset must name the traffic, such as configs/demo/prompts.jsonl")
     traffic = read_prompts(data.prompts, split=data.split, domains=data.domains, limit=data.limit, **order)
     if not limit or data.split == "eval":
         return traffic, []

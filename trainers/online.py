@@ -158,7 +158,8 @@ class OnlineTrainer:
             target_logits_NTV = draft_head.gather_logits(self._split.head(batch.target_hidden_NTD))
         batch.action_NT = draft_head.to_draft_ids(batch.action_NT).where(batch.has_reward_NT, 0)
         return losses.compute(
-            draft_logits_NTV, target_logits_NTV, batch, weights=weights, baseline_T=self.baseline.values_T
+            draft_logits_NTV, target_logits_NTV, batch, weights=weights, baseline_T=self.baseline.values_T,
+            target_temperature=self.config.target_temperature,
         )
 
     def _is_finite(self) -> bool:

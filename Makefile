@@ -1,0 +1,35 @@
+# What CONTRIBUTING.md describes. The first target that needs Python makes .venv and installs the project into it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-all lint bench bench-gpu clean
+
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/dvi train configs/demo/demo.yaml
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+test-all: $(STAMP)
+	$(BIN)/pytest -m ""
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+bench: $(STAMP)
+	$(BIN)/python scripts/bench.py
+
+bench-gpu: $(STAMP)
+	$(BIN)/python scripts/bench_gpu.py
+
+clean:
+	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find dvi trainers scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into .venv with $(PYTHON) (minutes the first time)"
+	@{ $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt; } \
+		|| { echo "could not install into .venv: see above; it needs Python 3.11 or newer and a package index" >&2; exit 1; }
+	@touch $@

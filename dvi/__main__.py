@@ -1,0 +1,5 @@
+"""`python -m dvi` is `dvi`."""
+
+from dvi.cli import main
+
+main()

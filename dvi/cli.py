@@ -1,0 +1,343 @@
+"""The `dvi` command: generate, train, verify, export, inspect, doctor.
+
+Knows arguments, streams and exit codes; every verb imports what it needs when it runs, so that `--help` is instant.
+What is for people goes to stderr (generated text, which is the product, to stdout); the last line of stdout is one JSON
+object. Exit codes: 0, 1 when `verify` or `doctor` found something wrong, 2 for a user's error, 128 + signal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from dvi.config import DrafterSettings, DraftSettings, SamplingSettings, load_config, to_yaml
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dvi.speculator import Prompt, SelfSpeculator
+
+USER_ERROR = 2
+FOUND_WRONG = 1
+SIGNAL_BASE = 128
+SIGINT = 2
+
+_SAMPLING, _DRAFT, _DRAFTER = SamplingSettings(), DraftSettings(), DrafterSettings()
+
+
+class _Group(TyperGroup):
+    """Turns a user's error into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(SIGNAL_BASE + SIGINT) from None
+        except (ValueError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            lines = (line.strip() for line in str(error).splitlines())
+            _say(f"error: {'; '.join(line for line in lines if line)}")
+            raise typer.Exit(USER_ERROR) from None
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Draft, Verify, & Improve: self-speculative decoding whose drafter learns while it serves.",
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face model folder or hub id.", show_default=False)]
+AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "float64"],
+    typer.Option(help="auto is float32 on CPUs and bfloat16 on GPUs."),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+ModeOption = Annotated[
+    Literal["fast", "exact"], typer.Option(help="exact: token ids equal plain decoding's, in float32 and float64.")
+]
+SplitLayerOption = Annotated[int | None, typer.Option(help="Layers below it draft; default 1, or the adapter's.")]
+DraftTokensOption = Annotated[int, typer.Option(help="The most tokens drafted in a round.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompts: Annotated[list[str] | None, typer.Argument(help="One text or more.", show_default=False)] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="JSONL rows with turns, prompt or messages.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="Through the chat template (the default with one), or as it is.")
+    ] = None,
+    adapter: AdapterOption = None,
+    max_new_tokens: int = _SAMPLING.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _SAMPLING.temperature,
+    top_p: float = _SAMPLING.top_p,
+    top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = _SAMPLING.top_k,
+    min_p: float = _SAMPLING.min_p,
+    seed: int = _SAMPLING.seed,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    num_draft_tokens: DraftTokensOption = _DRAFT.num_draft_tokens,
+    policy: Literal["auto", "fixed", "confidence", "goodput"] = _DRAFT.policy,
+    split_layer: SplitLayerOption = None,
+    drafter: Annotated[
+        Literal["anchored", "lora_head", "recurrent"], typer.Option(help="Kind, without an adapter.")
+    ] = _DRAFTER.kind,
+    mode: ModeOption = "fast",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, typer.Option(help="Prompts that decode together.")] = 8,
+) -> None:
+    """Decode prompts: one is streamed as it grows, several are printed as they finish."""
+    from dvi.records import RoundStats, SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_new_tokens=max_new_tokens,
+        stop_strings=tuple(stop or ()),
+    )
+    messages = [[{"role": "user", "content": text}] for text in prompts or ()]
+    if prompts_file is not None:
+        from dvi.traffic import read_prompts
+
+        messages += read_prompts([prompts_file])
+    if not messages:
+        raise ValueError("there must be a prompt, got none; give a text or --prompts-file")
+    speculator = _load(
+        model, adapter=adapter, split_layer=split_layer, drafter=drafter, mode=mode, dtype=dtype, device=device,
+        policy=policy, num_draft_tokens=num_draft_tokens,
+    )
+    waiting = _as_prompts(speculator, messages, chat)
+    stats, start_s = RoundStats(), time.perf_counter()
+    if len(waiting) == 1:
+        results = [_print_stream(speculator.stream(waiting[0], params))]
+    else:
+        results = []
+        for result in speculator.generate(waiting, params, batch_size=batch_size, keep_transitions=False):
+            print(f"[{result.index}] {result.text}", flush=True)
+            results.append(result)
+    seconds = time.perf_counter() - start_s
+    for result in results:
+        stats.add(result.stats)
+    _finish(
+        "generate", prompts=len(results), prompt_tokens=stats.prompt_tokens, new_tokens=stats.new_tokens,
+        rounds=stats.num_rounds, drafted=stats.num_drafted, accepted=stats.num_accepted,
+        accepted_per_depth=stats.accepted_per_depth, acceptance=stats.acceptance_rate,
+        mean_accepted_tokens=stats.mean_accepted_tokens,
+        seconds=round(seconds, 3), tokens_per_s=round(stats.new_tokens / seconds, 1),
+        finish_reasons=[r.finish_reason for r in sorted(results, key=lambda r: r.index)],
+        drafter_version=speculator.drafter.version, level=results[0].level,
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/online/reference.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.lr=1e-4.")
+    ] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+) -> None:
+    """Serve a stream of prompts with a drafter that learns from them."""
+    settings = load_config(config, [*(overrides or ()), *(["output.resume=true"] if resume else ())])
+    if print_config:
+        print(to_yaml(settings), end="")  # and no JSON after it: what is printed is a configuration file
+        return
+    _quieten()
+    from trainers.job import run_training
+
+    summary = run_training(settings, console=_console())
+    _finish("train", **summary)
+    if summary["signal"] is not None:
+        raise typer.Exit(SIGNAL_BASE + summary["signal"])
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    adapter: AdapterOption = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL rows; default: a few built-in ones.")] = None,
+    limit: Annotated[int, typer.Option(help="Prompts to audit, 0 takes all.")] = 0,
+    max_new_tokens: int = 64,
+    num_draft_tokens: DraftTokensOption = _DRAFT.num_draft_tokens,
+    split_layer: SplitLayerOption = None,
+    drafter: Literal["anchored", "lora_head", "recurrent"] = _DRAFTER.kind,
+    mode: ModeOption = "fast",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    against_hf: Annotated[
+        bool, typer.Option("--against-hf", help="Also compare with the model's own generate.")
+    ] = False,
+) -> None:
+    """Compare greedy tokens with and without drafts, and explain every difference or fail."""
+    import dataclasses
+
+    from dvi.audit import PROMPTS, audit, divergence_table
+    from dvi.traffic import read_prompts
+
+    if prompts is None:
+        messages = [[{"role": "user", "content": text}] for text in PROMPTS][: limit or None]
+    else:
+        messages = read_prompts([prompts], limit=limit)
+    speculator = _load(
+        model, adapter=adapter, split_layer=split_layer, drafter=drafter, mode=mode, dtype=dtype, device=device,
+        num_draft_tokens=num_draft_tokens,
+    )
+    room = speculator.max_positions - max_new_tokens - 1
+    ids = [speculator.encode(p, max_tokens=max(room, 1)) for p in _as_prompts(speculator, messages, None)]
+    report = audit(speculator, ids, max_new_tokens=max_new_tokens, against_huggingface=against_hf)
+    console = _console()
+    console.print(
+        f"{report.num_matches} of {report.num_prompts} prompts match plain decoding token for token "
+        f"({report.num_tokens} tokens, {report.num_drafted} drafted, {report.num_accepted} accepted); "
+        f"kernel noise {report.noise:.1e}"
+    )
+    if report.divergences:
+        console.print(divergence_table(report.divergences))
+    _finish(
+        "verify", **dataclasses.asdict(report), num_explained=report.num_explained,
+        num_unexplained=report.num_unexplained,
+    )
+    if report.num_unexplained:
+        raise typer.Exit(FOUND_WRONG)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where to; a new folder.")],
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a `dvi train` run: its drafter, or its newest checkpoint's.")
+    ] = None,
+    adapter: AdapterOption = None,
+    model: Annotated[str | None, typer.Option(help="The base model; default: the one it was trained on.")] = None,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="As a draft model that transformers loads by itself; lora_head only.")
+    ] = False,
+) -> None:
+    """Write a drafter as an adapter folder, or as a draft model of its own."""
+    if (run is None) == (adapter is None):
+        raise ValueError("one of --run and --adapter must be given, " + ("got none" if run is None else "got both"))
+    _quieten()
+    if run is not None:
+        from trainers.job import load_run
+
+        speculator, metrics, config = load_run(run, model=model)
+    else:
+        from dvi.adapter_store import read_manifest
+        from dvi.speculator import SelfSpeculator
+
+        manifest = read_manifest(adapter)
+        metrics, config = manifest.metrics, manifest.config
+        speculator = SelfSpeculator.from_pretrained(
+            model or manifest.base_model, revision=manifest.base_revision, dtype=manifest.dtype, adapter=adapter
+        )
+    if standalone:
+        from dvi.adapter_store import export_standalone
+
+        export_standalone(folder, speculator.drafter, speculator.split, tokenizer=speculator.tokenizer)
+    else:
+        speculator.save_drafter(folder, metrics=metrics, config=config)
+    _finish(
+        "export", folder=str(folder), standalone=standalone, kind=speculator.drafter.config.kind,
+        drafter_version=speculator.drafter.version, base_model=speculator.model.config.name_or_path,
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="An adapter folder, or a model folder or hub id.", show_default=False)],
+    split_layer: SplitLayerOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Show what an adapter is, or where and how a model would be split."""
+    from dvi.inspection import describe_adapter, describe_model, facts_table, is_adapter
+
+    if is_adapter(path):
+        facts = describe_adapter(path)
+    else:
+        _quieten()
+        facts = describe_model(path, split_layer=1 if split_layer is None else split_layer, dtype=dtype)
+    # A run's settings are long, and in config.yaml beside it; the JSON line has them.
+    _console().print(facts_table({name: facts[name] for name in facts if name != "config"}, title=path))
+    _finish("inspect", source=path, **facts)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, devices, precisions, exact mode, and what is missing."""
+    _quieten()
+    from dvi.inspection import describe_machine, facts_table
+
+    facts = describe_machine()
+    _console().print(facts_table(facts, title="this machine"))
+    _finish("doctor", **facts)
+    if facts["problems"]:
+        raise typer.Exit(FOUND_WRONG)
+
+
+def _load(model: str, **options: Any) -> SelfSpeculator:
+    """The speculator, with the libraries' own progress bars and notes turned off."""
+    _quieten()
+    from dvi.speculator import SelfSpeculator
+
+    return SelfSpeculator.from_pretrained(model, **options)
+
+
+def _as_prompts(speculator: SelfSpeculator, messages: list[list[dict[str, str]]], chat: bool | None) -> list[Prompt]:
+    """Chat messages, or their text where there is no template or it is not wanted."""
+    from dvi.traffic import as_text
+
+    if chat is None:
+        chat = speculator.tokenizer.chat_template is not None
+    return list(messages) if chat else [as_text(one) for one in messages]
+
+
+def _print_stream(pieces: Any) -> Any:
+    """Prints the pieces as they come; returns what the generator returns."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            print()
+            return end.value
+
+
+def _quieten() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, highlight=False)  # a path may hold [brackets]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _finish(command: str, **facts: Any) -> None:
+    """The last line of stdout."""
+    print(json.dumps({"command": command, **facts}, allow_nan=False), flush=True)
+
+
+def main() -> None:
+    app(prog_name="dvi")
+
+
+if __name__ == "__main__":
+    main()

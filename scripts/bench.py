@@ -1,0 +1,298 @@
+"""The figures of the core, as ratios in one run on one machine: ours plain and speculative against Hugging Face's.
+
+Trains a drafter online from scratch (or takes --adapter), then decodes the same held-out prompts with every arm, each
+prompt by all arms before the next, the order turning. Outputs are compared: a prompt whose tokens differ between arms
+is left out of the ratios and counted. Prints tables and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from dvi import SamplingParams, SelfSpeculator
+from dvi.autotune import measure_costs
+from dvi.config import load_config
+from dvi.draft_length import FixedLength, GoodputLength, LengthPolicy
+from dvi.records import RoundStats
+from dvi.speculator import GOODPUT_BUCKETS, PLAIN
+from dvi.traffic import read_prompts
+from trainers import OnlineTrainer
+
+CONSOLE = Console(stderr=True)
+
+
+@dataclass
+class Run:
+    """One arm on one prompt: new tokens, seconds in all, seconds after the first token."""
+
+    token_ids: list[int]
+    total_s: float
+    decode_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.token_ids) / self.total_s
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return len(self.token_ids) / self.decode_s
+
+
+class TokenClock(StoppingCriteria):
+    """Never stops; remembers when Hugging Face finished its first step."""
+
+    def __init__(self) -> None:
+        self.first_s: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        if self.first_s is None:
+            self.first_s = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def ours(speculator: SelfSpeculator, policy: LengthPolicy, max_new_tokens: int, stats: RoundStats) -> Callable:
+    def run(ids: list[int]) -> Run:
+        start_s = time.perf_counter()
+        params = SamplingParams(max_new_tokens=max_new_tokens)
+        result = next(speculator.generate(ids, params, batch_size=1, policy=policy, keep_transitions=False))
+        stats.add(result.stats)
+        return Run(result.token_ids, time.perf_counter() - start_s, result.stats.decode_s)
+
+    return run
+
+
+def hugging_face(model, max_new_tokens: int, **options: object) -> Callable:
+    def run(ids: list[int]) -> Run:
+        clock, start_s = TokenClock(), time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
+                max_new_tokens=max_new_tokens, stopping_criteria=StoppingCriteriaList([clock]), **options,
+            )
+        end_s = time.perf_counter()
+        return Run(out[0, len(ids):].tolist(), end_s - start_s, end_s - clock.first_s)
+
+    return run
+
+
+def layer_calls(model, run: Callable, ids: list[int]) -> list[int]:
+    """How often each layer's forward ran while decoding one prompt."""
+    counts = [0] * len(model.model.layers)
+
+    def counter(index: int) -> Callable:
+        def hook(*_: object) -> None:
+            counts[index] += 1
+
+        return hook
+
+    handles = [layer.register_forward_hook(counter(i)) for i, layer in enumerate(model.model.layers)]
+    run(ids)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+def train(speculator: SelfSpeculator, prompts: list, *, minutes: float, max_new_tokens: int, settings: list[str]) -> dict:
+    """Online training from traffic for some minutes of wall-clock time."""
+    learning = load_config(None, [f"train.{s}" for s in settings]).train
+    trainer, start_s = OnlineTrainer(speculator, learning), time.perf_counter()
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    recent, num_prompts, num_tokens = [], 0, 0
+
+    def traffic():
+        while time.perf_counter() - start_s < 60 * minutes:
+            yield from (p for p in prompts if time.perf_counter() - start_s < 60 * minutes)
+
+    with Progress(console=CONSOLE) as progress:
+        task = progress.add_task("training online", total=60 * minutes)
+        for result in speculator.generate(traffic(), params, batch_size=1, learner=trainer, policy=FixedLength(4)):
+            num_prompts, num_tokens = num_prompts + 1, num_tokens + len(result.token_ids)
+            recent = [*recent[-49:], result.stats.mean_accepted_tokens]
+            mat = statistics.mean(recent)
+            progress.update(task, completed=time.perf_counter() - start_s, description=f"training online, MAT {mat:.2f}")
+    return {
+        "minutes": round((time.perf_counter() - start_s) / 60, 2), "prompts": num_prompts, "tokens": num_tokens,
+        "steps": trainer.num_steps, "train_share": round(trainer.train_s / (time.perf_counter() - start_s), 3),
+        "rollbacks": trainer.num_rollbacks, "final_mat": round(statistics.mean(recent), 3),
+    }
+
+
+def ratio(runs: dict[str, list[Run]], over: str, under: str, *, of: str) -> dict:
+    """Median of the per-prompt speed ratios with a bootstrap 95 % interval."""
+    ratios = np.array([getattr(a, of) / getattr(b, of) for a, b in zip(runs[over], runs[under], strict=True)])
+    generator = np.random.default_rng(0)
+    medians = np.median(generator.choice(ratios, (2000, len(ratios))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return {"ratio": round(float(np.median(ratios)), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+
+
+def compare(arms: dict[str, Callable], prompts: list[list[int]], label: str) -> tuple[dict[str, list[Run]], int]:
+    """Every arm on every prompt, interleaved; prompts whose outputs disagree are dropped and counted."""
+    for arm in arms.values():
+        arm(prompts[0])
+    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    num_mismatches = 0
+    with Progress(console=CONSOLE) as progress:
+        for index, ids in enumerate(progress.track(prompts, description=label)):
+            order = list(arms) if index % 2 == 0 else list(arms)[::-1]
+            found = {name: arms[name](ids) for name in order}
+            if len({tuple(run.token_ids) for run in found.values()}) > 1:
+                num_mismatches += 1
+                continue
+            for name, run in found.items():
+                runs[name].append(run)
+    return runs, num_mismatches
+
+
+def training_ratio(speculator: SelfSpeculator, prompts: list, *, max_new_tokens: int) -> dict:
+    """Serving throughput with the learner beside it (default budget) over without, blocks of prompts interleaved."""
+    params, policy = SamplingParams(max_new_tokens=max_new_tokens), FixedLength(4)
+    trainer = OnlineTrainer(speculator, load_config(None, ["train.schedule=kl_only"]).train)
+
+    def speed(block: list, learner: OnlineTrainer | None) -> float:
+        start_s, count = time.perf_counter(), 0
+        for result in speculator.generate(block, params, batch_size=1, learner=learner, policy=policy,
+                                          keep_transitions=False):
+            count += len(result.token_ids)
+        return count / (time.perf_counter() - start_s)
+
+    blocks = [prompts[i : i + 8] for i in range(0, len(prompts), 8)]
+    speed(blocks[0], trainer)
+    ratios = []
+    for index, block in enumerate(blocks):
+        order = (trainer, None) if index % 2 == 0 else (None, trainer)
+        speeds = {learner is not None: speed(block, learner) for learner in order}
+        ratios.append(speeds[True] / speeds[False])
+    return {"ratio": round(statistics.median(ratios), 3), "blocks": len(ratios), "steps": trainer.num_steps}
+
+
+def cold_help_s() -> float:
+    """Seconds of `dvi --help` in a new process, median of 5."""
+    times = []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "dvi.cli", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - start_s)
+    return round(statistics.median(times), 3)
+
+
+def machine() -> dict:
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    return {
+        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+        "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), "system": platform.platform(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="checkpoints/reference-11m")
+    parser.add_argument("--prompts", default="configs/demo/prompts.jsonl")
+    parser.add_argument("--adapter", help="take this drafter instead of training one")
+    parser.add_argument("--save", default="runs/bench/drafter", help="where the trained drafter goes")
+    parser.add_argument("--train-minutes", type=float, default=9.5)
+    parser.add_argument("--set", nargs="*", default=["budget=0.6"], metavar="key=value", help="learning settings")
+    parser.add_argument("--split-layer", type=int, default=1)
+    parser.add_argument("--drafter", default="anchored")
+    parser.add_argument("--num-draft-tokens", type=int, default=4)
+    parser.add_argument("--num-prompts", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    report: dict = {"machine": machine(), "args": vars(args)}
+
+    options = {"adapter": args.adapter} if args.adapter else {"split_layer": args.split_layer, "drafter": args.drafter}
+    speculator = SelfSpeculator.from_pretrained(args.model, dtype=args.dtype, **options)
+    traffic = list(read_prompts([args.prompts], split="traffic"))
+    held_out = [speculator.encode(p) for p in read_prompts([args.prompts], split="eval")]
+    held_out = [ids[-512:] for ids in held_out][: args.num_prompts]
+    if not args.adapter:
+        untrained = RoundStats()
+        for ids in held_out[:16]:
+            ours(speculator, FixedLength(args.num_draft_tokens), args.max_new_tokens, untrained)(ids)
+        report["untrained_mat"] = round(untrained.mean_accepted_tokens, 3)
+        report["training"] = train(speculator, traffic, minutes=args.train_minutes, max_new_tokens=args.max_new_tokens,
+                                   settings=args.set)
+        speculator.save_drafter(args.save, metrics=report["training"])
+        CONSOLE.print(report["training"])
+
+    t = args.num_draft_tokens
+    costs = measure_costs(speculator.split, speculator.drafter, buckets=tuple({*GOODPUT_BUCKETS, t}))
+    stats = {name: RoundStats() for name in ("plain", "speculative", "goodput")}
+    early_exit = hugging_face(
+        speculator.model, args.max_new_tokens, assistant_early_exit=max(speculator.split.split_layer, 1),
+    )
+    speculator.model.generation_config.num_assistant_tokens = t
+    speculator.model.generation_config.num_assistant_tokens_schedule = "constant"
+    speculator.model.generation_config.assistant_confidence_threshold = 0.0
+    arms = {
+        "plain": ours(speculator, PLAIN, args.max_new_tokens, stats["plain"]),
+        "speculative": ours(speculator, FixedLength(t), args.max_new_tokens, stats["speculative"]),
+        "goodput": ours(speculator, GoodputLength(GOODPUT_BUCKETS, costs), args.max_new_tokens, stats["goodput"]),
+        "hf_generate": hugging_face(speculator.model, args.max_new_tokens),
+        "hf_early_exit": early_exit,
+    }
+    counts = layer_calls(speculator.model, early_exit, held_out[0])
+    report["early_exit_layer_calls"] = counts
+    runs, report["mismatched_prompts"] = compare(arms, held_out, "comparing")
+    report["compared_prompts"] = len(runs["plain"])
+
+    spec = stats["speculative"]
+    report["mean_accepted_tokens"] = round(spec.mean_accepted_tokens, 3)
+    report["acceptance_per_depth"] = [round(a, 3) for a in spec.acceptance_per_depth]
+    report["goodput_mat"] = round(stats["goodput"].mean_accepted_tokens, 3)
+    report["tokens_per_s"] = {n: round(statistics.median(r.decode_tokens_per_s for r in runs[n]), 1) for n in runs}
+    report["ratios"] = {
+        f"{over} / {under}": ratio(runs, over, under, of="decode_tokens_per_s")
+        for over, under in (("plain", "hf_generate"), ("speculative", "plain"), ("goodput", "plain"),
+                            ("speculative", "hf_generate"), ("goodput", "hf_generate"), ("speculative", "hf_early_exit"))
+    }
+    report["ratios_with_prefill"] = {
+        f"{over} / {under}": ratio(runs, over, under, of="tokens_per_s")
+        for over, under in (("plain", "hf_generate"), ("speculative", "plain"), ("speculative", "hf_generate"))
+    }
+    plain_s = costs.round_s(1, 0)
+    predicted = spec.mean_accepted_tokens * plain_s / costs.round_s(1, t)
+    report["speed_law"] = {
+        "plain_ms": round(1e3 * plain_s, 3), "draft_step_c": round(costs.draft_step_s[1] / plain_s, 3),
+        "verify_v": {n: round(s / plain_s, 3) for n, s in sorted(costs.verify_s.items())},
+        "predicted": round(predicted, 3),
+        "measured_over_predicted": round(report["ratios"]["speculative / plain"]["ratio"] / predicted, 3),
+    }
+    report["training_on_over_off"] = training_ratio(speculator, traffic[-64:], max_new_tokens=args.max_new_tokens)
+    report["cold_help_s"] = cold_help_s()
+
+    table = Table(title=f"{args.model}, {args.dtype}, batch 1, greedy, T = {t}, {len(runs['plain'])} held-out prompts")
+    for column in ("ratio of decode speeds", "median", "95 % interval"):
+        table.add_column(column)
+    for name, found in report["ratios"].items():
+        table.add_row(name, f"{found['ratio']:.2f}", f"{found['low']:.2f} .. {found['high']:.2f}")
+    CONSOLE.print(table)
+    CONSOLE.print(f"MAT {report['mean_accepted_tokens']}, tokens/s {report['tokens_per_s']}, law {report['speed_law']}, "
+                  f"training on/off {report['training_on_over_off']}, dvi --help {report['cold_help_s']} s")
+    Path("runs/bench").mkdir(parents=True, exist_ok=True)
+    Path("runs/bench/report.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

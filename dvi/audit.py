@@ -216,11 +216,11 @@ def _huggingface_ids(speculator: SelfSpeculator, prompt: list[int], max_new_toke
 
 def divergence_table(divergences: Iterable[Divergence]) -> Table:
     """The differences, one a row."""
-    table = Table("prompt", "against", "token", "plain", "other", "gap", "top gap", "noise", "")
+    table = Table("prompt", "against", "token", "plain", "other", "gap", "top gap", "noise", "explained")
     for d in divergences:
         table.add_row(
             str(d.index), d.arm, str(d.position), str(d.plain_token), str(d.other_token),
             "-" if d.gap is None else f"{d.gap:.2e}", f"{d.top_gap:.2e}", f"{d.noise:.2e}",
-            "explained" if d.is_explained else "UNEXPLAINED",
+            "yes" if d.is_explained else "NO",
         )  # fmt: skip
     return table

@@ -27,12 +27,20 @@ USER_ERROR = 2
 FOUND_WRONG = 1
 SIGNAL_BASE = 128
 SIGINT = 2
+DEBUG = "--debug"
 
 _SAMPLING, _DRAFT, _DRAFTER = SamplingSettings(), DraftSettings(), DrafterSettings()
 
 
 class _Group(TyperGroup):
-    """Turns a user's error into one line and an exit code."""
+    """Turns a user's error into one line and an exit code, or a traceback after --debug, which may stand anywhere.
+
+    Not a declared option: typer would import pydantic to read it before every verb's --help.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[DEBUG] = DEBUG in args
+        return super().parse_args(ctx, [arg for arg in args if arg != DEBUG])
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -41,7 +49,7 @@ class _Group(TyperGroup):
             _say("interrupted")
             raise typer.Exit(SIGNAL_BASE + SIGINT) from None
         except (ValueError, OSError) as error:
-            if ctx.params.get("debug"):
+            if ctx.meta[DEBUG]:
                 raise
             lines = (line.strip() for line in str(error).splitlines())
             _say(f"error: {'; '.join(line for line in lines if line)}")
@@ -51,6 +59,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Draft, Verify, & Improve: self-speculative decoding whose drafter learns while it serves.",
+    epilog="--debug, anywhere, shows the traceback of an error.",
 )
 
 ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face model folder or hub id.", show_default=False)]
@@ -65,11 +74,6 @@ ModeOption = Annotated[
 ]
 SplitLayerOption = Annotated[int | None, typer.Option(help="Layers below it draft; default 1, or the adapter's.")]
 DraftTokensOption = Annotated[int, typer.Option(help="The most tokens drafted in a round.")]
-
-
-@app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    pass
 
 
 @app.command()

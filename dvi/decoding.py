@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dvi.cuda_graph import RoundGraphs, can_capture
 from dvi.draft_length import LengthPolicy, RoundInfo, RoundOutcome
-from dvi.drafter import Drafter
+from dvi.drafter import MAX_DEPTH, Drafter
 from dvi.records import Draft, RoundStats, SamplingParams, Transitions, Verdict
 from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.split import SplitModel
@@ -221,7 +221,9 @@ class DecodingBatch:
         """Prefills all but the last prompt token into the next row; the last one opens the row's first round."""
         row, sequence.started_s = len(self.sequences), time.perf_counter()
         self.sequences.append(sequence)
-        num_ahead = 2 * (max(self._policy.buckets) + 1)  # a last round's block, begun one token before the end
+        # Room for a last round's block, begun one token before the end. The same for every policy: in exact mode the
+        # capacity is part of each pass's shape, so a capacity that followed T would let T change bits.
+        num_ahead = 2 * (MAX_DEPTH + 1)
         self.cache.open_row(row, len(sequence.prompt_ids) + sequence.max_new_tokens + num_ahead)
         transitions = self._prefill(row, sequence)
         self._last_token_B[row] = sequence.prompt_ids[-1]
@@ -297,6 +299,7 @@ class DecodingBatch:
                 transitions.append(_cut(
                     verified, row, request_id=sequence.request_id, num_drafted=num_drafted, num_accepted=num_accepted,
                     start_position=self.cache.lengths[row] - len(committed), num_kept=num_kept,
+                    is_honest=self._rule.is_lossless,
                 ))
         return transitions
 
@@ -358,7 +361,7 @@ def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
 
 def _cut(
     verified: VerifiedRound, row: int, *, request_id: int, start_position: int, num_drafted: int, num_accepted: int,
-    num_kept: int,
+    num_kept: int, is_honest: bool,
 ) -> Transitions:
     """One row's committed stretch of a round, as views of the round's tensors."""
     draft, input_ids_W = verified.draft, verified.input_ids_BU[row, : min(num_accepted + 1, num_kept)]
@@ -373,5 +376,5 @@ def _cut(
         request_id=request_id, start_position=start_position, token_ids_W=input_ids_W,
         hidden_WD=draft.hidden_BUD[row, :width], target_hidden_WD=verified.final_BUD[row, :width],
         num_drafted=num_drafted, num_accepted=num_accepted, draft_token_ids_W=draft_ids_W,
-        draft_log_probs_W=log_probs_W, drafter_version=draft.drafter_version,
+        draft_log_probs_W=log_probs_W, drafter_version=draft.drafter_version, is_honest=is_honest,
     )

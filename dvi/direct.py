@@ -81,11 +81,15 @@ class PassPlace:
         self._group = group
         self._folded_masks: dict[int | None, Tensor | None] = {}
 
+    def needs_mask(self, window: int | None) -> bool:
+        """False when every query may see every visible slot."""
+        return not self.placement.is_trivially_causal or (window is not None and self.placement.visible > window)
+
     def folded_mask(self, window: int | None, dtype: torch.dtype, num_kv_heads: int) -> Tensor | None:
         """Additive mask [B*G, group*Q, S] for queries folded into their key/value head; None when all is visible."""
         if window not in self._folded_masks:
             mask = None
-            if not self.placement.is_trivially_causal or (window is not None and self.placement.visible > window):
+            if self.needs_mask(window):
                 mask_B1QS = self.placement.mask_B1QS(window=window, dtype=dtype)
                 mask = mask_B1QS.repeat(1, num_kv_heads, self._group, 1).flatten(0, 1)
             self._folded_masks[window] = mask
@@ -103,7 +107,8 @@ class _Shape:
         self.group = self.num_heads // self.num_kv_heads
         self.num_rotated = self.num_heads + self.num_kv_heads
         self.scale = attention.scaling
-        self.window = getattr(attention, "sliding_window", None)
+        # Mistral's window is a fact of its config alone.
+        self.window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
 
 class _PackedBlock:
@@ -135,16 +140,17 @@ class _PackedBlock:
         self._half = panels_for(mlp.gate_proj.weight.shape[0])
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * post_gain_D
         self._gate_up = Panels(gate_up, None, 2 * self._half)
-        self._o_KN = attention.o_proj.weight.t().contiguous()
-        self._down_KN = mlp.down_proj.weight.t().contiguous()
+        width = attention.o_proj.weight.shape[0]
+        self._o = Panels(attention.o_proj.weight, None, panels_for(width))
+        self._down = Panels(mlp.down_proj.weight, None, panels_for(width))
 
     def __call__(self, x_MD: Tensor, index: int, cache: RollbackCache, place: PassPlace) -> Tensor:
         qkv_PMd = self._qkv(_normalise(x_MD, self._input_floor))
         attended_MK = self._attend(qkv_PMd, index, cache, place)
-        x_MD = torch.addmm(x_MD, attended_MK, self._o_KN)
+        x_MD = x_MD + join_panels(self._o(attended_MK))
         both_PMn = self._gate_up(_normalise(x_MD, self._post_floor))
         gated_PMn = F.silu(both_PMn[: self._half], inplace=True).mul_(both_PMn[self._half :])
-        return torch.addmm(x_MD, join_panels(gated_PMn), self._down_KN)
+        return x_MD + join_panels(self._down(join_panels(gated_PMn)))
 
     def _attend(self, qkv_PMd: Tensor, index: int, cache: RollbackCache, place: PassPlace) -> Tensor:
         shape, rows, width = self.shape, place.rows, place.width
@@ -203,7 +209,7 @@ class _FusedBlock:
         qk_BPQd = _rotate(qk_PMd, place).view(-1, rows, width, d).transpose(0, 1)
         values_BgQd = qkv_MPd[:, shape.num_rotated :].view(rows, width, g, d).transpose(1, 2)
         keys, values = cache.write(index, qk_BPQd[:, h:], values_BgQd, place.placement)
-        mask = None if place.placement.is_trivially_causal else place.placement.mask_B1QS(window=shape.window)
+        mask = place.placement.mask_B1QS(window=shape.window) if place.needs_mask(shape.window) else None
         attended_BhQd = F.scaled_dot_product_attention(
             qk_BPQd[:, :h], keys, values, attn_mask=mask, scale=shape.scale, enable_gqa=shape.group > 1
         )

@@ -106,8 +106,8 @@ class SplitModel:
         return _sha256(self.model.state_dict().items())
 
     def head_fingerprint(self) -> str:
-        """SHA-256 over the output head's weight: which head a drafter was trained against."""
-        return _sha256([("head", self.head_weight_VD)])
+        """SHA-256 over the output head's weight as float32, so that loading a bfloat16 model wider changes nothing."""
+        return _sha256([("head", self.head_weight_VD.float())])
 
     @torch.no_grad()
     def self_check(self) -> None:

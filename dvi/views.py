@@ -91,6 +91,7 @@ class ViewsPath:
         deep_indices = [split_layer, *indices[split_layer:]]
         self._deep = _view(anatomy, [self._inject, *layers[split_layer:]], deep_indices)
         self._takes_positions = "position_ids" in inspect.signature(anatomy.decoder.forward).parameters
+        self._last_position = _last_learned_position(anatomy.decoder)
 
     def shallow(self, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
         """h_k [B, Q, D] of the tokens at the placement's positions."""
@@ -104,9 +105,20 @@ class ViewsPath:
     def _run(self, view: PreTrainedModel, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
         # The config is the view's own, and all of the view that reaches the function which makes its masks.
         view.config.dvi_placement = placement
-        positions = {"position_ids": placement.positions_BQ} if self._takes_positions else {}
+        positions_BQ = placement.positions_BQ
+        if self._last_position is not None:
+            # Drafts may run past the end of the context. No text can: what they compute there is never committed.
+            positions_BQ = positions_BQ.clamp(max=self._last_position)
+        positions = {"position_ids": positions_BQ} if self._takes_positions else {}
         placed_cache = _PlacedCache(cache, placement)
         return view(input_ids=token_ids_BQ, past_key_values=placed_cache, use_cache=True, **positions)[0]
+
+
+def _last_learned_position(decoder: PreTrainedModel) -> int | None:
+    """The last position that has an embedding of its own; None for rotary and other computed positions."""
+    tokens = decoder.get_input_embeddings()
+    has_table = any(isinstance(child, nn.Embedding) and child is not tokens for child in decoder.children())
+    return decoder.config.max_position_embeddings - 1 if has_table else None
 
 
 def _view(anatomy: Anatomy, layers: Iterable[nn.Module], layer_indices: list[int]) -> PreTrainedModel:

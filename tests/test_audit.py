@@ -94,8 +94,8 @@ def test_the_audits_own_logits_are_the_models(load):
     expected_SV = speculator.model(input_ids=torch.tensor([ids])).logits[0]
     for start, width in ((0, 1), (3, 1), (3, 4), (len(ids) - 1, 5)):
         actual_SV = logits_in_blocks(speculator.split, ids, start=start, width=width)
-        # 1e-12: float64 with another order of summation.
-        torch.testing.assert_close(actual_SV, expected_SV[start:].detach(), rtol=0, atol=1e-12)
+        # 1e-5: the model takes its rotary angles in float32, whatever its own precision.
+        torch.testing.assert_close(actual_SV, expected_SV[start:].detach(), rtol=0, atol=1e-5)
 
 
 def test_a_report_is_plain_data(load):

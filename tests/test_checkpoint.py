@@ -269,9 +269,7 @@ def test_a_checkpoint_of_another_format_is_refused_rather_than_skipped(
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "FORMAT_VERSION", 2)
             store.save(state_of(2), 2)
-        with pytest.raises(
-            ValueError, match="has format 2, this version reads 1; resume with the version that wrote it"
-        ):
+        with pytest.raises(ValueError, match="has format 2, this version reads 1; resume with the version"):
             store.load_latest()
 
 

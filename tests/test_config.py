@@ -203,7 +203,7 @@ def test_demo_prompts_are_distinct_and_held_out_rows_are_not_in_the_traffic():
     assert len({row["id"] for row in rows}) == len({tuple(row["turns"]) for row in rows}) == len(rows)
     counts = Counter((row["domain"], row["split"]) for row in rows)
     domains = ("math", "code", "roleplay", "shell", "geography", "assistant")
-    assert counts == {(domain, split): n for domain in domains for split, n in (("traffic", 117), ("eval", 15))}
+    assert counts == {(domain, split): n for domain in domains for split, n in (("traffic", 400), ("eval", 15))}
 
 
 def test_provenance_is_written_beside_the_output_even_outside_git(tmp_path, monkeypatch):

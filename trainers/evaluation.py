@@ -76,21 +76,26 @@ def drafts_alike(
     speculator: SelfSpeculator, other: nn.Module, prompts: list[list[int]], params: SamplingParams, *,
     num_draft_tokens: int,
 ) -> bool:
-    """Whether another drafter gives the same tokens and has the same drafts accepted, prompt by prompt.
+    """Whether another drafter drafts the same tokens with the same log-probabilities, to the bit, and so the same text.
 
-    Tokens alone would say nothing: they are the verifier's.
+    The text alone would say nothing: it is the verifier's.
     """
     drafting = FixedLength(num_draft_tokens)
 
-    def traces() -> list[tuple[list[int], list[int]]]:
-        results = (_decode(speculator, prompt, params, drafting) for prompt in prompts)
-        return [(result.token_ids, result.stats.accepted_per_depth) for result in results]
+    def trace() -> list[object]:
+        found: list[object] = []
+        for prompt in prompts:
+            result = next(speculator.generate([prompt], params, batch_size=1, policy=drafting))
+            found.append(result.token_ids)
+            for stretch in result.transitions:
+                found.append((stretch.draft_token_ids_W.tolist(), stretch.draft_log_probs_W.tolist()))
+        return found
 
     own = speculator.drafter
-    expected = traces()
+    expected = trace()
     speculator.drafter = other
     try:
-        return traces() == expected
+        return trace() == expected
     finally:
         speculator.drafter = own
 

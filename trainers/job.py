@@ -267,7 +267,7 @@ class _Job:
         traffic = (self._request(0, messages).token_ids for messages in self.traffic)
         is_alike = drafts_alike(
             self.speculator, reloaded, list(itertools.islice(self.held_out or traffic, NUM_RELOAD_PROMPTS)),
-            self.eval_params, num_draft_tokens=self.config.draft.num_draft_tokens,
+            self.eval_params, num_draft_tokens=max(self.config.draft.num_draft_tokens, 1),
         )
         verdict = "drafts the same" if is_alike else "DRAFTS OTHERWISE"
         self.console.print(f"drafter saved in {self.folder / DRAFTER}; reloaded, it {verdict}")

@@ -1,0 +1,261 @@
+"""The command line: what it prints where, how it fails, and that asking for help costs nothing."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import dvi.cli
+
+ROOT = Path(__file__).parents[1]
+STORIES = str(ROOT / "tests/stories260k")
+VERBS = ("generate", "train", "verify", "export", "inspect", "doctor")
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} Once upon a{% endif %}"
+FAST = ("--policy", "fixed", "--max-new-tokens", "12")
+
+
+def dvi_command(*arguments):
+    """(exit code, the JSON of the last line or None, stdout before it, stderr)."""
+    result = CliRunner().invoke(dvi.cli.app, list(map(str, arguments)), catch_exceptions=False)
+    *before, last = result.stdout.splitlines() or [""]
+    facts = json.loads(last) if last.startswith("{") else None
+    return result.exit_code, facts, "\n".join(before), result.stderr
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A short `dvi train` of a lora_head drafter, and its JSON."""
+    folder = tmp_path_factory.mktemp("cli")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Once upon a time"}\n{"prompt": "The dog", "split": "eval"}\n', encoding="utf-8")
+    (folder / "job.yaml").write_text(f"model: {{path: {STORIES}, split_layer: 2}}\n", encoding="utf-8")
+    code, facts, _, stderr = dvi_command(
+        "train", folder / "job.yaml", f"data.prompts={prompts}", f"output.folder={folder / 'run'}",
+        "output.tensorboard=false", "drafter.kind=lora_head", "drafter.lora_rank=2", "sampling.max_new_tokens=16",
+        "eval.max_new_tokens=8", "draft.policy=fixed", "train.budget=1", "train.blocks_per_step=4",
+        "train.rounds_per_step=2", "train.steps_per_publish=1",
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert "mean accepted tokens" in stderr and facts["command"] == "train" and facts["status"] == "done"
+    return folder / "run"
+
+
+def test_importing_the_command_line_imports_no_heavy_library():
+    """Catches an import that makes `dvi --help` wait for torch."""
+    code = (
+        "import sys, dvi.cli; heavy = {'torch', 'transformers', 'pydantic', 'datasets', 'trainers', 'rich.console'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_help_of_the_program_and_of_every_verb_imports_no_heavy_library():
+    """Catches a verb whose help imports what only its work needs, and a verb that is missing."""
+    code = (
+        "import sys; from typer.testing import CliRunner; import dvi.cli\n"
+        f"for verb in {('',) + VERBS}:\n"
+        "    result = CliRunner().invoke(dvi.cli.app, [*verb.split(), '--help'])\n"
+        "    assert result.exit_code == 0 and 'Usage' in result.stdout, verb\n"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'datasets', 'trainers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_one_prompt_is_printed_as_text_and_then_counted_in_one_json_line():
+    """Catches text that is lost between pieces, and counts that do not add up."""
+    code, facts, text, _ = dvi_command("generate", STORIES, "Once upon a time", *FAST)
+    assert code == 0 and text.startswith(", there was a little girl")
+    assert facts["command"] == "generate" and facts["new_tokens"] == 12 and facts["prompts"] == 1
+    assert facts["drafted"] == 4 * facts["rounds"] and facts["level"] == "fast" and facts["drafter_version"] == 0
+    assert facts["finish_reasons"] == ["length"]
+
+
+def test_a_stop_text_ends_the_answer_before_it():
+    """Catches --stop that is ignored, or printed."""
+    code, facts, text, _ = dvi_command("generate", STORIES, "Once upon a time", *FAST, "--stop", " was")
+    assert (code, text, facts["finish_reasons"]) == (0, ", there", ["stop"])
+
+
+def test_several_prompts_are_decoded_as_they_are_alone(tmp_path):
+    """Catches answers under the wrong number, and prompts of a file that are left out."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "The dog"}\n', encoding="utf-8")
+    code, facts, text, _ = dvi_command("generate", STORIES, "Once upon a time", "--prompts-file", rows, *FAST)
+    assert code == 0 and facts["prompts"] == 2 and facts["new_tokens"] == 24
+    for index, prompt in enumerate(("Once upon a time", "The dog")):
+        _, _, alone, _ = dvi_command("generate", STORIES, prompt, *FAST)
+        assert f"[{index}] {alone}" in text
+
+
+def test_a_chat_template_is_used_unless_the_prompt_is_raw(tmp_path):
+    """Catches a chat model that is asked without its template, and --raw that is ignored."""
+    model = tmp_path / "chat"
+    shutil.copytree(STORIES, model)
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    prompt_tokens = {
+        flags: dvi_command("generate", model, "Lily", *FAST, *flags)[1]["prompt_tokens"]
+        for flags in ((), ("--chat",), ("--raw",))
+    }
+    assert prompt_tokens[()] == prompt_tokens["--chat",] != prompt_tokens["--raw",]
+    code, _, _, stderr = dvi_command("generate", STORIES, "Lily", "--chat")
+    assert code == 2 and "no chat template" in stderr
+
+
+def test_a_trained_adapter_is_served_inspected_and_exported(run_folder, tmp_path):
+    """Catches an adapter that is saved but not loaded, and an export that is not the same drafter."""
+    adapter = run_folder / "drafter"
+    _, facts, _, _ = dvi_command("generate", STORIES, "Once upon a time", *FAST, "--adapter", adapter)
+    _, manifest, _, _ = dvi_command("inspect", adapter)
+    assert facts["drafter_version"] == manifest["drafter_version"] > 0
+    assert manifest["split_layer"] == 2 and manifest["drafter"]["kind"] == "lora_head"
+    for option, source in (("--run", run_folder), ("--adapter", adapter)):
+        code, facts, _, _ = dvi_command("export", tmp_path / option, option, source)
+        assert code == 0 and facts["drafter_version"] == manifest["drafter_version"]
+        for name in ("adapter_model.safetensors", "drafter_extra.safetensors"):
+            assert (tmp_path / option / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_a_lora_head_drafter_is_exported_as_a_model_of_its_own(run_folder, tmp_path):
+    """Catches an export that needs this library to be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    code, facts, _, _ = dvi_command("export", tmp_path / "draft", "--run", run_folder, "--standalone")
+    assert code == 0 and facts["standalone"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.num_hidden_layers == 2
+
+
+def test_verify_reports_matches_and_fails_where_a_difference_has_no_explanation(monkeypatch):
+    """Catches an audit whose finding does not reach the exit code."""
+    import dvi.audit
+
+    arguments = ("verify", STORIES, "--limit", 2, "--max-new-tokens", 12)
+    code, facts, _, stderr = dvi_command(*arguments)
+    assert code == 0 and facts["num_matches"] == facts["num_prompts"] == 2 and "2 of 2 prompts match" in stderr
+    decode = dvi.audit._decode
+
+    def other_token_when_drafting(*args, num_draft_tokens):
+        ids, stats = decode(*args, num_draft_tokens=num_draft_tokens)
+        return [*ids[:-1], ids[-1] ^ (num_draft_tokens > 0)], stats
+
+    monkeypatch.setattr(dvi.audit, "_decode", other_token_when_drafting)
+    code, facts, _, stderr = dvi_command(*arguments)
+    assert (code, facts["num_unexplained"], facts["num_matches"]) == (1, 2, 0) and stderr.count(" NO ") == 2
+
+
+def test_inspect_shows_how_a_model_would_be_split(tmp_path):
+    """Catches counts of the wrong layers, and a refusal without its reason."""
+    code, facts, _, _ = dvi_command("inspect", STORIES, "--split-layer", 2)
+    parameters = facts["parameters"]
+    assert code == 0 and facts["is_splittable"] and facts["is_tied"] and facts["path"] == "direct"
+    assert parameters["deep"] * 2 == parameters["shallow"] * 3 and parameters["head"] == 512 * 64
+    assert facts["cache_bytes_per_position"] == 5 * 2 * 4 * 8 * 4
+    assert 0.4 < facts["draft_step_share"] < 0.5 and set(facts["drafter_parameters"]) >= {"anchored", "lora_head"}
+
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=512, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(STORIES) / name, tmp_path)
+    code, facts, _, _ = dvi_command("inspect", tmp_path)
+    assert code == 0 and not facts["is_splittable"] and "cannot be split" in facts["reason"]
+
+
+def test_doctor_finds_this_machine_sound():
+    """Catches a check that fails where the tests pass, and versions that are not found."""
+    code, facts, _, stderr = dvi_command("doctor")
+    assert code == 0, facts["problems"]
+    assert facts["versions"]["torch"] and facts["exact_mode"]["float32"] and "torch" in stderr
+
+
+def test_printed_settings_are_a_configuration_file_without_running_anything(tmp_path):
+    """Catches --print-config that starts the job, or that prints what cannot be read back."""
+    from dvi.config import load_config
+
+    result = CliRunner().invoke(
+        dvi.cli.app, ["train", str(ROOT / "configs/demo/demo.yaml"), "train.lr=1e-5", "--print-config"]
+    )
+    (tmp_path / "printed.yaml").write_text(result.stdout, encoding="utf-8")
+    assert load_config(tmp_path / "printed.yaml") == load_config(ROOT / "configs/demo/demo.yaml", ["train.lr=1e-5"])
+
+
+def test_the_demo_runs_on_files_that_exist_and_learns_on_traffic_alone():
+    """Catches a demo that names a moved file, or trains on what it is measured on."""
+    from dvi.config import load_config
+
+    config = load_config(ROOT / "configs/demo/demo.yaml")
+    assert config.data.split == "traffic" and (ROOT / config.model.path / "config.json").is_file()
+    assert all((ROOT / path).is_file() for path in config.data.prompts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "./absent", "hi"], "no model folder at ./absent"),
+        (["generate", STORIES], "there must be a prompt, got none"),
+        (["generate", STORIES, "hi", "--temperature", "-1"], "temperature must be >= 0"),
+        (["generate", STORIES, "hi", "--split-layer", "9"], "split_layer must be in 0..4"),
+        (["generate", STORIES, "hi", "--adapter", "./absent"], "there is no adapter folder"),
+        (["generate", STORIES, "hi", "--mode", "exact", "--dtype", "bfloat16"], "exact mode needs float32"),
+        (["train", "./absent.yaml"], "config must be a readable YAML file"),
+        (["train", "configs/demo/demo.yaml", "train.lrr=1"], "did you mean 'train.lr'?"),
+        (["train", "configs/demo/demo.yaml", "train.lr=-1", "train.budget=2"], "train.lr must be greater than 0"),
+        (["train", "configs/demo/demo.yaml", "data.prompts=./absent.jsonl"], "no prompts file absent.jsonl"),
+        (["export", "out"], "one of --run and --adapter must be given, got none"),
+        (["export", "out", "--run", "./absent"], "config must be a readable YAML file"),
+    ],
+)
+def test_a_users_error_is_one_line_on_stderr_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    """Catches tracebacks for typing errors, errors on stdout, and success codes for failures."""
+    monkeypatch.chdir(ROOT)
+    if arguments[0] == "train":
+        arguments = [*arguments, f"output.folder={tmp_path}"]
+    code, facts, stdout, stderr = dvi_command(*arguments)
+    assert (code, facts, stdout) == (2, None, "")
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_a_bad_prompt_row_is_named_by_file_and_line(tmp_path):
+    """Catches a job that dies without saying which row it could not read."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "fine"}\n{"prompt": 3}\n', encoding="utf-8")
+    code, _, _, stderr = dvi_command("verify", STORIES, "--prompts", path)
+    assert code == 2 and stderr.startswith(f"error: {path}, line 2: prompt must be a text, got 3")
+
+
+def test_an_adapter_of_another_model_is_refused(run_folder):
+    """Catches a drafter that drafts nonsense beside a backbone it never saw."""
+    code, _, _, stderr = dvi_command(
+        "generate", ROOT / "checkpoints/reference-11m", "hi", "--adapter", run_folder / "drafter"
+    )
+    assert code == 2 and "was trained with" in stderr
+
+
+def test_debug_shows_the_traceback_of_a_users_error():
+    """Catches --debug that hides where an error came from."""
+    with pytest.raises(ValueError, match="no model folder"):
+        dvi_command("--debug", "generate", "./absent", "hi")
+
+
+def test_a_terminated_job_saves_a_checkpoint_and_says_so(tmp_path):
+    """Catches a job that dies at SIGTERM with its work, and an exit code that hides the signal."""
+    command = [
+        sys.executable, "-m", "dvi", "train", "configs/demo/demo.yaml", f"model.path={STORIES}",
+        f"output.folder={tmp_path}", "eval.limit=1", "output.tensorboard=false", "drafter.anchor_hidden=16",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert "held-out" in process.stderr.readline()  # from here on signals are the job's
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    facts = json.loads(stdout.splitlines()[-1])
+    assert facts["status"] == "interrupted" and Path(facts["checkpoint"]).is_dir()
+    assert "output.resume=true goes on" in stderr

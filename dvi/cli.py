@@ -33,10 +33,7 @@ _SAMPLING, _DRAFT, _DRAFTER = SamplingSettings(), DraftSettings(), DrafterSettin
 
 
 class _Group(TyperGroup):
-    """Turns a user's error into one line and an exit code, or a traceback after --debug, which may stand anywhere.
-
-    Not a declared option: typer would import pydantic to read it before every verb's --help.
-    """
+    """Turns a user's error into one line and an exit code; with --debug, wherever it stands, into a traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[DEBUG] = DEBUG in args

@@ -60,7 +60,7 @@ class DrafterSettings:
     """The trainable part.
 
     anchor_hidden     width of the anchored and recurrent drafters' MLP.
-    draft_vocab_size  draft from this many of the most frequent tokens, 0 from all.
+    draft_vocab_size  the head is trimmed to this many most frequent tokens of the traffic in time; 0 keeps all.
     adapter           folder of a saved drafter to start from; null starts untrained.
     """
 
@@ -151,6 +151,7 @@ class LearningSettings:
     steps_per_canary    the learner is held against its best so far every so many steps.
     learn_from_prompts  also distil on the prompts' own positions, not only on generated text.
     target_temperature  the verifier's distribution is sharpened (below 1) or flattened by it before it is distilled.
+    tokens_before_trim  generated tokens to count before the head is trimmed to drafter.draft_vocab_size tokens.
     schedule            preset of the loss weights, see docs/training.md.
     warmup_steps        optimizer steps of pure KL before the ramp of ramp_steps to the reward terms.
     switch_by           the warm-up ends by "steps", or by "acceptance" once it no longer rises.
@@ -170,6 +171,7 @@ class LearningSettings:
     steps_per_canary: PositiveCount = 32
     learn_from_prompts: bool = False
     target_temperature: Positive = 1.0
+    tokens_before_trim: PositiveCount = 16384
     schedule: Literal["kl_only", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk"] = "kl_rl"
     warmup_steps: Count = 400
     ramp_steps: Count = 600

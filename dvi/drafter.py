@@ -29,7 +29,8 @@ class DrafterConfig:
     kind              "anchored" (default), "recurrent" or "lora_head" (the paper's).
     lora_rank, lora_alpha  the head's low-rank correction, scaled by alpha / rank.
     anchor_hidden     hidden width of the MLP that reads the anchor; unused by lora_head.
-    draft_vocab_size  0 drafts from the full vocabulary.
+    draft_vocab_size  0 drafts from the full vocabulary; otherwise the learner trims the head to so many tokens, the
+                      most frequent of the traffic, once it has seen enough of it.
     """
 
     kind: str = "anchored"
@@ -80,6 +81,11 @@ class RmsGain(nn.Module):
         return x / length * (self.gain * self._root_width)
 
 
+def unit_rms(x: Tensor) -> Tensor:
+    """x / rms(x) along the last dimension; 0 for a zero vector, as the anchor at the start of a sequence is."""
+    return x * (math.sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6))
+
+
 def trainable_copy_of_norm(norm: nn.Module, hidden_size: int) -> nn.Module:
     """A float32 trainable copy of the model's final norm; the lean RMS form where it gives the same values."""
     copied = copy.deepcopy(norm).float().requires_grad_(True)
@@ -109,10 +115,7 @@ class DraftHead(nn.Module):
     ) -> None:
         super().__init__()
         width = head_weight.shape[1]
-        if draft_token_ids_V is not None:
-            head_weight = head_weight[draft_token_ids_V]
-            head_bias = None if head_bias is None else head_bias[draft_token_ids_V]
-        self.register_buffer("draft_token_ids_V", draft_token_ids_V)
+        self.register_buffer("draft_token_ids_V", None)
         # In a tuple, so that the frozen (and possibly tied) head is never a parameter, a buffer or part of a file.
         self._frozen = (head_weight.detach(), None if head_bias is None else head_bias.detach())
         self._post_head = post_head
@@ -122,10 +125,26 @@ class DraftHead(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(head_weight.shape[0], rank, device=device))
         nn.init.normal_(self.lora_A, std=1.0 / math.sqrt(width))
         self._published_DV: Tensor | None = None  # a learner's copy never publishes and never pays for it
+        if draft_token_ids_V is not None:
+            self.trim(draft_token_ids_V)
 
     @property
     def vocab_size(self) -> int:
         return self._frozen[0].shape[0]
+
+    def trim(self, token_ids_V: Tensor) -> None:
+        """From now on drafts only these tokens. lora_B becomes a new, shorter parameter; the old ids are gone for good.
+
+        Raises ValueError when the head is trimmed already.
+        """
+        if self.draft_token_ids_V is not None:
+            raise ValueError(f"the draft vocabulary is trimmed to {self.vocab_size} tokens already")
+        token_ids_V = token_ids_V.sort().values
+        weight, bias = self._frozen
+        self._frozen = (weight[token_ids_V], None if bias is None else bias[token_ids_V])
+        self.lora_B = nn.Parameter(self.lora_B.detach()[token_ids_V], requires_grad=self.lora_B.requires_grad)
+        self.draft_token_ids_V = token_ids_V
+        self._published_DV = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., V], float32, through the parameters."""
@@ -195,7 +214,10 @@ class LoraHeadDrafter(nn.Module):
 
 
 class AnchoredDrafter(nn.Module):
-    """x = n + W_out silu(W_hidden n + W_anchor h_L(anchor) + depth bias), n = norm(h_k), then the corrected head.
+    """x = n + W_out silu(W_hidden u(h_k) + W_anchor u(h_L(anchor)) + depth bias), then the corrected head.
+
+    n = norm(h_k); u is RMS normalisation without gain: the final norm's gains, made for the head, differ by an order of
+    magnitude between channels, and an MLP behind them learns slower (LOG.md 2026-11-22).
 
     The anchor, the verifier's final state at the last position it has seen, brings the context that a shallow state
     lacks. Its product is taken once per round; a draft step is one small MLP. W_out starts at zero.
@@ -217,18 +239,258 @@ class AnchoredDrafter(nn.Module):
 
     def begin(self, anchor_BD: Tensor) -> Tensor:
         """[depth, B, H]: everything the MLP needs of the anchor, for every depth."""
-        return self.from_anchor(anchor_BD.float()) + self.depth_bias[:, None]
+        return self.from_anchor(unit_rms(anchor_BD.float())) + self.depth_bias[:, None]
 
     def step(self, hidden_BD: Tensor, state: Tensor, depth: int) -> Tensor:
-        normed_BD = self.norm(hidden_BD.float())
-        inner_BH = F.silu(torch.addmm(state[depth], normed_BD, self.from_hidden.weight.t()))
+        hidden_BD = hidden_BD.float()
+        normed_BD = self.norm(hidden_BD)
+        inner_BH = F.silu(torch.addmm(state[depth], unit_rms(hidden_BD), self.from_hidden.weight.t()))
         return self.draft_head.published(torch.addmm(normed_BD, inner_BH, self.to_hidden.weight.t()))
 
     def forward(self, hidden_NTD: Tensor, anchor_ND: Tensor) -> Tensor:
-        normed_NTD = self.norm(hidden_NTD.float())
-        depth_bias_TH = self.depth_bias[: hidden_NTD.shape[1]]
-        inner = self.from_hidden(normed_NTD) + self.from_anchor(anchor_ND.float())[:, None] + depth_bias_TH
-        return self.draft_head(normed_NTD + self.to_hidden(F.silu(inner)))
+        hidden_NTD = hidden_NTD.float()
+        from_anchor_N1H = self.from_anchor(unit_rms(anchor_ND.float()))[:, None]
+        inner_NTH = self.from_hidden(unit_rms(hidden_NTD)) + from_anchor_N1H + self.depth_bias[: hidden_NTD.shape[1]]
+        return self.draft_head(self.norm(hidden_NTD) + self.to_hidden(F.silu(inner_NTH)))
+
+    publish = LoraHeadDrafter.publish
+
+
+class RecurrentDrafter(AnchoredDrafter):
+    """The anchored drafter with its own guess of h_L carried along the draft in the anchor's place after depth 0."""
+
+    def begin(self, anchor_BD: Tensor) -> list[Tensor]:
+        return [anchor_BD.float()]
+
+    def step(self, hidden_BD: Tensor, state: list[Tensor], depth: int) -> Tensor:
+        state[0] = self._advance(hidden_BD.float(), state[0], depth)
+        return self.draft_head.published(state[0])
+
+    def forward(self, hidden_NTD: Tensor, anchor_ND: Tensor) -> Tensor:
+        hidden_NTD, carried_ND, states = hidden_NTD.float(), anchor_ND.float(), []
+        for depth in range(hidden_NTD.shape[1]):
+            carried_ND = self._advance(hidden_NTD[:, depth], carried_ND, depth)
+            states.append(carried_ND)
+        return self.draft_head(torch.stack(states, dim=1))
+
+    def _advance(self, hidden_ND: Tensor, carried_ND: Tensor, depth: int) -> Tensor:
+        from_carried_NH = self.from_anchor(unit_rms(carried_ND)) + self.depth_bias[depth]
+        inner_NH = F.silu(torch.addmm(from_carried_NH, unit_rms(hidden_ND), self.from_hidden.weight.t()))
+        return torch.addmm(self.norm(hidden_ND), inner_NH, self.to_hidden.weight.t())
+
+
+DRAFTER_KINDS:
+            raise ValueError(f"drafter kind must be one of {', '.join(DRAFTER_KINDS)}, got {self.kind!r}")
+        for name in ("lora_rank", "anchor_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+class Drafter(Protocol):
+    """What decoding and learning ask of a drafter. Versions count publishes; 0 is the untrained drafter."""
+
+    config: DrafterConfig
+    version: int
+    draft_head: DraftHead
+
+    def begin(self, anchor_BD: Tensor) -> object:
+        """State of one round's draft, from the verifier's final hidden state at the anchor position."""
+
+    def step(self, hidden_BD: Tensor, state: object, depth: int) -> Tensor:
+        """Draft logits [B, V] at this depth, from the published buffers."""
+
+    def forward(self, hidden_NTD: Tensor, anchor_ND: Tensor) -> Tensor:
+        """Draft logits [N, T, V] of whole blocks, differentiable in the drafter's parameters."""
+
+    def publish(self, source: nn.Module, version: int) -> None:
+        """Takes over the parameters of `source` (a drafter of the same shape) and rewrites the published buffers."""
+
+
+class RmsGain(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * gain, in float32, in four calls."""
+
+    def __init__(self, gain_D: Tensor, eps: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(gain_D.detach().float().clone())
+        self._root_width = math.sqrt(gain_D.shape[0])
+        self.register_buffer("_floor", torch.tensor(math.sqrt(gain_D.shape[0] * eps)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor)
+        return x / length * (self.gain * self._root_width)
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """x / rms(x) along the last dimension; 0 for a zero vector, as the anchor at the start of a sequence is."""
+    return x * (math.sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6))
+
+
+def trainable_copy_of_norm(norm: nn.Module, hidden_size: int) -> nn.Module:
+    """A float32 trainable copy of the model's final norm; the lean RMS form where it gives the same values."""
+    copied = copy.deepcopy(norm).float().requires_grad_(True)
+    weight = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if weight is None or isinstance(norm, nn.LayerNorm) or eps is None:
+        return copied
+    probe_ND = torch.linspace(-2.0, 3.0, 2 * hidden_size, device=weight.device).view(2, hidden_size)
+    with torch.no_grad():
+        expected = copied(probe_ND)
+        for gain_D in (weight.float(), 1.0 + weight.float()):  # Gemma stores gain - 1
+            lean = RmsGain(gain_D, eps).to(weight.device)
+            if torch.allclose(lean(probe_ND), expected, rtol=1e-5, atol=1e-6):
+                return lean
+    return copied
+
+
+class DraftHead(nn.Module):
+    """softmax((W + (alpha/R) B A) x): W is the model's frozen head by reference, A and B are trained, B starts at 0.
+
+    draft_token_ids_V maps draft ids to token ids, ascending, when the draft vocabulary is trimmed; None for the full one.
+    """
+
+    def __init__(
+        self, head_weight: Tensor, head_bias: Tensor | None, *, rank: int, alpha: float,
+        draft_token_ids_V: Tensor | None, post_head: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        width = head_weight.shape[1]
+        self.register_buffer("draft_token_ids_V", None)
+        # In a tuple, so that the frozen (and possibly tied) head is never a parameter, a buffer or part of a file.
+        self._frozen = (head_weight.detach(), None if head_bias is None else head_bias.detach())
+        self._post_head = post_head
+        self.scaling = alpha / rank
+        device = head_weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, width, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(head_weight.shape[0], rank, device=device))
+        nn.init.normal_(self.lora_A, std=1.0 / math.sqrt(width))
+        self._published_DV: Tensor | None = None  # a learner's copy never publishes and never pays for it
+        if draft_token_ids_V is not None:
+            self.trim(draft_token_ids_V)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._frozen[0].shape[0]
+
+    def trim(self, token_ids_V: Tensor) -> None:
+        """From now on drafts only these tokens. lora_B becomes a new, shorter parameter; the old ids are gone for good.
+
+        Raises ValueError when the head is trimmed already.
+        """
+        if self.draft_token_ids_V is not None:
+            raise ValueError(f"the draft vocabulary is trimmed to {self.vocab_size} tokens already")
+        token_ids_V = token_ids_V.sort().values
+        weight, bias = self._frozen
+        self._frozen = (weight[token_ids_V], None if bias is None else bias[token_ids_V])
+        self.lora_B = nn.Parameter(self.lora_B.detach()[token_ids_V], requires_grad=self.lora_B.requires_grad)
+        self.draft_token_ids_V = token_ids_V
+        self._published_DV = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., V], float32, through the parameters."""
+        weight, bias = self._frozen
+        frozen = F.linear(x.to(weight.dtype), weight, bias).float()
+        return self._post_head(frozen + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling)
+
+    def published(self, x_BD: Tensor) -> Tensor:
+        """Logits [B, V] through the published product of head and correction: one call."""
+        bias = self._frozen[1]
+        x_BD = x_BD.to(self._published_DV.dtype)
+        logits = torch.mm(x_BD, self._published_DV) if bias is None else torch.addmm(bias, x_BD, self._published_DV)
+        return self._post_head(logits)
+
+    def publish(self) -> None:
+        correction_DV = (self.lora_A.detach().t() @ self.lora_B.detach().t()) * self.scaling
+        if self._published_DV is None:
+            self._published_DV = torch.empty_like(self._frozen[0].t(), memory_format=torch.contiguous_format)
+        torch.add(self._frozen[0].t(), correction_DV, out=self._published_DV)
+
+    def to_token_ids(self, draft_ids: Tensor) -> Tensor:
+        """Token ids of draft ids."""
+        return draft_ids if self.draft_token_ids_V is None else self.draft_token_ids_V[draft_ids]
+
+    def to_draft_ids(self, token_ids: Tensor) -> Tensor:
+        """Draft ids of token ids that the drafter can produce."""
+        return token_ids if self.draft_token_ids_V is None else torch.searchsorted(self.draft_token_ids_V, token_ids)
+
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        """Full-vocabulary logits [..., V_full] restricted to the draft vocabulary [..., V]."""
+        return logits if self.draft_token_ids_V is None else logits[..., self.draft_token_ids_V]
+
+    def scatter_logits(self, draft_logits: Tensor, full_vocab_size: int) -> Tensor:
+        """Draft logits [..., V] laid out over the full vocabulary, -inf where the drafter cannot go."""
+        if self.draft_token_ids_V is None:
+            return draft_logits
+        full = draft_logits.new_full((*draft_logits.shape[:-1], full_vocab_size), -math.inf)
+        full[..., self.draft_token_ids_V] = draft_logits
+        return full
+
+
+class LoraHeadDrafter(nn.Module):
+    """The paper's drafter: a LoRA-corrected head over normalised shallow states. Ignores the anchor."""
+
+    def __init__(self, config: DrafterConfig, norm: nn.Module, draft_head: DraftHead) -> None:
+        super().__init__()
+        self.config = config
+        self.version = 0
+        self.norm = norm
+        self.draft_head = draft_head
+
+    def begin(self, anchor_BD: Tensor) -> None:
+        return None
+
+    def step(self, hidden_BD: Tensor, state: None, depth: int) -> Tensor:
+        return self.draft_head.published(self.norm(hidden_BD.float()))
+
+    def forward(self, hidden_NTD: Tensor, anchor_ND: Tensor) -> Tensor:
+        return self.draft_head(self.norm(hidden_NTD.float()))
+
+    @torch.no_grad()
+    def publish(self, source: nn.Module, version: int) -> None:
+        if source is not self:
+            self.load_state_dict(source.state_dict())
+        self.draft_head.publish()
+        self.version = version
+
+
+class AnchoredDrafter(nn.Module):
+    """x = n + W_out silu(W_hidden u(h_k) + W_anchor u(h_L(anchor)) + depth bias), then the corrected head.
+
+    n = norm(h_k); u is RMS normalisation without gain: the final norm's gains, made for the head, differ by an order of
+    magnitude between channels, and an MLP behind them learns slower (LOG.md 2026-11-22).
+
+    The anchor, the verifier's final state at the last position it has seen, brings the context that a shallow state
+    lacks. Its product is taken once per round; a draft step is one small MLP. W_out starts at zero.
+    """
+
+    def __init__(self, config: DrafterConfig, norm: nn.Module, draft_head: DraftHead) -> None:
+        super().__init__()
+        self.config = config
+        self.version = 0
+        self.norm = norm
+        self.draft_head = draft_head
+        width, hidden = draft_head.lora_A.shape[1], config.anchor_hidden
+        device = draft_head.lora_A.device
+        self.from_hidden = nn.Linear(width, hidden, bias=False, device=device)
+        self.from_anchor = nn.Linear(width, hidden, bias=False, device=device)
+        self.depth_bias = nn.Parameter(torch.zeros(MAX_DEPTH, hidden, device=device))
+        self.to_hidden = nn.Linear(hidden, width, bias=False, device=device)
+        nn.init.zeros_(self.to_hidden.weight)
+
+    def begin(self, anchor_BD: Tensor) -> Tensor:
+        """[depth, B, H]: everything the MLP needs of the anchor, for every depth."""
+        return self.from_anchor(unit_rms(anchor_BD.float())) + self.depth_bias[:, None]
+
+    def step(self, hidden_BD: Tensor, state: Tensor, depth: int) -> Tensor:
+        hidden_BD = hidden_BD.float()
+        normed_BD = self.norm(hidden_BD)
+        inner_BH = F.silu(torch.addmm(state[depth], unit_rms(hidden_BD), self.from_hidden.weight.t()))
+        return self.draft_head.published(torch.addmm(normed_BD, inner_BH, self.to_hidden.weight.t()))
+
+    def forward(self, hidden_NTD: Tensor, anchor_ND: Tensor) -> Tensor:
+        hidden_NTD = hidden_NTD.float()
+        from_anchor_N1H = self.from_anchor(unit_rms(anchor_ND.float()))[:, None]
+        inner_NTH = self.from_hidden(unit_rms(hidden_NTD)) + from_anchor_N1H + self.depth_bias[: hidden_NTD.shape[1]]
+        return self.draft_head(self.norm(hidden_NTD) + self.to_hidden(F.silu(inner_NTH)))
 
     publish = LoraHeadDrafter.publish
 
@@ -263,8 +525,7 @@ DRAFTER_KINDS: dict[str, type[nn.Module]] = {
 def build_drafter(split: object, config: DrafterConfig, *, draft_token_ids_V: Tensor | None = None) -> nn.Module:
     """An untrained, unpublished drafter for this split model, seeded by torch's global generator.
 
-    draft_token_ids_V: int64 token ids of a trimmed draft vocabulary (default: the full vocabulary, or the first
-    draft_vocab_size ids, which byte-pair tokenizers order by frequency of merging).
+    draft_token_ids_V: int64 token ids of a trimmed draft vocabulary; default is the full vocabulary.
     Raises ValueError when draft_vocab_size exceeds the model's vocabulary.
     """
     if config.draft_vocab_size > split.vocab_size:
@@ -272,10 +533,6 @@ def build_drafter(split: object, config: DrafterConfig, *, draft_token_ids_V: Te
             f"draft_vocab_size must be at most the model's vocabulary of {split.vocab_size}, "
             f"got {config.draft_vocab_size}; 0 drafts from the full vocabulary"
         )
-    if draft_token_ids_V is None and config.draft_vocab_size:
-        draft_token_ids_V = torch.arange(config.draft_vocab_size, device=split.device)
-    if draft_token_ids_V is not None:
-        draft_token_ids_V = draft_token_ids_V.sort().values
     head = DraftHead(
         split.head_weight_VD, split.head_bias_V, rank=config.lora_rank, alpha=config.lora_alpha,
         draft_token_ids_V=draft_token_ids_V, post_head=split.post_head,

@@ -52,7 +52,7 @@ class SelfSpeculator:
         path: str = "auto",
         policy: str = "auto",
         num_draft_tokens: int = 4,
-        confidence_threshold: float = 0.4,
+        confidence_threshold: float = 0.6,
         rule: VerifyRule | None = None,
         seed: int = 0,
     ) -> None:
@@ -311,7 +311,7 @@ class SelfSpeculator:
     def _choose_policy(self, params: list[SamplingParams], batch_size: int) -> LengthPolicy:
         """The draft-length rule. "auto" is the goodput rule only where tokens cannot depend on the lengths it picks:
         a seeded sample should not change with the machine's speed."""
-        name = self.policy
+        name = self.policy if self.num_draft_tokens else "fixed"
         if name == "auto":
             does_length_matter = any(not p.is_greedy and p.coupling == "rejection" for p in params)
             name = "fixed" if does_length_matter else "goodput"
@@ -320,8 +320,9 @@ class SelfSpeculator:
         if name == "confidence":
             return ConfidenceStop(self.num_draft_tokens, threshold=self._confidence_threshold)
         if batch_size not in self._goodput:
-            costs = measure_costs(self._passes, self.drafter, buckets=GOODPUT_BUCKETS, rows=(batch_size,))
-            self._goodput[batch_size] = GoodputLength(GOODPUT_BUCKETS, costs)
+            buckets = tuple(t for t in GOODPUT_BUCKETS if t <= self.num_draft_tokens)
+            costs = measure_costs(self._passes, self.drafter, buckets=buckets, rows=(batch_size,))
+            self._goodput[batch_size] = GoodputLength(buckets, costs)
         return self._goodput[batch_size]
 
     def save_drafter(self, folder: str | Path, *, metrics: dict | None = None, config: dict | None = None) -> None:

@@ -41,7 +41,10 @@ def random_drafter(
     """A real drafter with random weights: it agrees with the verifier now and then."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drafter = build_drafter(split, small_config(kind, draft_vocab_size=draft_vocab_size))
+        token_ids_V = torch.arange(draft_vocab_size) if draft_vocab_size else None
+        drafter = build_drafter(
+            split, small_config(kind, draft_vocab_size=draft_vocab_size), draft_token_ids_V=token_ids_V
+        )
     return randomise(drafter.requires_grad_(False), seed=seed, scale=scale)
 
 

@@ -15,7 +15,7 @@ import dvi.cli
 ROOT = Path(__file__).parents[1]
 STORIES = str(ROOT / "tests/stories260k")
 VERBS = ("generate", "train", "verify", "export", "inspect", "doctor")
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} Once upon a{% endif %}"
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %} Once upon a"
 FAST = ("--policy", "fixed", "--max-new-tokens", "12")
 
 
@@ -62,7 +62,7 @@ def test_help_of_the_program_and_of_every_verb_imports_no_heavy_library():
         f"for verb in {('',) + VERBS}:\n"
         "    result = CliRunner().invoke(dvi.cli.app, [*verb.split(), '--help'])\n"
         "    assert result.exit_code == 0 and 'Usage' in result.stdout, verb\n"
-        "print(sorted({'torch', 'transformers', 'pydantic', 'datasets', 'trainers'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'datasets', 'trainers'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
@@ -239,10 +239,11 @@ def test_an_adapter_of_another_model_is_refused(run_folder):
     assert code == 2 and "was trained with" in stderr
 
 
-def test_debug_shows_the_traceback_of_a_users_error():
-    """Catches --debug that hides where an error came from."""
-    with pytest.raises(ValueError, match="no model folder"):
-        dvi_command("--debug", "generate", "./absent", "hi")
+def test_debug_shows_the_traceback_of_a_users_error_wherever_it_stands():
+    """Catches --debug that hides where an error came from, or that is known before the verb only."""
+    for arguments in (("--debug", "generate", "./absent", "hi"), ("generate", "./absent", "hi", "--debug")):
+        with pytest.raises(ValueError, match="no model folder"):
+            dvi_command(*arguments)
 
 
 def test_a_terminated_job_saves_a_checkpoint_and_says_so(tmp_path):

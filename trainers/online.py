@@ -46,9 +46,8 @@ class OnlineTrainer:
         head = self._live.draft_head
         drafter = build_drafter(self._split, self._live.config, draft_token_ids_V=head.draft_token_ids_V)
         drafter.load_state_dict(self._live.state_dict())
-        optimizer = torch.optim.AdamW(drafter.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.accelerator = Accelerator(cpu=self._split.device.type == "cpu")
-        self._model, self._optimizer = self.accelerator.prepare(drafter, optimizer)
+        self._prepare(drafter)
         self.replay = ReplayBuffer(
             capacity_positions=config.replay_positions, hidden_size=self._split.hidden_size, max_block=config.block_len,
             dtype=self._split.dtype, device=self._split.device, reservoir_fraction=config.reservoir_fraction,
@@ -59,15 +58,21 @@ class OnlineTrainer:
         )
         self.baseline = RewardBaseline(MAX_DEPTH, device=self._split.device)
         self.trend = AcceptanceTrend()
+        self.token_counts_V = torch.zeros(self._split.vocab_size, dtype=torch.int64, device=self._split.device)
         self._generator = torch.Generator().manual_seed(config.seed)
         self.num_steps = self.num_skipped = self.num_rollbacks = 0
         self.train_s = 0.0
         self.last_report: UpdateReport | None = None
         self._version = self._live.version
-        self._rounds_since_step = 0
+        self._rounds_since_step = self._tokens_counted = 0
         self._drafted_since_step = self._accepted_since_step = 0
         self._best_state = _copy_state(self._drafter)
         self._credit_s, self._clock_s = 0.0, time.perf_counter()
+
+    def _prepare(self, drafter: nn.Module) -> None:
+        config = self.config
+        optimizer = torch.optim.AdamW(drafter.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self._model, self._optimizer = self.accelerator.prepare(drafter, optimizer)
 
     @property
     def _drafter(self) -> nn.Module:
@@ -84,6 +89,10 @@ class OnlineTrainer:
         self.replay.add(*stretches)
         num_drafted = sum(s.num_drafted for s in transitions)
         num_accepted = sum(s.num_accepted for s in transitions)
+        for stretch in transitions:
+            if not stretch.is_prefill:
+                self.token_counts_V += torch.bincount(stretch.token_ids_W, minlength=self._split.vocab_size)
+                self._tokens_counted += len(stretch)
         self._rounds_since_step += any(not s.is_prefill for s in transitions)
         self._drafted_since_step += num_drafted
         self._accepted_since_step += num_accepted
@@ -115,6 +124,8 @@ class OnlineTrainer:
         """One optimizer step on a sample of the replay, published when its turn has come."""
         start_s = time.perf_counter()
         config = self.config
+        if self._is_trim_due():
+            self._trim(self.token_counts_V.topk(self._live.config.draft_vocab_size).indices)
         acceptance = self._accepted_since_step / self._drafted_since_step if self._drafted_since_step else None
         weights = self.schedule.weights(self.num_steps, acceptance)
         batch = self.replay.sample(
@@ -161,6 +172,21 @@ class OnlineTrainer:
             draft_logits_NTV, target_logits_NTV, batch, weights=weights, baseline_T=self.baseline.values_T,
             target_temperature=self.config.target_temperature,
         )
+
+    def _is_trim_due(self) -> bool:
+        is_whole = self._live.draft_head.draft_token_ids_V is None
+        is_wanted = 0 < self._live.config.draft_vocab_size < self._split.vocab_size
+        return is_wanted and is_whole and self._tokens_counted >= self.config.tokens_before_trim
+
+    def _trim(self, token_ids_V: Tensor) -> None:
+        """Trims the head of every copy to these tokens; the optimizer starts afresh, its moments had other shapes."""
+        drafter = self._drafter
+        drafter.load_state_dict(self._best_state)
+        for module in (self._live, drafter):
+            module.draft_head.trim(token_ids_V)
+        self._prepare(drafter)
+        self._best_state = _copy_state(drafter)
+        self._publish()
 
     def _is_finite(self) -> bool:
         return bool(torch.stack([p.detach().sum() for p in self._drafter.parameters()]).isfinite().all())
@@ -217,12 +243,17 @@ class OnlineTrainer:
             "schedule": self.schedule.state_dict(),
             "baseline": self.baseline.state_dict(),
             "trend": self.trend.state_dict(),
+            "token_counts": self.token_counts_V,
             "generator": self._generator.get_state(),
             "counts": {name: getattr(self, name) for name in _COUNTS},
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continues where `state_dict` was taken, the serving drafter included. The time budget starts afresh."""
+        token_ids_V = state["drafter"].get("draft_head.draft_token_ids_V")
+        if token_ids_V is not None and self._live.draft_head.draft_token_ids_V is None:
+            self._trim(token_ids_V.to(self._split.device))
+        self.token_counts_V.copy_(state["token_counts"])
         self._drafter.load_state_dict(state["drafter"])
         self._best_state = {name: tensor.clone() for name, tensor in state["best"].items()}
         self._optimizer.load_state_dict(state["optimizer"])
@@ -240,7 +271,7 @@ class OnlineTrainer:
 
 _COUNTS = (
     "num_steps", "num_skipped", "num_rollbacks", "train_s", "_version", "_rounds_since_step", "_drafted_since_step",
-    "_accepted_since_step",
+    "_accepted_since_step", "_tokens_counted",
 )
 
 

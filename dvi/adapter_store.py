@@ -228,7 +228,7 @@ def _shallow_config(config: PretrainedConfig, split: SplitModel) -> PretrainedCo
 def _copy_norm(drafter_norm: nn.Module, norm: nn.Module) -> None:
     """Gives `norm`, of the base's own class, the drafter's values. Raises ValueError when it cannot hold them."""
     if not isinstance(drafter_norm, RmsGain):
-        norm.load_state_dict(drafter_norm.state_dict())
+        norm.load_state_dict(drafter_norm.norm.state_dict())
         return
     gain_D = drafter_norm.gain.cpu()
     trial = copy.deepcopy(norm).float()

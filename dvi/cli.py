@@ -69,7 +69,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 ModeOption = Annotated[
     Literal["fast", "exact"], typer.Option(help="exact: token ids equal plain decoding's, in float32 and float64.")
 ]
-SplitLayerOption = Annotated[int | None, typer.Option(help="Layers below it draft; default 1, or the adapter's.")]
+SplitLayerOption = Annotated[int | None, typer.Option(help="Layers below it draft; default the adapter's, or one in sixteen.")]
 DraftTokensOption = Annotated[int, typer.Option(help="The most tokens drafted in a round.")]
 
 
@@ -268,7 +268,7 @@ def inspect(
         facts = describe_adapter(path)
     else:
         _quieten()
-        facts = describe_model(path, split_layer=1 if split_layer is None else split_layer, dtype=dtype)
+        facts = describe_model(path, split_layer=split_layer, dtype=dtype)
     # A run's settings are long, and in config.yaml beside it; the JSON line has them.
     _console().print(facts_table({name: facts[name] for name in facts if name != "config"}, title=path))
     _finish("inspect", source=path, **facts)

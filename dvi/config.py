@@ -36,14 +36,14 @@ class ModelSettings:
     """The frozen language model and how it runs.
 
     path         a folder or a hub name.
-    split_layer  layers 1..split_layer draft, the rest verify.
+    split_layer  layers 1..split_layer draft, the rest verify; 0 drafts from the embedding; null is one in sixteen.
     mode         "fast", or "exact": token ids equal plain decoding's, in float32 and float64 only.
     path_kind    how the layers are called: "views" (any model), "direct" (lean, Llama-shaped models), "auto" chooses.
     num_threads  CPU threads of torch, 0 leaves its own choice.
     """
 
     path: str = "checkpoints/reference-11m"
-    split_layer: PositiveCount = 1
+    split_layer: Count | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: str = "auto"
     mode: Literal["fast", "exact"] = "fast"
@@ -163,9 +163,9 @@ class LearningSettings:
     lr: Positive = 1e-3
     weight_decay: NonNegative = 0.01
     clip_norm: Positive = 1.0
-    blocks_per_step: PositiveCount = 64
+    blocks_per_step: PositiveCount = 32
     block_len: PositiveCount = 4
-    rounds_per_step: PositiveCount = 8
+    rounds_per_step: PositiveCount = 4
     budget: Share = 0.05
     steps_per_publish: PositiveCount = 4
     steps_per_canary: PositiveCount = 32

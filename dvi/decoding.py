@@ -282,7 +282,10 @@ class DecodingBatch:
         if self._graphs is None or not state.sampling.is_all_greedy or state.seen is not None:
             return run()
         visible = self.cache.place(offset=0, width=num_draft_tokens + 1, rows=state.rows).visible
-        verified = self._graphs.run((len(self.sequences), num_draft_tokens, visible, self.cache.epoch), run)
+        # A drafter's buffers stay where they are until a learner trims its vocabulary.
+        draft_vocab_size = self._drafter.draft_head.vocab_size
+        key = (len(self.sequences), num_draft_tokens, visible, self.cache.epoch, draft_vocab_size)
+        verified = self._graphs.run(key, run)
         return _detached_from_graph(verified, self._drafter.version) if self._wants_transitions else verified
 
     def _account(self, host_rows: list[list[int]], verified: VerifiedRound) -> list[Transitions]:

@@ -294,6 +294,8 @@ class DirectPath:
         return self._cos_Sd, self._sin_Sd
 
     def _run(self, x_MD: Tensor, blocks: range, cache: RollbackCache, placement: Placement) -> Tensor:
+        if not blocks:
+            return x_MD
         cos, sin = self._rotary_table(cache.capacity)
         place = PassPlace(placement, cos, sin, group=self._blocks[0].shape.group)
         for index in blocks:

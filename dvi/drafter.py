@@ -68,31 +68,51 @@ class Drafter(Protocol):
 
 
 class RmsGain(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * gain, in float32, in four calls."""
+    """x / sqrt(mean(x^2) + eps) * gain, in float32; `unit` is the same without the gain."""
 
     def __init__(self, gain_D: Tensor, eps: float) -> None:
         super().__init__()
         self.gain = nn.Parameter(gain_D.detach().float().clone())
-        self._root_width = math.sqrt(gain_D.shape[0])
-        self.register_buffer("_floor", torch.tensor(math.sqrt(gain_D.shape[0] * eps)), persistent=False)
+        width = gain_D.shape[0]
+        # 0-d tensors: a Python number costs a conversion at every call.
+        self.register_buffer("_root_width", torch.tensor(math.sqrt(width)), persistent=False)
+        self.register_buffer("_floor", torch.tensor(math.sqrt(width * eps)), persistent=False)
+
+    def unit(self, x: Tensor) -> Tensor:
+        return x * (self._root_width / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor))
+
+    def gained(self, unit: Tensor, x: Tensor) -> Tensor:
+        """The norm of x, from unit(x)."""
+        return unit * self.gain
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor)
-        return x / length * (self.gain * self._root_width)
+        return self.unit(x) * self.gain
 
 
-def unit_rms(x: Tensor) -> Tensor:
-    """x / rms(x) along the last dimension; 0 for a zero vector, as the anchor at the start of a sequence is."""
-    return x * (math.sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6))
+class OtherNorm(nn.Module):
+    """Any other norm module as it is; `unit` is x / rms(x)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def unit(self, x: Tensor) -> Tensor:
+        return x * (math.sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6))
+
+    def gained(self, unit: Tensor, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
 
-def trainable_copy_of_norm(norm: nn.Module, hidden_size: int) -> nn.Module:
+def trainable_copy_of_norm(norm: nn.Module, hidden_size: int) -> RmsGain | OtherNorm:
     """A float32 trainable copy of the model's final norm; the lean RMS form where it gives the same values."""
     copied = copy.deepcopy(norm).float().requires_grad_(True)
     weight = getattr(norm, "weight", None)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or isinstance(norm, nn.LayerNorm) or eps is None:
-        return copied
+        return OtherNorm(copied)
     probe_ND = torch.linspace(-2.0, 3.0, 2 * hidden_size, device=weight.device).view(2, hidden_size)
     with torch.no_grad():
         expected = copied(probe_ND)
@@ -100,7 +120,7 @@ def trainable_copy_of_norm(norm: nn.Module, hidden_size: int) -> nn.Module:
             lean = RmsGain(gain_D, eps).to(weight.device)
             if torch.allclose(lean(probe_ND), expected, rtol=1e-5, atol=1e-6):
                 return lean
-    return copied
+    return OtherNorm(copied)
 
 
 class DraftHead(nn.Module):
@@ -239,19 +259,21 @@ class AnchoredDrafter(nn.Module):
 
     def begin(self, anchor_BD: Tensor) -> Tensor:
         """[depth, B, H]: everything the MLP needs of the anchor, for every depth."""
-        return self.from_anchor(unit_rms(anchor_BD.float())) + self.depth_bias[:, None]
+        return self.from_anchor(self.norm.unit(anchor_BD.float())) + self.depth_bias[:, None]
 
     def step(self, hidden_BD: Tensor, state: Tensor, depth: int) -> Tensor:
         hidden_BD = hidden_BD.float()
-        normed_BD = self.norm(hidden_BD)
-        inner_BH = F.silu(torch.addmm(state[depth], unit_rms(hidden_BD), self.from_hidden.weight.t()))
+        unit_BD = self.norm.unit(hidden_BD)
+        inner_BH = F.silu(torch.addmm(state[depth], unit_BD, self.from_hidden.weight.t()), inplace=True)
+        normed_BD = self.norm.gained(unit_BD, hidden_BD)
         return self.draft_head.published(torch.addmm(normed_BD, inner_BH, self.to_hidden.weight.t()))
 
     def forward(self, hidden_NTD: Tensor, anchor_ND: Tensor) -> Tensor:
         hidden_NTD = hidden_NTD.float()
-        from_anchor_N1H = self.from_anchor(unit_rms(anchor_ND.float()))[:, None]
-        inner_NTH = self.from_hidden(unit_rms(hidden_NTD)) + from_anchor_N1H + self.depth_bias[: hidden_NTD.shape[1]]
-        return self.draft_head(self.norm(hidden_NTD) + self.to_hidden(F.silu(inner_NTH)))
+        unit_NTD = self.norm.unit(hidden_NTD)
+        from_anchor_N1H = self.from_anchor(self.norm.unit(anchor_ND.float()))[:, None]
+        inner_NTH = self.from_hidden(unit_NTD) + from_anchor_N1H + self.depth_bias[: hidden_NTD.shape[1]]
+        return self.draft_head(self.norm.gained(unit_NTD, hidden_NTD) + self.to_hidden(F.silu(inner_NTH)))
 
     publish = LoraHeadDrafter.publish
 
@@ -274,9 +296,10 @@ class RecurrentDrafter(AnchoredDrafter):
         return self.draft_head(torch.stack(states, dim=1))
 
     def _advance(self, hidden_ND: Tensor, carried_ND: Tensor, depth: int) -> Tensor:
-        from_carried_NH = self.from_anchor(unit_rms(carried_ND)) + self.depth_bias[depth]
-        inner_NH = F.silu(torch.addmm(from_carried_NH, unit_rms(hidden_ND), self.from_hidden.weight.t()))
-        return torch.addmm(self.norm(hidden_ND), inner_NH, self.to_hidden.weight.t())
+        unit_ND = self.norm.unit(hidden_ND)
+        from_carried_NH = self.from_anchor(self.norm.unit(carried_ND)) + self.depth_bias[depth]
+        inner_NH = F.silu(torch.addmm(from_carried_NH, unit_ND, self.from_hidden.weight.t()))
+        return torch.addmm(self.norm.gained(unit_ND, hidden_ND), inner_NH, self.to_hidden.weight.t())
 
 
 DRAFTER_KINDS: dict[str, type[nn.Module]] = {

@@ -41,7 +41,7 @@ def describe_adapter(folder: str | Path) -> dict[str, Any]:
     return manifest | {"bytes": files}
 
 
-def describe_model(name_or_path: str, *, split_layer: int, dtype: str = "auto") -> dict[str, Any]:
+def describe_model(name_or_path: str, *, split_layer: int | None, dtype: str = "auto") -> dict[str, Any]:
     """Where the model would be split and what the parts weigh, or {"is_splittable": False, "reason": ...}.
 
     draft_step_share  parameters a draft step reads over those a full step reads: the c of docs/benchmarks.md, before
@@ -55,6 +55,7 @@ def describe_model(name_or_path: str, *, split_layer: int, dtype: str = "auto") 
             raise
         return {"is_splittable": False, "reason": str(error)}
     split, layers = speculator.split, dissect(speculator.model).layers
+    split_layer = split.split_layer
     shallow, deep = (sum(map(_num_parameters, part)) for part in (layers[:split_layer], layers[split_layer:]))
     head = split.head_weight_VD.numel()
     return {

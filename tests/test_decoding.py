@@ -369,13 +369,14 @@ def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, 
     branch that other devices take: no early end, writes by position, weights not packed."""
     model = tiny_model("llama", num_layers=2, hidden_size=16, vocab_size=VOCAB_SIZE, dtype=torch.float32)
     split = SplitModel(model, split_layer=1, path="views")
+    drafter = build_drafter(split, small_config())
     model.to("meta")
     split.device, split.head_weight_VD = torch.device("meta"), model.lm_head.weight
     if path == "direct":
         split.path, split._path = "direct", DirectPath(model, split_layer=1)
         split._linear_head = split._path.head
-    drafter = build_drafter(split, small_config())
-    drafter.to("meta").publish(drafter, 1)
+    drafter.to("meta").draft_head._frozen = (model.lm_head.weight, None)
+    drafter.publish(drafter, 1)
     params = [SamplingParams(seed=i, **META_PARAMS[name]) for i in range(2)]
     sampling = sampling_batch(params, split)
     seen = SeenTokens(2, VOCAB_SIZE, split.device) if sampling.has_penalties else None

@@ -34,7 +34,7 @@ from tests.drafter_doubles import (
 from tests.tiny_models import tiny_model
 
 VOCAB_SIZE = 64
-MAX_NEW_TOKENS = 12
+MAX_NEW_TOKENS = 10
 MAX_PROMPT = 9
 # arch, path, layers, split layer, seed; the views cost three times as much, so cases draw them less often.
 MODELS = {
@@ -128,7 +128,7 @@ def cases(mode: str) -> st.SearchStrategy[Case]:
             st.sampled_from(("fixed", "confidence", "goodput", "ragged")), st.integers(0, 8), st.integers(0, 9)
         ),
         batch_size=st.sampled_from((8, 1, 2, 3, 5)),
-        requests=st.lists(requests, min_size=1, max_size=8 if mode == "fast" else 3),
+        requests=st.lists(requests, min_size=1, max_size=6 if mode == "fast" else 3),
     )
 
 

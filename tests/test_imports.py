@@ -1,0 +1,73 @@
+"""Imports point down: the table of docs/architecture.md, held by reading every module's import statements."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# From the bottom up; a module may import from its own row and the rows before it.
+ROWS = (
+    "dvi.config dvi.records",
+    "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.draft_length dvi.cuda_graph dvi.traffic",
+    "dvi.views dvi.direct dvi.split dvi.drafter dvi.replay dvi.losses dvi.loss_schedule dvi.adapter_store",
+    "dvi.decoding dvi.exact dvi.autotune dvi.text",
+    "dvi.speculator",
+    "dvi.audit dvi.inspection trainers.drift trainers.online trainers.checkpoint",
+    "trainers.evaluation trainers.progress",
+    "trainers.job",
+    "dvi.cli",
+    "dvi.__main__",
+)
+LEVELS = {module: level for level, row in enumerate(ROWS) for module in row.split()}
+# The one place where the library may reach up, and only when a verb runs.
+REACHES_UP = {"dvi.cli"}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module but the packages' own __init__, which only pass names on."""
+    paths = [path for folder in ("dvi", "trainers") for path in (ROOT / folder).rglob("*.py")]
+    named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    return {name: ast.parse(path.read_text()) for name, path in named.items() if not name.endswith("__init__")}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules of ours that an import statement below this node names."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # `from trainers import OnlineTrainer` names a package, `from dvi import audit` a module in one.
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name in LEVELS or name == "trainers"}
+
+
+def test_every_import_points_down_or_sideways():
+    """Catches serving that needs training, maths that needs models, and cycles between rows."""
+    found = modules()
+    assert set(found) == set(LEVELS), "a new module takes a row in this table and in docs/architecture.md"
+    for name, tree in found.items():
+        for target in imported(tree):
+            assert LEVELS.get(target, LEVELS["trainers.online"]) <= LEVELS[name], f"{name} imports {target}"
+
+
+def test_the_library_imports_training_only_inside_functions_of_the_command_line():
+    """Serving must run with training absent."""
+    for name, tree in modules().items():
+        if not name.startswith("dvi."):
+            continue
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        late = {t for function in functions for t in imported(function)} if name in REACHES_UP else set()
+        early = imported(ast.Module([n for n in tree.body if not isinstance(n, ast.FunctionDef)], []))
+        reached = {t for t in imported(tree) if t.startswith("trainers")}
+        assert reached <= late, f"{name} imports {reached}"
+        assert not any(t.startswith("trainers") for t in early if name not in REACHES_UP)
+
+
+def test_help_and_config_do_not_import_torch():
+    """`dvi --help` is instant."""
+    code = "import sys, dvi.cli, dvi.config; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

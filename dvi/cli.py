@@ -69,7 +69,9 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 ModeOption = Annotated[
     Literal["fast", "exact"], typer.Option(help="exact: token ids equal plain decoding's, in float32 and float64.")
 ]
-SplitLayerOption = Annotated[int | None, typer.Option(help="Layers below it draft; default the adapter's, or one in sixteen.")]
+SplitLayerOption = Annotated[
+    int | None, typer.Option(help="Layers below it draft; default the adapter's, or one in sixteen.")
+]
 DraftTokensOption = Annotated[int, typer.Option(help="The most tokens drafted in a round.")]
 
 

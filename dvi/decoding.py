@@ -1,7 +1,7 @@
 """The round: draft with the shallow layers, verify in one deep pass, commit what agrees and one token more.
 
-Knows a split model, a drafter, their cache and a batch of rows; emits transitions and knows nothing of replay, losses or
-text. Plain decoding is the same round with nothing drafted, so there is one path to be right about. Nothing in
+Knows a split model, a drafter, their cache and a batch of rows; emits transitions and knows nothing of replay, losses
+or text. Plain decoding is the same round with nothing drafted, so there is one path to be right about. Nothing in
 `propose` and `judge` waits for the device; `DecodingBatch.round` fetches one small tensor per round, once.
 """
 # B rows, T drafted tokens, U = T + 1 verified positions, D hidden, V vocabulary, W committed positions.
@@ -255,7 +255,7 @@ class DecodingBatch:
 
     @torch.no_grad()
     def round(self) -> list[Transitions]:
-        """One round over all rows; tokens, stops and counts land in `sequences`. Returns what there is to learn from."""
+        """One round over all rows; tokens, stops and counts land in `sequences`. Returns what it taught."""
         state, cache = self._row_state(), self.cache
         num_draft_tokens = self._policy.choose(RoundInfo(num_rows=len(self.sequences)))
         verified = self._on_device(state, num_draft_tokens)
@@ -342,7 +342,7 @@ class DecodingBatch:
 
 
 def _detached_from_graph(verified: VerifiedRound, drafter_version: int) -> VerifiedRound:
-    """What transitions keep, out of the graph's memory; the version is a host fact that the graph knows from capture."""
+    """What transitions keep, out of the graph's memory; the version, a host fact, is as old as the capture there."""
     draft = verified.draft
     log_probs_BT = None if draft.log_probs_BT is None else draft.log_probs_BT.clone()
     draft = dataclasses.replace(

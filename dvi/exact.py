@@ -77,7 +77,9 @@ class ExactSplit:
     def make_cache(self, rows: int, capacity: int) -> RowCaches:
         return RowCaches(rows=rows, width=self.width, device=self._split.device)
 
-    def shallow(self, token_ids_BQ: Tensor, cache: RowCaches, placement: list[tuple[RollbackCache, Placement]]) -> Tensor:
+    def shallow(
+        self, token_ids_BQ: Tensor, cache: RowCaches, placement: list[tuple[RollbackCache, Placement]]
+    ) -> Tensor:
         outputs = [
             self._split.shallow(self._pad(ids_1Q), *row_placement)
             for ids_1Q, row_placement in zip(token_ids_BQ.split(1), placement, strict=True)

@@ -30,6 +30,7 @@ from dvi import SamplingParams, SelfSpeculator
 from dvi.autotune import measure_costs
 from dvi.config import load_config
 from dvi.draft_length import FixedLength, GoodputLength, LengthPolicy
+from dvi.drafter import DrafterConfig
 from dvi.records import RoundStats
 from dvi.speculator import GOODPUT_BUCKETS, PLAIN
 from dvi.traffic import read_prompts
@@ -109,7 +110,9 @@ def layer_calls(model, run: Callable, ids: list[int]) -> list[int]:
     return counts
 
 
-def train(speculator: SelfSpeculator, prompts: list, *, minutes: float, max_new_tokens: int, settings: list[str]) -> dict:
+def train(
+    speculator: SelfSpeculator, prompts: list, *, minutes: float, max_new_tokens: int, settings: list[str]
+) -> dict:
     """Online training from traffic for some minutes of wall-clock time."""
     learning = load_config(None, [f"train.{s}" for s in settings]).train
     trainer, start_s = OnlineTrainer(speculator, learning), time.perf_counter()
@@ -125,8 +128,8 @@ def train(speculator: SelfSpeculator, prompts: list, *, minutes: float, max_new_
         for result in speculator.generate(traffic(), params, batch_size=1, learner=trainer, policy=FixedLength(4)):
             num_prompts, num_tokens = num_prompts + 1, num_tokens + len(result.token_ids)
             recent = [*recent[-49:], result.stats.mean_accepted_tokens]
-            mat = statistics.mean(recent)
-            progress.update(task, completed=time.perf_counter() - start_s, description=f"training online, MAT {mat:.2f}")
+            label = f"training online, MAT {statistics.mean(recent):.2f}"
+            progress.update(task, completed=time.perf_counter() - start_s, description=label)
     return {
         "minutes": round((time.perf_counter() - start_s) / 60, 2), "prompts": num_prompts, "tokens": num_tokens,
         "steps": trainer.num_steps, "train_share": round(trainer.train_s / (time.perf_counter() - start_s), 3),
@@ -194,10 +197,11 @@ def cold_help_s() -> float:
 
 
 def machine() -> dict:
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-        "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), "system": platform.platform(),
+        "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
@@ -209,7 +213,8 @@ def main() -> None:
     parser.add_argument("--save", default="runs/bench/drafter", help="where the trained drafter goes")
     parser.add_argument("--train-minutes", type=float, default=9.5)
     parser.add_argument("--set", nargs="*", default=["budget=0.6"], metavar="key=value", help="learning settings")
-    parser.add_argument("--split-layer", type=int, default=1)
+    parser.add_argument("--split-layer", type=int, help="default: one layer in sixteen")
+    parser.add_argument("--draft-vocab-size", type=int, default=1024)
     parser.add_argument("--drafter", default="anchored")
     parser.add_argument("--num-draft-tokens", type=int, default=4)
     parser.add_argument("--num-prompts", type=int, default=48)
@@ -220,7 +225,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     report: dict = {"machine": machine(), "args": vars(args)}
 
-    options = {"adapter": args.adapter} if args.adapter else {"split_layer": args.split_layer, "drafter": args.drafter}
+    options: dict = {"adapter": args.adapter}
+    if not args.adapter:
+        drafter = DrafterConfig(kind=args.drafter, draft_vocab_size=args.draft_vocab_size)
+        options = {"split_layer": args.split_layer, "drafter": drafter}
     speculator = SelfSpeculator.from_pretrained(args.model, dtype=args.dtype, **options)
     traffic = list(read_prompts([args.prompts], split="traffic"))
     held_out = [speculator.encode(p) for p in read_prompts([args.prompts], split="eval")]
@@ -263,8 +271,10 @@ def main() -> None:
     report["tokens_per_s"] = {n: round(statistics.median(r.decode_tokens_per_s for r in runs[n]), 1) for n in runs}
     report["ratios"] = {
         f"{over} / {under}": ratio(runs, over, under, of="decode_tokens_per_s")
-        for over, under in (("plain", "hf_generate"), ("speculative", "plain"), ("goodput", "plain"),
-                            ("speculative", "hf_generate"), ("goodput", "hf_generate"), ("speculative", "hf_early_exit"))
+        for over, under in (
+            ("plain", "hf_generate"), ("speculative", "plain"), ("goodput", "plain"), ("speculative", "hf_generate"),
+            ("goodput", "hf_generate"), ("speculative", "hf_early_exit"),
+        )
     }
     report["ratios_with_prefill"] = {
         f"{over} / {under}": ratio(runs, over, under, of="tokens_per_s")
@@ -287,8 +297,8 @@ def main() -> None:
     for name, found in report["ratios"].items():
         table.add_row(name, f"{found['ratio']:.2f}", f"{found['low']:.2f} .. {found['high']:.2f}")
     CONSOLE.print(table)
-    CONSOLE.print(f"MAT {report['mean_accepted_tokens']}, tokens/s {report['tokens_per_s']}, law {report['speed_law']}, "
-                  f"training on/off {report['training_on_over_off']}, dvi --help {report['cold_help_s']} s")
+    for name in ("mean_accepted_tokens", "tokens_per_s", "speed_law", "training_on_over_off", "cold_help_s"):
+        CONSOLE.print(f"{name}: {report[name]}")
     Path("runs/bench").mkdir(parents=True, exist_ok=True)
     Path("runs/bench/report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report))

@@ -125,9 +125,14 @@ def hf_tokens_per_s(model, num_rows: int, new_tokens: int = 64, **options: objec
 def layer_ratio(model, run: Callable[[], object]) -> float:
     """Calls of the last layer over calls of the first: 1 means that nothing exited early."""
     counts = {0: 0, -1: 0}
-    handles = [
-        model.model.layers[i].register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1)) for i in counts
-    ]
+
+    def counter(index: int) -> Callable:
+        def hook(*_: object) -> None:
+            counts[index] += 1
+
+        return hook
+
+    handles = [model.model.layers[i].register_forward_hook(counter(i)) for i in counts]
     run()
     for handle in handles:
         handle.remove()

@@ -18,7 +18,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dvi.config import LearningSettings
+from dvi.autotune import measure_costs
+from dvi.config import LearningSettings, load_config
 from dvi.decoding import PREFILL_CHUNK
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.records import RoundStats, SamplingParams, Transitions
@@ -26,7 +27,7 @@ from dvi.speculator import PLAIN, SelfSpeculator
 from dvi.split import SplitModel
 from trainers import OnlineTrainer
 
-ROUNDS_PER_PROMPT_TOKEN_STEP = 16  # committed tokens between optimizer steps: 8 rounds at two tokens a round
+TOKENS_PER_STEP = 8  # committed tokens between optimizer steps: 4 rounds at two tokens a round, the trainer's default
 
 
 def read_chats(path: Path, split: str, limit: int) -> list[list[dict[str, str]]]:
@@ -35,7 +36,9 @@ def read_chats(path: Path, split: str, limit: int) -> list[list[dict[str, str]]]
     return [[{"role": "user", "content": row["turns"][0]}] for row in chosen]
 
 
-def decode_texts(speculator: SelfSpeculator, chats: list, max_new_tokens: int, label: str) -> list[tuple[list[int], int]]:
+def decode_texts(
+    speculator: SelfSpeculator, chats: list, max_new_tokens: int, label: str
+) -> list[tuple[list[int], int]]:
     """(all token ids, prompt length) of each greedy answer, in prompt order."""
     params = SamplingParams(max_new_tokens=max_new_tokens)
     prompts = [speculator.encode(chat)[-512:] for chat in chats]
@@ -111,7 +114,7 @@ def train_and_score(
             target_hidden_WD=final_SD[first:], num_drafted=0, num_accepted=0,
             draft_token_ids_W=torch.full((count,), -1), draft_log_probs_W=torch.zeros(count), drafter_version=0,
         ))
-        owed += (len(ids) - prompt_len) / ROUNDS_PER_PROMPT_TOKEN_STEP
+        owed += (len(ids) - prompt_len) / TOKENS_PER_STEP
         while owed >= 1 and len(trainer.replay) >= 2 * learning.blocks_per_step:
             trainer.step()
             owed -= 1
@@ -121,15 +124,24 @@ def train_and_score(
                 "mean_accepted_tokens": round(stats.mean_accepted_tokens, 3),
                 "acceptance_per_depth": [round(a, 3) for a in stats.acceptance_per_depth],
             }
-    return {"scores": scores, "steps": trainer.num_steps, "seconds": round(time.perf_counter() - start_s, 1)}
+    costs = measure_costs(split, drafter, buckets=(num_draft_tokens,))
+    plain_s, round_s = costs.round_s(1, 0), costs.round_s(1, num_draft_tokens)
+    return {
+        "scores": scores, "steps": trainer.num_steps, "seconds": round(time.perf_counter() - start_s, 1),
+        "draft_step_c": round(costs.draft_step_s[1] / plain_s, 3),
+        "predicted_speed_up": round(scores[len(texts)]["mean_accepted_tokens"] * plain_s / round_s, 3),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="checkpoints/reference-11m")
     parser.add_argument("--prompts", type=Path, default=Path("configs/demo/prompts.jsonl"))
-    parser.add_argument("--drafters", nargs="+", default=["lora_head:1", "lora_head:2", "lora_head:4", "anchored:0",
-                        "anchored:1", "anchored:2", "recurrent:1"], help="kind:split_layer[:rank[:anchor_hidden[:draft_vocab]]]")
+    parser.add_argument(
+        "--drafters", nargs="+", help="kind:split_layer[:rank[:anchor_hidden]]",
+        default=["lora_head:1", "lora_head:2", "lora_head:4", "anchored:0", "anchored:1", "anchored:2", "anchored:1:8",
+                 "recurrent:0", "recurrent:1"],
+    )
     parser.add_argument("--num-prompts", type=int, default=420)
     parser.add_argument("--num-held-out", type=int, default=72)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -141,33 +153,43 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    from dvi.config import load_config
-
-    learning = load_config(None, ["train.schedule=kl_only", "train.budget=1.0", *[f"train.{s}" for s in args.set]]).train
+    settings = ["schedule=kl_only", "budget=1.0", *args.set]
+    learning = load_config(None, [f"train.{setting}" for setting in settings]).train
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     speculator = SelfSpeculator(model, tokenizer)
-    texts = decode_texts(speculator, read_chats(args.prompts, "traffic", args.num_prompts), args.max_new_tokens, "traffic")
-    held_out = decode_texts(speculator, read_chats(args.prompts, "eval", args.num_held_out), args.max_new_tokens, "eval")
+    texts, held_out = (
+        decode_texts(speculator, read_chats(args.prompts, part, count), args.max_new_tokens, part)
+        for part, count in (("traffic", args.num_prompts), ("eval", args.num_held_out))
+    )
     num_tokens = sum(len(ids) - prompt_len for ids, prompt_len in texts)
 
-    rows, table = [], Table(title=f"T = {args.num_draft_tokens}, {len(texts)} prompts, {num_tokens} generated tokens, seen once")
-    for column in ("drafter", "split layer", "acceptance by depth", *(f"MAT @ {c}" for c in args.checkpoints), "MAT", "s"):
+    title = f"T = {args.num_draft_tokens}, {len(texts)} prompts, {num_tokens} generated tokens, seen once"
+    rows, table = [], Table(title=title)
+    mats = [f"MAT @ {count}" for count in args.checkpoints]
+    for column in ("drafter", "split layer", "acceptance by depth", *mats, "MAT", "c", "speed by the law", "s"):
         table.add_column(column)
     with Progress(console=Console(stderr=True)) as progress:
         for spec in args.drafters:
-            kind, split_layer, rank, width, vocab = (*spec.split(":"), *["1", "32", "1024", "0"][len(spec.split(":")) - 1 :])
+            given = spec.split(":")
+            kind, split_layer, rank, width = (*given, *("1", "32", "1024")[len(given) - 1 :])
             split = SplitModel(model, split_layer=int(split_layer))
-            config = DrafterConfig(kind=kind, lora_rank=int(rank), lora_alpha=float(rank), anchor_hidden=int(width),
-                                   draft_vocab_size=int(vocab))
-            found = train_and_score(split, config, learning, texts, held_out, num_draft_tokens=args.num_draft_tokens,
-                                    checkpoints=args.checkpoints, progress=progress, label=spec)
+            config = DrafterConfig(
+                kind=kind, lora_rank=int(rank), lora_alpha=float(rank), anchor_hidden=int(width)
+            )
+            found = train_and_score(
+                split, config, learning, texts, held_out, num_draft_tokens=args.num_draft_tokens,
+                checkpoints=args.checkpoints, progress=progress, label=spec,
+            )
             rows.append({"drafter": spec, **found})
             final = found["scores"][len(texts)]
-            table.add_row(kind + f" r={rank}", split_layer, " ".join(f"{a:.2f}" for a in final["acceptance_per_depth"]),
-                          *(f"{found['scores'][c]['mean_accepted_tokens']:.2f}" for c in args.checkpoints if c in found["scores"]),
-                          f"{final['mean_accepted_tokens']:.2f}", str(found["seconds"]))
-            print(spec, found, flush=True)
+            mats = [found["scores"].get(count, {}).get("mean_accepted_tokens", "") for count in args.checkpoints]
+            table.add_row(
+                f"{kind} r={rank}", split_layer, " ".join(f"{a:.2f}" for a in final["acceptance_per_depth"]),
+                *map(str, mats), str(final["mean_accepted_tokens"]), str(found["draft_step_c"]),
+                str(found["predicted_speed_up"]), str(found["seconds"]),
+            )
+            progress.console.print(spec, found["scores"], found["predicted_speed_up"])
     Console().print(table)
     summary = {"num_tokens": num_tokens, "num_draft_tokens": args.num_draft_tokens, "rows": rows}
     if args.json:

@@ -21,7 +21,7 @@ SURE = 30.0  # a logit so far above 0 that softmax puts all but e^-30 on it, and
 
 def small_config(kind: str = "anchored", *, draft_vocab_size: int = 0) -> DrafterConfig:
     return DrafterConfig(
-        kind=kind, lora_rank=4, lora_alpha=4.0, anchor_hidden=16, draft_vocab_size=draft_vocab_size
+        kind=kind, lora_rank=4, lora_alpha=8.0, anchor_hidden=16, draft_vocab_size=draft_vocab_size
     )
 
 

@@ -27,6 +27,7 @@ from trainers.drift import AcceptanceTrend
 
 MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the first step: below it, batches repeat
 CREDIT_CAP_S = 2.0  # unused training time that may be saved up: a quiet minute must not buy a stalled one
+CANARY_BLOCKS = 256  # fewer, and the score's noise alone looks like a loss of a tenth
 IDLE_SHARE = 0.1  # of the time budget that is still used once acceptance has settled
 
 
@@ -203,7 +204,7 @@ class OnlineTrainer:
         """
         generator = torch.Generator().manual_seed(self.num_steps)
         batch = self.replay.sample(
-            self.config.blocks_per_step, self.config.block_len, current_version=self._version, generator=generator
+            CANARY_BLOCKS, self.config.block_len, current_version=self._version, generator=generator
         )
         target_logits_NTV = self._drafter.draft_head.gather_logits(self._split.head(batch.target_hidden_NTD))
         target_NT = target_logits_NTV.argmax(-1)

@@ -1,0 +1,228 @@
+"""Faults to plant, each a wrong line that somebody could write, and the tests that must notice it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which occurs once in `file`, becomes `new`; `tests` is what pytest runs, the cheapest that should fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+DECODING, VERIFICATION, SAMPLING = "dvi/decoding.py", "dvi/verification.py", "dvi/sampling.py"
+CACHE, DIRECT, DRAFTER = "dvi/kv_cache.py", "dvi/direct.py", "dvi/drafter.py"
+ONLINE, REPLAY = "trainers/online.py", "dvi/replay.py"
+
+TEST_DECODING = "tests/test_decoding.py"
+TEST_LAW = "tests/test_sampling_law_engine.py"
+TEST_ONLINE = "tests/test_online.py"
+
+MUTATIONS = [
+    # Verdicts
+    Mutation(
+        "accept_with_less_or_equal", VERIFICATION,
+        "accept_uniform_BT * draft_BT.double() < target_BT.double()",
+        "accept_uniform_BT * draft_BT.double() <= target_BT.double()",
+        "tests/test_verification.py",
+    ),
+    Mutation(
+        "residual_not_normalised", VERIFICATION,
+        "torch.where(total > 0, excess / total, target_probs)", "torch.where(total > 0, excess, target_probs)",
+        "tests/test_verification.py",
+    ),
+    Mutation(
+        "recovered_from_the_target", VERIFICATION,
+        "torch.where(is_rejected_B1, residual_probs(draft_row_BV, next_probs_BV), next_probs_BV)", "next_probs_BV",
+        "tests/test_lossless_law.py",
+    ),
+    Mutation(
+        "bonus_from_the_draft", VERIFICATION,
+        "torch.where(is_rejected_B1, residual_probs(draft_row_BV, next_probs_BV), next_probs_BV)",
+        "torch.where(is_rejected_B1, residual_probs(draft_row_BV, next_probs_BV), draft_row_BV)",
+        "tests/test_lossless_law.py",
+    ),
+    Mutation(
+        "tokens_past_a_length_stop_accepted", VERIFICATION,
+        "count_leading(_is_drafted(draft_ids_BT, num_drafted_B) & is_accepted_BT)", "count_leading(is_accepted_BT)",
+        "tests/test_verification.py",
+    ),
+    Mutation(
+        "ties_go_to_the_last", SAMPLING,
+        "return self._penalise(logits_BQV, seen_BQV).argmax(-1)",
+        "return self.vocab_size - 1 - self._penalise(logits_BQV, seen_BQV).flip(-1).argmax(-1)",
+        "tests/test_sampling.py",
+    ),
+    Mutation(
+        "penalty_per_block", SAMPLING,
+        "is_before_UT = depth_T < torch.arange(num_drafts + 1, device=token_ids_BT.device)[:, None]",
+        "is_before_UT = depth_T < 0 * torch.arange(num_drafts + 1, device=token_ids_BT.device)[:, None]",
+        "tests/test_sampling.py",
+    ),
+    # The round
+    Mutation(
+        "draft_probs_recorded_before_temperature", DECODING,
+        "uniform(sampling.seed_B, lengths_B, depth, Role.DRAFT)), probs_B1V[:, 0]",
+        "uniform(sampling.seed_B, lengths_B, depth, Role.DRAFT)), full_B1V[:, 0].softmax(-1)",
+        TEST_LAW,
+    ),
+    Mutation("accept_with_the_drafts_draw", DECODING, "Role.ACCEPT", "Role.DRAFT", TEST_LAW),
+    Mutation(
+        "draft_draw_reused_at_every_depth", DECODING,
+        "uniform(sampling.seed_B, lengths_B, depth, Role.DRAFT)", "uniform(sampling.seed_B, lengths_B, 0, Role.DRAFT)",
+        TEST_LAW,
+    ),
+    Mutation(
+        "accept_draw_reused_at_every_depth", DECODING,
+        "accept_uniform_BT = uniform(sampling.seed_B[:, None], lengths_B[:, None], depth_U[:-1], Role.ACCEPT)",
+        "accept_uniform_BT = uniform(sampling.seed_B[:, None], lengths_B[:, None], 0 * depth_U[:-1], Role.ACCEPT)",
+        TEST_LAW,
+    ),
+    Mutation(
+        "gumbel_noise_keyed_by_the_round", DECODING,
+        "noise_BUV = hash_gumbel(sampling.seed_B, lengths_B[:, None] + depth_U + 1, sampling.vocab_size)",
+        "noise_BUV = hash_gumbel(sampling.seed_B, lengths_B[:, None] + 0 * depth_U + 1, sampling.vocab_size)",
+        TEST_LAW,
+    ),
+    Mutation(
+        "requests_share_a_seed", "dvi/speculator.py", "seed=shared.seed + i", "seed=shared.seed", TEST_LAW,
+    ),
+    Mutation(
+        "stale_hidden_state_of_the_last_draft", DECODING,
+        "hidden.append(shallow(token_B, num_draft_tokens))", "hidden.append(hidden[-1])", TEST_DECODING,
+    ),
+    Mutation(
+        "shallow_position_off_by_one", DECODING,
+        "cache.place(offset=depth, width=1, rows=state.rows)",
+        "cache.place(offset=max(depth - 1, 0), width=1, rows=state.rows)",
+        TEST_DECODING,
+    ),
+    Mutation(
+        "cache_commit_off_by_one", DECODING,
+        "cache.commit([host_row[-2] + 1 for host_row in host_rows]",
+        "cache.commit([host_row[-2] for host_row in host_rows]",
+        TEST_DECODING,
+    ),
+    Mutation(
+        "correction_token_dropped", DECODING,
+        "committed = [*host_row[:num_accepted], next_token]", "committed = host_row[:num_accepted] or [next_token]",
+        TEST_DECODING,
+    ),
+    Mutation(
+        "anchor_of_the_last_committed_token", DECODING,
+        "anchor_BD=final_BUD[row_B, verdict.num_accepted_B]", "anchor_BD=final_BUD[row_B, 0]", TEST_DECODING,
+    ),
+    Mutation("anchor_of_the_request_before", DECODING, "self._anchor_BD[row] = 0", "pass", TEST_DECODING),
+    Mutation(
+        "end_of_text_inside_a_block_missed", DECODING,
+        "            if self.finish_reason is not None:\n                return count",
+        "            if self.finish_reason is not None and count == len(committed):\n                return count",
+        TEST_DECODING,
+    ),
+    Mutation(
+        "moved_row_keeps_the_gaps_cache", DECODING,
+        "self.cache.copy_row(source=last, target=row)", "self.cache.copy_row(source=row, target=row)", TEST_DECODING,
+    ),
+    Mutation(
+        "moved_row_keeps_the_gaps_anchor", DECODING,
+        "self._anchor_BD[row] = self._anchor_BD[last]", "pass", TEST_DECODING,
+    ),
+    Mutation(
+        "version_read_after_the_swap", DECODING,
+        "drafter_version=drafter.version,", "drafter_version=drafter.version + 1,", TEST_DECODING,
+    ),
+    Mutation(
+        "reward_column_shifted", DECODING,
+        "draft_ids_W[:num_outcomes] = draft.token_ids_BT[row, :num_outcomes]",
+        "draft_ids_W[:num_outcomes] = draft.token_ids_BT[row].roll(1)[:num_outcomes]",
+        TEST_DECODING,
+    ),
+    Mutation(
+        "lossy_acceptance_called_honest", DECODING, "is_honest=self._rule.is_lossless", "is_honest=True", TEST_DECODING,
+    ),
+    Mutation(
+        "wait_inside_drafting", DECODING,
+        "    for depth in range(num_draft_tokens):\n",
+        "    for depth in range(num_draft_tokens):\n        token_B.max().item()\n",
+        TEST_DECODING,
+    ),
+    Mutation(
+        "stop_counts_what_nobody_saw", DECODING,
+        "sequence.stats.new_tokens += num_kept", "sequence.stats.new_tokens += len(committed)", TEST_DECODING,
+    ),
+    # The cache and the paths
+    Mutation(
+        "mask_shows_the_next_slot", CACHE, "mask = distance_BQS >= 0", "mask = distance_BQS >= -1",
+        "tests/test_direct.py",
+    ),
+    Mutation(
+        "window_one_too_wide", CACHE, "mask &= distance_BQS < window", "mask &= distance_BQS <= window",
+        "tests/test_direct.py",
+    ),
+    Mutation(
+        "copied_row_misses_its_last_slot", CACHE,
+        "buffer[target, :, :length] = buffer[source, :, :length]",
+        "buffer[target, :, : length - 1] = buffer[source, :, : length - 1]",
+        "tests/test_kv_cache.py",
+    ),
+    Mutation(
+        "learned_positions_past_the_context", "dvi/views.py",
+        "positions_BQ = positions_BQ.clamp(max=self._last_position)", "pass", TEST_DECODING,
+    ),
+    Mutation(
+        "self_check_of_two_indices", "dvi/exact.py",
+        "for index in range(1, width):", "for index in range(1, 2):", "tests/test_exact.py",
+    ),
+    # Drafters
+    Mutation("every_depth_has_the_first_bias", DRAFTER, "state[depth]", "state[0]", "tests/test_drafter.py"),
+    Mutation(
+        "correction_published_unscaled", DRAFTER,
+        "self.lora_B.detach().t()) * self.scaling", "self.lora_B.detach().t())", "tests/test_drafter.py",
+    ),
+    Mutation(
+        "learner_shares_the_models_norm", DRAFTER,
+        "copied = copy.deepcopy(norm).float().requires_grad_(True)", "copied = norm.float().requires_grad_(True)",
+        "tests/test_structure_law.py",
+    ),
+    # Learning
+    Mutation(
+        "policy_gradient_with_the_sign_inverted", "dvi/losses.py",
+        "return -ratio_M.clamp(low, high)", "return ratio_M.clamp(low, high)", "tests/test_policy_gradient_learns.py",
+    ),
+    Mutation(
+        "bad_weights_not_undone", ONLINE,
+        "            self.num_skipped += 1\n            self._return_to_best()\n",
+        "            self.num_skipped += 1\n",
+        TEST_ONLINE,
+    ),
+    Mutation(
+        "canary_the_wrong_way_round", ONLINE,
+        "if candidate < best * (1 - self.config.canary_tolerance):",
+        "if candidate > best * (1 - self.config.canary_tolerance):",
+        TEST_ONLINE,
+    ),
+    Mutation(
+        "budget_not_charged", ONLINE, "self._credit_s -= report.seconds * (1 - share)", "pass", TEST_ONLINE,
+    ),
+    Mutation(
+        "reward_for_the_first_rejection", REPLAY,
+        "(column_W < stretch.num_accepted).long()", "(column_W <= stretch.num_accepted).long()",
+        "tests/test_replay.py",
+    ),
+    Mutation(
+        "replayed_anchor_one_late", REPLAY,
+        'fields["target_hidden"][(row_N - 1).clamp_min(0)]', 'fields["target_hidden"][row_N]', "tests/test_replay.py",
+    ),
+    # Text
+    Mutation(
+        "beginning_of_a_stop_string_shown", "dvi/text.py",
+        "range(min(len(stop) - 1, len(text)), 0, -1)", "range(min(len(stop) - 2, len(text)), 0, -1)",
+        "tests/test_text.py",
+    ),
+]

@@ -141,12 +141,15 @@ class Recorder:
 
 
 class Swapper(Recorder):
-    """A recorder that also publishes new random weights after every round."""
+    """A recorder that also publishes new weights, moved at random by `scale`, after every round."""
 
-    num_swaps = 0
+    def __init__(self, drafter: nn.Module, *, scale: float = 0.3) -> None:
+        super().__init__(drafter)
+        self.num_swaps = 0
+        self._scale = scale
 
     def step_if_due(self) -> None:
-        randomise(self.drafter, seed=self.drafter.version)
+        randomise(self.drafter, seed=self.drafter.version, scale=self._scale)
         self.num_swaps += 1
 
 

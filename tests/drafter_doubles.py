@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dvi.draft_length import RoundInfo, RoundOutcome
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.records import SamplingParams, Transitions
-from dvi.sampling import SamplingBatch
 from dvi.speculator import PLAIN, SelfSpeculator
 from dvi.split import SplitModel
 
@@ -160,7 +159,3 @@ class Letters:
 
     def decode(self, ids: list[int], **_options: bool) -> str:
         return "".join(chr(ord("a") + i % 26) for i in ids)
-
-
-def sampling_batch(params: list[SamplingParams], split: SplitModel) -> SamplingBatch:
-    return SamplingBatch(params, vocab_size=split.vocab_size, device=split.device)

@@ -150,7 +150,7 @@ MUTATIONS = [
         "wait_inside_drafting", DECODING,
         "    for depth in range(num_draft_tokens):\n",
         "    for depth in range(num_draft_tokens):\n        token_B.max().item()\n",
-        TEST_DECODING,
+        "tests/test_waits.py",
     ),
     Mutation(
         "stop_counts_what_nobody_saw", DECODING,
@@ -174,6 +174,10 @@ MUTATIONS = [
     Mutation(
         "learned_positions_past_the_context", "dvi/views.py",
         "positions_BQ = positions_BQ.clamp(max=self._last_position)", "pass", TEST_DECODING,
+    ),
+    Mutation(
+        "exact_capacity_follows_the_draft_length", DECODING,
+        "num_ahead = 2 * (MAX_DEPTH + 1)", "num_ahead = 2 * (max(self._policy.buckets) + 1)", "tests/test_exact.py",
     ),
     Mutation(
         "self_check_of_two_indices", "dvi/exact.py",

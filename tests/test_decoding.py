@@ -12,16 +12,11 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dvi.decoding import DecodingBatch, RowState, Sequence, draft_and_verify
-from dvi.direct import DirectPath
+from dvi.decoding import DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, LengthPolicy
-from dvi.drafter import build_drafter
 from dvi.records import SamplingParams
-from dvi.sampling import SeenTokens
 from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.split import SplitModel
 from dvi.verification import RejectionRule
 from tests.drafter_doubles import (
     MemoryDrafter,
@@ -30,7 +25,6 @@ from tests.drafter_doubles import (
     Swapper,
     plain_text,
     random_drafter,
-    sampling_batch,
     small_config,
 )
 from tests.tiny_models import tiny_model
@@ -212,12 +206,14 @@ def test_rewards_belong_to_what_was_really_drafted(policy):
 
 def test_transitions_carry_the_version_and_log_probs_of_the_drafter_that_drafted_them():
     """Catches a version read after the swap, a stale or early anchor, and log-probabilities of other weights."""
-    speculator = with_drafter(random_drafter(speculator_of().split, seed=4, scale=0.1))
-    replayed, drafter = random_drafter(speculator.split, seed=4, scale=0.1), speculator.drafter
-    recorder = Swapper(drafter)
-    list(speculator.generate(PROMPTS[:4], greedy(13), batch_size=2, policy=FixedLength(3), learner=recorder))
+    # Close to the model's own head: some drafts are accepted, and the next anchor is not the round's first state.
+    speculator = with_drafter(random_drafter(speculator_of().split, seed=4, scale=0.03))
+    replayed, drafter = random_drafter(speculator.split, seed=4, scale=0.03), speculator.drafter
+    recorder, replayer = Swapper(drafter, scale=0.01), Swapper(replayed, scale=0.01)
+    list(speculator.generate(PROMPTS, greedy(13), batch_size=2, policy=FixedLength(3), learner=recorder))
     states: dict[int, dict[int, torch.Tensor]] = {}
-    num_checked, replayer = 0, Swapper(replayed)
+    was_accepted: dict[int, bool] = {}
+    num_after_acceptance = 0
     for transitions, live_version in zip(recorder.rounds, recorder.versions, strict=True):
         while replayed.version < live_version:
             replayer.step_if_due()
@@ -230,9 +226,10 @@ def test_transitions_carry_the_version_and_log_probs_of_the_drafter_that_drafted
                 logits_NTV = replayed(stretch.hidden_WD[None, :num_outcomes], anchor_ND)
                 picked = logits_NTV.log_softmax(-1)[0].gather(1, stretch.draft_token_ids_W[:num_outcomes, None])[:, 0]
                 torch.testing.assert_close(stretch.draft_log_probs_W[:num_outcomes], picked, rtol=1e-4, atol=1e-4)
-                num_checked += num_outcomes
+                num_after_acceptance += was_accepted.get(stretch.request_id, False)
+            was_accepted[stretch.request_id] = stretch.num_accepted > 0
             finals |= {stretch.start_position + i: h for i, h in enumerate(stretch.target_hidden_WD)}
-    assert num_checked > 20 and recorder.num_swaps > 5
+    assert num_after_acceptance > 5 and recorder.num_swaps > 5
 
 
 def test_a_lossy_rule_stamps_its_results_and_marks_its_experience():
@@ -315,78 +312,3 @@ def test_a_confidence_stop_as_a_mask_gives_what_ending_early_gives(temperature):
     alone = [run([p], [q])[0] for p, q in zip(PROMPTS[:4], params, strict=True)]
     assert [together[i] for i in range(4)] == alone
     assert len({num_drafted for _, num_drafted, _ in alone}) > 1
-
-
-# Waits for the device
-
-
-class CountWaits(TorchDispatchMode):
-    """Counts operations that make the host wait for the device, or whose result's shape depends on data."""
-
-    WAITS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_waits = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.num_waits += str(func.overloadpacket) in self.WAITS
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_round_waits_for_the_device_once(monkeypatch):
-    """One small transfer per round; on a CPU, where it costs nothing, drafting also asks if all rows stopped."""
-    speculator = with_drafter(random_drafter(speculator_of().split, seed=1))
-    fetched = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: fetched.append(tensor.shape) or tolist(tensor))
-    for name in ("item", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a second wait for the device"))
-    for num_draft_tokens in (0, 3):
-        batch = batch_of(speculator, FixedLength(num_draft_tokens), max_rows=2)
-        for index in range(2):
-            batch.admit(sequence_of(index, PROMPTS[index], greedy()))
-        fetched.clear()
-        with CountWaits() as waits:
-            batch.round()
-        assert fetched == [(2, num_draft_tokens + 3)]
-        assert waits.num_waits == num_draft_tokens  # the CPU's early end
-
-
-META_PARAMS = {
-    "greedy": {},
-    "penalties": {"repetition_penalty": 1.2},
-    "sampled": {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.01, "presence_penalty": 0.1},
-    "gumbel": {"temperature": 1.0, "coupling": "gumbel"},
-}
-
-
-@pytest.mark.parametrize("policy", [FixedLength(3), ConfidenceStop(3, threshold=0.4)])
-@pytest.mark.parametrize("name", list(META_PARAMS))
-@pytest.mark.parametrize("path", ["direct", "views"])
-def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, name, policy):
-    """On meta tensors there is no data: every `.item()`, `if tensor`, mask index or nonzero raises. It is also the
-    branch that other devices take: no early end, writes by position, weights not packed."""
-    model = tiny_model("llama", num_layers=2, hidden_size=16, vocab_size=VOCAB_SIZE, dtype=torch.float32)
-    split = SplitModel(model, split_layer=1, path="views")
-    drafter = build_drafter(split, small_config())
-    model.to("meta")
-    split.device, split.head_weight_VD = torch.device("meta"), model.lm_head.weight
-    if path == "direct":
-        split.path, split._path = "direct", DirectPath(model, split_layer=1)
-        split._linear_head = split._path.head
-    drafter.to("meta").draft_head._frozen = (model.lm_head.weight, None)
-    drafter.publish(drafter, 1)
-    params = [SamplingParams(seed=i, **META_PARAMS[name]) for i in range(2)]
-    sampling = sampling_batch(params, split)
-    seen = SeenTokens(2, VOCAB_SIZE, split.device) if sampling.has_penalties else None
-    rows = slice(0, 2)
-    cache = split.make_cache(2, 16)
-    last_token_B = torch.zeros(2, dtype=torch.int64, device="meta")
-    state = RowState(rows, last_token_B, torch.zeros(2, 16, device="meta"), sampling, seen)
-    with torch.no_grad():
-        verified = draft_and_verify(
-            split, drafter, cache, state, policy, 3, RejectionRule(), wants_log_probs=True
-        )
-    assert verified.for_host_BH.shape == (2, 6)
-    assert verified.draft.hidden_BUD.shape == (2, 4, 16)

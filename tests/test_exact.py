@@ -54,6 +54,23 @@ def test_draft_length_and_batch_mates_change_no_bit_of_any_hidden_state(arch, dt
             assert torch.equal(together[index][1], states)
 
 
+def test_every_pass_of_a_request_has_one_shape_whatever_the_policy_and_the_batch(monkeypatch):
+    """Equal bits on this machine might be luck; equal shapes are why. Catches a cache whose capacity follows T."""
+    speculator = speculator_of("llama", torch.float32)
+    shapes = set()
+    for part in ("shallow", "deep"):
+        original = getattr(speculator.split, part)
+
+        def record(*args, original=original) -> Tensor:
+            shapes.add((*args[0].shape[:2], args[-1].visible))
+            return original(*args)
+
+        monkeypatch.setattr(speculator.split, part, record)
+    for policy in (PLAIN, FixedLength(1), FixedLength(8)):
+        list(speculator.generate([PROMPTS[0], PROMPTS[3]], PARAMS, policy=policy))
+    assert len(shapes) == 1
+
+
 def test_half_precision_is_refused():
     """Its matrix products round by shape on every machine: no self-check of a few positions could promise anything."""
     split = SplitModel(tiny_model("llama", num_layers=2, hidden_size=16, dtype=torch.bfloat16), split_layer=1)

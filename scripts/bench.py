@@ -111,7 +111,8 @@ def layer_calls(model, run: Callable, ids: list[int]) -> list[int]:
 
 
 def train(
-    speculator: SelfSpeculator, prompts: list, *, minutes: float, max_new_tokens: int, settings: list[str]
+    speculator: SelfSpeculator, prompts: list, *, minutes: float, max_new_tokens: int, batch_size: int,
+    settings: list[str],
 ) -> dict:
     """Online training from traffic for some minutes of wall-clock time."""
     learning = load_config(None, [f"train.{s}" for s in settings]).train
@@ -125,7 +126,10 @@ def train(
 
     with Progress(console=CONSOLE) as progress:
         task = progress.add_task("training online", total=60 * minutes)
-        for result in speculator.generate(traffic(), params, batch_size=1, learner=trainer, policy=FixedLength(4)):
+        results = speculator.generate(
+            traffic(), params, batch_size=batch_size, learner=trainer, policy=FixedLength(4)
+        )
+        for result in results:
             num_prompts, num_tokens = num_prompts + 1, num_tokens + len(result.token_ids)
             recent = [*recent[-49:], result.stats.mean_accepted_tokens]
             label = f"training online, MAT {statistics.mean(recent):.2f}"
@@ -170,13 +174,14 @@ def training_ratio(speculator: SelfSpeculator, prompts: list, *, max_new_tokens:
     trainer = OnlineTrainer(speculator, load_config(None, ["train.schedule=kl_only"]).train)
 
     def speed(block: list, learner: OnlineTrainer | None) -> float:
+        trainer.restart_clock()
         start_s, count = time.perf_counter(), 0
         for result in speculator.generate(block, params, batch_size=1, learner=learner, policy=policy,
                                           keep_transitions=False):
             count += len(result.token_ids)
         return count / (time.perf_counter() - start_s)
 
-    blocks = [prompts[i : i + 8] for i in range(0, len(prompts), 8)]
+    blocks = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
     speed(blocks[0], trainer)
     ratios = []
     for index, block in enumerate(blocks):
@@ -212,7 +217,8 @@ def main() -> None:
     parser.add_argument("--adapter", help="take this drafter instead of training one")
     parser.add_argument("--save", default="runs/bench/drafter", help="where the trained drafter goes")
     parser.add_argument("--train-minutes", type=float, default=9.5)
-    parser.add_argument("--set", nargs="*", default=["budget=0.6"], metavar="key=value", help="learning settings")
+    parser.add_argument("--train-batch-size", type=int, default=8, help="rows that serve together while learning")
+    parser.add_argument("--set", nargs="*", default=["budget=0.7", "rounds_per_step=1"], metavar="key=value", help="learning settings")
     parser.add_argument("--split-layer", type=int, help="default: one layer in sixteen")
     parser.add_argument("--draft-vocab-size", type=int, default=1024)
     parser.add_argument("--drafter", default="anchored")
@@ -238,8 +244,10 @@ def main() -> None:
         for ids in held_out[:16]:
             ours(speculator, FixedLength(args.num_draft_tokens), args.max_new_tokens, untrained)(ids)
         report["untrained_mat"] = round(untrained.mean_accepted_tokens, 3)
-        report["training"] = train(speculator, traffic, minutes=args.train_minutes, max_new_tokens=args.max_new_tokens,
-                                   settings=args.set)
+        report["training"] = train(
+            speculator, traffic, minutes=args.train_minutes, max_new_tokens=args.max_new_tokens,
+            batch_size=args.train_batch_size, settings=args.set,
+        )
         speculator.save_drafter(args.save, metrics=report["training"])
         CONSOLE.print(report["training"])
 
@@ -288,7 +296,7 @@ def main() -> None:
         "predicted": round(predicted, 3),
         "measured_over_predicted": round(report["ratios"]["speculative / plain"]["ratio"] / predicted, 3),
     }
-    report["training_on_over_off"] = training_ratio(speculator, traffic[-64:], max_new_tokens=args.max_new_tokens)
+    report["training_on_over_off"] = training_ratio(speculator, traffic[-96:], max_new_tokens=args.max_new_tokens)
     report["cold_help_s"] = cold_help_s()
 
     table = Table(title=f"{args.model}, {args.dtype}, batch 1, greedy, T = {t}, {len(runs['plain'])} held-out prompts")

@@ -26,7 +26,7 @@ from dvi.replay import ReplayBuffer
 from trainers.drift import AcceptanceTrend
 
 MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the first step: below it, batches repeat
-CREDIT_CAP_S = 2.0  # unused training time that may be saved up: a quiet minute must not buy a stalled one
+CREDIT_CAP_S = 0.5  # unused training time that may be saved up: a quiet minute must not buy a stalled one
 CANARY_BLOCKS = 256  # fewer, and the score's noise alone looks like a loss of a tenth
 IDLE_SHARE = 0.1  # of the time budget that is still used once acceptance has settled
 
@@ -68,6 +68,10 @@ class OnlineTrainer:
         self._rounds_since_step = self._tokens_counted = 0
         self._drafted_since_step = self._accepted_since_step = 0
         self._best_state = _copy_state(self._drafter)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Forgets saved-up training time: after a pause in which nothing was served, or a resume."""
         self._credit_s, self._clock_s = 0.0, time.perf_counter()
 
     def _prepare(self, drafter: nn.Module) -> None:
@@ -92,7 +96,8 @@ class OnlineTrainer:
         num_accepted = sum(s.num_accepted for s in transitions)
         for stretch in transitions:
             if not stretch.is_prefill:
-                self.token_counts_V += torch.bincount(stretch.token_ids_W, minlength=self._split.vocab_size)
+                # Not bincount: on a GPU it waits for the device.
+                self.token_counts_V.index_add_(0, stretch.token_ids_W, torch.ones_like(stretch.token_ids_W))
                 self._tokens_counted += len(stretch)
         self._rounds_since_step += any(not s.is_prefill for s in transitions)
         self._drafted_since_step += num_drafted
@@ -267,7 +272,7 @@ class OnlineTrainer:
             setattr(self, name, value)
         self._live.load_state_dict(state["live"])
         self._live.publish(self._live, self._version)
-        self._credit_s, self._clock_s = 0.0, time.perf_counter()
+        self.restart_clock()
 
 
 _COUNTS = (

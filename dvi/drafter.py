@@ -2,8 +2,8 @@
 
 Knows hidden states and logits; knows nothing of caches, verification or losses. Every parameter here is float32 and
 none is upstream of a verifier logit. A drafter has two faces: `forward` over whole draft blocks, through its
-parameters, for the learner; and `begin`/`step` inside a round, through *published* buffers that `publish` rewrites in place between
-rounds. A draft is thus always made by one version, and the addresses a CUDA graph has seen never move.
+parameters, for the learner; and `begin`/`step` inside a round, through *published* buffers that `publish` rewrites in
+place between rounds. A draft is thus always made by one version, and the addresses a CUDA graph has seen never move.
 """
 # B rows, N blocks, T positions of a block, D hidden, H anchor width, R rank, V draft vocabulary (trimmed or full).
 

@@ -86,7 +86,8 @@ class OnlineTrainer:
     # Learner protocol
 
     def observe(self, transitions: list[Transitions]) -> None:
-        """Stores the experience of one round (or prefill) and follows the acceptance."""
+        """Stores the experience of one round (or prefill) and follows the acceptance; its time counts as training's."""
+        start_s = time.perf_counter()
         stretches = transitions
         if not self.config.learn_from_prompts:
             # The last prompt position stays: it is the anchor of the first round's drafts.
@@ -104,6 +105,9 @@ class OnlineTrainer:
         self._accepted_since_step += num_accepted
         if self.trend.observe(num_drafted, num_accepted):
             self.schedule.reset(self.num_steps)
+        seconds = time.perf_counter() - start_s
+        self.train_s += seconds
+        self._credit_s -= seconds
 
     def step_if_due(self) -> UpdateReport | None:
         """One optimizer step if enough rounds have passed and the time budget has room for it."""

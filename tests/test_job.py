@@ -32,7 +32,8 @@ def settings(tmp_path):
 
     def make(folder="run", **overrides):
         values = {
-            "model.path": str(STORIES), "data.prompts": str(prompts), "output.folder": str(tmp_path / folder),
+            "model.path": str(STORIES), "model.split_layer": 2, "data.prompts": str(prompts),
+            "output.folder": str(tmp_path / folder),
             "output.tensorboard": "false", "sampling.max_new_tokens": 16, "eval.max_new_tokens": 12, "eval.limit": 1,
             "draft.policy": "fixed", "drafter.anchor_hidden": 16, "drafter.lora_rank": 4, "train.budget": 1,
             "train.rounds_per_step": 4, "train.blocks_per_step": 4, "train.steps_per_canary": 4,

@@ -262,7 +262,7 @@ def test_a_settled_trend_wakes_when_acceptance_falls():
 
     assert observe(0.7, 1500) == 0 and trend.is_settled
     assert not trend.observe(0, 0) and trend.is_settled  # a round without drafts says nothing
-    assert observe(0.3, 200) >= 1 and not trend.is_settled
+    assert observe(0.3, 600) >= 1 and not trend.is_settled
     assert observe(0.3, 1500) == 0 and trend.is_settled
 
 
@@ -271,10 +271,10 @@ def test_drift_takes_the_schedule_back_to_its_warm_up():
     for _ in range(10):
         trainer.step()
     assert trainer.last_report.phase == "rl"
-    for i in range(100):
+    for i in range(450):
         trainer.observe([stretch(200 + i, num_accepted=WIDTH - 1)])
-    for i in range(60):
-        trainer.observe([stretch(300 + i, num_accepted=0, width=1)])
+    for i in range(700):
+        trainer.observe([stretch(700 + i, num_accepted=0, width=1)])
     assert trainer.trend.num_drifts >= 1
     assert trainer.step().phase == "kl"
 

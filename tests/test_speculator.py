@@ -19,7 +19,9 @@ def speculator() -> SelfSpeculator:
     return SelfSpeculator.from_pretrained(STORIES, split_layer=1, policy="fixed", num_draft_tokens=3)
 
 
-def answers(speculator: SelfSpeculator, prompts: list, params: SamplingParams, **options: object) -> dict[int, list[int]]:
+def answers(
+    speculator: SelfSpeculator, prompts: list, params: SamplingParams, **options: object
+) -> dict[int, list[int]]:
     return {r.index: r.token_ids for r in speculator.generate(prompts, params, **options)}
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-FAST_RATE, SLOW_RATE = 0.02, 0.002
+# A request's acceptance varies by half of itself, and lasts some 25 rounds: the fast average must span many requests, or
+# it calls every hard prompt a drift (and did, at 0.02 and a drop of 0.15: LOG.md 2026-11-22).
+FAST_RATE, SLOW_RATE = 0.0025, 0.00025
 RISE = 0.005
 
 
@@ -20,7 +22,7 @@ class AcceptanceTrend:
     """
 
     patience: int = 2000
-    drop: float = 0.15
+    drop: float = 0.3
     fast: float = 0.0
     slow: float = 0.0
     best: float = 0.0

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-# A request's acceptance varies by half of itself, and lasts some 25 rounds: the fast average must span many requests, or
-# it calls every hard prompt a drift (and did, at 0.02 and a drop of 0.15: LOG.md 2026-11-22).
+# A request's acceptance varies by half of itself, and lasts some 25 rounds: the fast average must span many requests,
+# or it calls every hard prompt a drift (and did, at 0.02 and a drop of 0.15: LOG.md 2026-11-22).
 FAST_RATE, SLOW_RATE = 0.0025, 0.00025
 RISE = 0.005
 

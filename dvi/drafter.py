@@ -190,8 +190,14 @@ class DraftHead(nn.Module):
         return draft_ids if self.draft_token_ids_V is None else self.draft_token_ids_V[draft_ids]
 
     def to_draft_ids(self, token_ids: Tensor) -> Tensor:
-        """Draft ids of token ids that the drafter can produce."""
-        return token_ids if self.draft_token_ids_V is None else torch.searchsorted(self.draft_token_ids_V, token_ids)
+        """Draft ids of token ids that the drafter can produce; of others some draft id, see `can_draft`."""
+        if self.draft_token_ids_V is None:
+            return token_ids
+        return torch.searchsorted(self.draft_token_ids_V, token_ids).clamp_max(self.vocab_size - 1)
+
+    def can_draft(self, token_ids: Tensor) -> Tensor:
+        """bool: whether each token is in the draft vocabulary."""
+        return self.to_token_ids(self.to_draft_ids(token_ids)) == token_ids
 
     def gather_logits(self, logits: Tensor) -> Tensor:
         """Full-vocabulary logits [..., V_full] restricted to the draft vocabulary [..., V]."""

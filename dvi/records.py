@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 GREEDY_TEMPERATURE = 0.0
@@ -287,9 +286,3 @@ class Learner(Protocol):
 
     def step_if_due(self) -> UpdateReport | None:
         """Makes at most one update and publishes it, if the cadence and the time budget allow one."""
-
-
-def no_grad_copy(tensor: Tensor) -> Tensor:
-    """A copy that autograd accepts, also of a tensor made under inference_mode."""
-    with torch.inference_mode(False):
-        return tensor.clone() if not tensor.is_inference() else torch.empty_like(tensor).copy_(tensor)

@@ -279,6 +279,25 @@ def test_drift_takes_the_schedule_back_to_its_warm_up():
     assert trainer.step().phase == "kl"
 
 
+def test_the_head_is_trimmed_to_the_traffics_tokens_once_and_a_resume_trims_alike():
+    """Catches copies with different vocabularies, old drafts mapped to wrong ids, and a resume into other shapes."""
+    speculator = serving(draft_vocab_size=VOCAB_SIZE // 2)
+    trainer = trainer_of(speculator, tokens_before_trim=40 * WIDTH + 1, schedule="kl_rl", warmup_steps=0, ramp_steps=0)
+    trainer.step()
+    assert speculator.drafter.draft_head.draft_token_ids_V is None
+    trainer.observe([stretch(40)])
+    version = speculator.drafter.version
+    reports = [trainer.step() for _ in range(4)]
+    ids_V = speculator.drafter.draft_head.draft_token_ids_V
+    assert len(ids_V) == VOCAB_SIZE // 2 == trainer._drafter.draft_head.vocab_size
+    assert speculator.drafter.version > version
+    assert torch.isin(trainer.token_counts_V.nonzero()[:, 0], ids_V).all()
+    assert all(report.skipped_reason is None for report in reports)
+    resumed = trainer_of(serving(draft_vocab_size=VOCAB_SIZE // 2))
+    resumed.load_state_dict(trainer.state_dict())
+    assert_same(state_of(resumed._live), state_of(speculator.drafter))
+
+
 # In service
 
 

@@ -177,6 +177,8 @@ class OnlineTrainer:
         draft_logits_NTV = self._model(batch.hidden_NTD, batch.anchor_ND)
         with torch.no_grad():
             target_logits_NTV = draft_head.gather_logits(self._split.head(batch.target_hidden_NTD))
+        # What was drafted before the head was trimmed may be out of its reach by now.
+        batch.has_reward_NT &= draft_head.can_draft(batch.action_NT)
         batch.action_NT = draft_head.to_draft_ids(batch.action_NT).where(batch.has_reward_NT, 0)
         return losses.compute(
             draft_logits_NTV, target_logits_NTV, batch, weights=weights, baseline_T=self.baseline.values_T,

@@ -219,7 +219,8 @@ def main() -> None:
     parser.add_argument("--train-minutes", type=float, default=9.5)
     parser.add_argument("--train-batch-size", type=int, default=8, help="rows that serve together while learning")
     parser.add_argument(
-        "--set", nargs="*", default=["budget=0.7", "rounds_per_step=1"], metavar="key=value", help="learning settings"
+        "--set", nargs="*", default=["budget=0.7", "rounds_per_step=1", "schedule=kl_only"], metavar="key=value",
+        help="learning settings",
     )
     parser.add_argument("--split-layer", type=int, help="default: one layer in sixteen")
     parser.add_argument("--draft-vocab-size", type=int, default=1024)

@@ -78,7 +78,7 @@ def propose(
     is_greedy = sampling.is_all_greedy and not sampling.has_penalties
     token_B = state.last_token_B
     counts_B = torch.ones_like(token_B, dtype=torch.bool)
-    tokens, hidden, logits, probs, counted, confidences = [], [], [], [], [], []
+    tokens, hidden, logits, probs, counted = [], [], [], [], []
 
     def shallow(token_B: Tensor, depth: int) -> Tensor:
         placement = cache.place(offset=depth, width=1, rows=state.rows)
@@ -87,9 +87,8 @@ def propose(
     for depth in range(num_draft_tokens):
         hidden.append(shallow(token_B, depth))
         logits_BV = drafter.step(hidden[-1], depth_state, depth)
-        if policy.needs_confidence:
-            confidences.append(logits_BV.softmax(-1).amax(-1))
-        counts_B = counts_B & policy.keep(depth, confidences[-1] if policy.needs_confidence else token_B)
+        confidence_B = logits_BV.softmax(-1).amax(-1) if policy.needs_confidence else state.last_token_B
+        counts_B = counts_B & policy.keep(depth, confidence_B)
         if token_B.device.type == "cpu" and not counts_B.any():
             break  # the last hidden state is the last drafted token's: nothing is left to compute
         if is_greedy:
@@ -110,7 +109,6 @@ def propose(
         hidden_BUD=torch.stack(hidden, 1),
         probs_BTV=torch.stack(probs, 1) if probs else None,
         log_probs_BT=_log_probs(drafter, logits, token_ids_BT) if wants_log_probs and tokens else None,
-        confidence_BT=torch.stack(confidences, 1) if confidences else None,
         drafter_version=drafter.version,
     )
 

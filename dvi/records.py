@@ -81,7 +81,6 @@ class Draft:
     hidden_BUD      h_k of the U input positions (the last committed token, then the drafted ones).
     probs_BTV       the distribution each token was drawn from, after all warping; None when drafting was greedy.
     log_probs_BT    log-probability under the drafter, unwarped, of each token; None when nobody learns from it.
-    confidence_BT   largest draft probability at each position; None unless a length rule asked for it.
     drafter_version the version whose weights drafted every token of this round.
     """
 
@@ -90,7 +89,6 @@ class Draft:
     hidden_BUD: Tensor
     probs_BTV: Tensor | None
     log_probs_BT: Tensor | None
-    confidence_BT: Tensor | None
     drafter_version: int
 
 

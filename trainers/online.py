@@ -37,7 +37,7 @@ class OnlineTrainer:
     num_steps       optimizer steps made; num_skipped those whose loss or gradient was not finite; num_rollbacks the
                     returns to the best drafter so far.
     train_s         seconds spent in steps, publishing and canaries included.
-    reports         the newest UpdateReport is `last_report`.
+    last_report     the newest step's UpdateReport; None before the first.
     """
 
     def __init__(self, speculator: object, config: LearningSettings | None = None) -> None:

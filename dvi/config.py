@@ -1,4 +1,4 @@
-"""The settings of a `dvi train` run: frozen dataclasses < a YAML file < `key=value` on the command line.
+"""The settings of `dvi train` and `dvi serve`: frozen dataclasses < a YAML file < `key=value` on the command line.
 
 Knows names, types, bounds and defaults; knows nothing of models or training, and imports neither torch nor
 transformers, so that `dvi --help` and `--print-config` answer at once. Each default stands here and nowhere else.
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -29,6 +29,8 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Seed = Annotated[int, Ge(0), Lt(2**62)]
+Port = Annotated[int, Ge(0), Le(65535)]
+Schema = TypeVar("Schema")
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class DraftSettings:
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
-    """How every request's tokens are chosen and when it stops: keys of `dvi.records.SamplingParams`, its bounds."""
+class RequestSettings:
+    """How a request's tokens are chosen and when it stops: keys of `dvi.records.SamplingParams`, its bounds."""
 
     temperature: NonNegative = 0.0
     top_k: Count = 0
@@ -98,13 +100,19 @@ class SamplingSettings:
     min_p: Annotated[float, Ge(0), Lt(1)] = 0.0
     repetition_penalty: Positive = 1.0
     presence_penalty: float = 0.0
-    seed: Seed = 0
     max_new_tokens: PositiveCount = 128
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not all(self.stop_strings):
             raise ValueError(f"stop_strings must be non-empty strings, got {list(self.stop_strings)}; leave out ''")
+
+
+@dataclass(frozen=True)
+class SamplingSettings(RequestSettings):
+    """The same for every request of a run, which also fixes the draws."""
+
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,9 @@ class LearningSettings:
     switch_by           the warm-up ends by "steps", or by "acceptance" once it no longer rises.
     replay_positions    positions the replay buffer holds, of which reservoir_fraction are a sample of all traffic.
     canary_tolerance    the best drafter comes back when acceptance falls below its own by more than this.
+    blocks_per_slice    a step is worked on in pieces of so many blocks, one between two rounds, so that nobody waits
+                        for a whole step; 0 makes it in one piece.
+    max_tenant_share    of a step's blocks that one API key's experience may fill, while others have some too.
     """
 
     enabled: bool = True
@@ -179,6 +190,8 @@ class LearningSettings:
     replay_positions: PositiveCount = 16384
     reservoir_fraction: Share = 0.3
     canary_tolerance: Share = 0.1
+    blocks_per_slice: Count = 0
+    max_tenant_share: Share = 0.2
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -213,6 +226,66 @@ class OutputSettings:
 
 
 @dataclass(frozen=True)
+class ServeSettings:
+    """The server: where it listens, who may use it, and how much of it.
+
+    port                      0 takes a free one.
+    keys_file                 API keys, see `dvi.serving.access`; null takes DVI_API_KEY and DVI_ADMIN_KEY from the
+                              environment. Without any key only a loopback host is served.
+    adapters_folder           saved drafters that admin routes load and save, by name.
+    max_rows                  requests that decode together.
+    max_positions             cached positions of all running requests together.
+    max_waiting               requests in the queue; more are told to come back later.
+    prefill_tokens_per_step   prompt tokens read between two rounds, so that a long prompt holds nobody up.
+    prefix_cache_positions    cached positions kept of prompts and answers gone by, 0 keeps none.
+    max_prompt_tokens         null: as many as the model's context holds; max_new_tokens the same.
+    max_stop, max_stop_chars  stop strings of a request (and stop token ids), and the length of each.
+    max_prompts, max_n        prompts in a request, and answers to each.
+    *_timeout_s               since arrival: still queued, without a first token, not ended.
+    drain_s                   after SIGTERM, running requests may take so long to end.
+    learn_sample_rate         share of the requests that the learner sees.
+    trust_remote_code         run Python code that comes with the model.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    keys_file: str | None = None
+    adapters_folder: str = "runs/serve/adapters"
+    max_rows: PositiveCount = 16
+    max_positions: PositiveCount = 32768
+    max_waiting: PositiveCount = 64
+    prefill_tokens_per_step: PositiveCount = 256
+    prefix_cache_positions: Count = 16384
+    max_connections: PositiveCount = 1024
+    max_body_bytes: PositiveCount = 2_000_000
+    max_prompt_tokens: PositiveCount | None = None
+    max_new_tokens: PositiveCount | None = None
+    max_prompts: PositiveCount = 64
+    max_n: PositiveCount = 8
+    max_stop: Count = 16
+    max_stop_chars: PositiveCount = 256
+    max_logprobs: Count = 20
+    queue_timeout_s: Positive = 60.0
+    first_token_timeout_s: Positive = 120.0
+    total_timeout_s: Positive = 600.0
+    drain_s: NonNegative = 30.0
+    learn_sample_rate: Share = 1.0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ServeOutputSettings:
+    """What a server leaves behind in `folder`; one started on the same folder goes on where the last one stopped.
+
+    save_replay  also store the experience, which is users' text; without it a restarted learner gathers afresh.
+    """
+
+    folder: str = "runs/serve"
+    checkpoint_every_s: Positive = 60.0
+    save_replay: bool = False
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All settings of `dvi train`. Built by hand it checks only what its sections' `__post_init__` say."""
 
@@ -228,26 +301,48 @@ class TrainConfig:
     output: OutputSettings = field(default_factory=OutputSettings)
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
+@dataclass(frozen=True)
+class ServeConfig:
+    """All settings of `dvi serve`; `sampling` is what a request gets where it does not say.
+
+    Learning differs from `dvi train` by default: nobody may wait long for it, and a server runs for long.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    drafter: DrafterSettings = field(default_factory=lambda: DrafterSettings(draft_vocab_size=1024))
+    draft: DraftSettings = field(default_factory=DraftSettings)
+    sampling: RequestSettings = field(default_factory=RequestSettings)
+    train: LearningSettings = field(
+        default_factory=lambda: LearningSettings(schedule="kl_only", steps_per_publish=32, blocks_per_slice=4)
+    )
+    serve: ServeSettings = field(default_factory=ServeSettings)
+    output: ServeOutputSettings = field(default_factory=ServeOutputSettings)
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Iterable[str] = (), *, schema: type[Schema] = TrainConfig
+) -> Schema:
     """The checked settings: defaults, then the YAML file, then each `section.key=value` in turn.
 
     Values are written as in YAML, with 1e-3 a number; one value where a list is expected stands for a list of one.
     Raises ValueError naming key, value, bound and remedy; it lists every wrong value, but stops at an unknown key.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dataclasses.asdict(schema())
     if path is not None:
-        _merge(settings, _read_yaml(Path(path)), source=str(path))
+        _merge(settings, _read_yaml(Path(path)), source=str(path), schema=schema)
     for override in overrides:
-        _merge(settings, _parse_override(override), source="the command line")
-    return _validate(settings)
+        _merge(settings, _parse_override(override), source="the command line", schema=schema)
+    return _validate(settings, schema)
 
 
-def to_yaml(config: TrainConfig) -> str:
+def to_yaml(config: TrainConfig | ServeConfig) -> str:
     """Every key with its value, as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def write_provenance(folder: str | Path, config: TrainConfig) -> None:
+def write_provenance(folder: str | Path, config: TrainConfig | ServeConfig) -> None:
     """Writes what is needed to repeat a run: config.yaml, and provenance.json (argv, versions, git SHA, date).
 
     git_sha is of the checkout that holds this package, with "-dirty" after it when files differ; null outside one.
@@ -300,64 +395,71 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _merge(settings: dict[str, Any], new: Any, *, source: str, section: type = TrainConfig, prefix: str = "") -> None:
+def _merge(settings: dict[str, Any], new: Any, *, source: str, schema: type) -> None:
     """Lays `new` over `settings`, in place; an empty file or section sets nothing. Raises at an unknown key."""
-    if new is None:
-        return
-    if not isinstance(new, Mapping):
-        raise ValueError(f"{prefix[:-1] or source} must hold keys: one of {', '.join(_names(section))}; got {new!r}")
+
+    def merge(settings: dict[str, Any], new: Any, section: type, prefix: str) -> None:
+        if new is None:
+            return
+        if not isinstance(new, Mapping):
+            names = ", ".join(entry.name for entry in dataclasses.fields(section))
+            raise ValueError(f"{prefix[:-1] or source} must hold keys: one of {names}; got {new!r}")
+        hints = _hints(section)
+        for name, value in new.items():
+            key = f"{prefix}{name}"
+            if name not in hints:
+                raise ValueError(f"unknown key {key!r} in {source}; did you mean {_nearest_key(key, schema)!r}?")
+            if dataclasses.is_dataclass(hints[name]):
+                merge(settings[name], value, hints[name], f"{key}.")
+            elif hints[name] == tuple[str, ...] and isinstance(value, str):
+                settings[name] = [value]
+            else:
+                settings[name] = value
+
+    merge(settings, new, schema, "")
+
+
+def _hints(section: type) -> dict[str, Any]:
+    """Type of each key, in the order of the fields (type hints alone put a base class's last)."""
     hints = get_type_hints(section)
-    for name, value in new.items():
-        key = f"{prefix}{name}"
-        if name not in hints:
-            raise ValueError(f"unknown key {key!r} in {source}; did you mean {_nearest_key(key)!r}?")
-        if dataclasses.is_dataclass(hints[name]):
-            _merge(settings.setdefault(name, {}), value, source=source, section=hints[name], prefix=f"{key}.")
-        elif hints[name] == tuple[str, ...] and isinstance(value, str):
-            settings[name] = [value]
-        else:
-            settings[name] = value
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(section)}
 
 
-def _names(section: type) -> list[str]:
-    return [entry.name for entry in dataclasses.fields(section)]
-
-
-def _all_keys(section: type = TrainConfig, prefix: str = "") -> Iterator[str]:
-    for name, hint in get_type_hints(section).items():
+def _all_keys(section: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in _hints(section).items():
         yield f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
             yield from _all_keys(hint, f"{prefix}{name}.")
 
 
-def _nearest_key(unknown: str) -> str:
+def _nearest_key(unknown: str, schema: type) -> str:
     """The known key most like `unknown`; a right name in the wrong section, or in none, comes first."""
 
     def likeness(known: str) -> tuple[bool, float]:
         is_same_name = known.rpartition(".")[2] == unknown.rpartition(".")[2]
         return is_same_name, difflib.SequenceMatcher(None, unknown, known).ratio()
 
-    return max(_all_keys(), key=likeness)
+    return max(_all_keys(schema), key=likeness)
 
 
-def _validate(settings: dict[str, Any]) -> TrainConfig:
+def _validate(settings: dict[str, Any], schema: type[Schema]) -> Schema:
     # Here, not at the top: importing pydantic takes longer than everything else `dvi --help` does.
     from pydantic import TypeAdapter, ValidationError
 
     # JSON, because strict validation of Python objects refuses dicts for dataclasses and lists for tuples.
     document = json.dumps(settings, default=str)
     try:
-        return TypeAdapter(TrainConfig).validate_json(document, strict=True)
+        return TypeAdapter(schema).validate_json(document, strict=True)
     except ValidationError as error:
-        raise ValueError("\n".join(_describe(entry) for entry in error.errors())) from None
+        raise ValueError("\n".join(_describe(entry, schema) for entry in error.errors())) from None
 
 
-def _describe(error: Mapping[str, Any]) -> str:
+def _describe(error: Mapping[str, Any], schema: type) -> str:
     """One line for one pydantic error: key, bound, value and the default as the remedy."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "value_error":  # raised by a section's __post_init__, which names its keys itself
         return f"{key}.{error['ctx']['error']}"
-    default: Any = TrainConfig()
+    default: Any = schema()
     for part in error["loc"]:
         default = getattr(default, part) if dataclasses.is_dataclass(default) else default
     bound = error["msg"].replace("Input should be", "must be", 1)

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from dvi.cuda_graph import RoundGraphs, can_capture
 from dvi.draft_length import LengthPolicy, RoundInfo, RoundOutcome
 from dvi.drafter import MAX_DEPTH, Drafter
-from dvi.records import Draft, RoundStats, SamplingParams, Transitions, Verdict
+from dvi.kv_cache import KeysAndValues
+from dvi.records import Draft, RoundStats, SamplingParams, TokenLogprobs, Transitions, Verdict
 from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.split import SplitModel
 from dvi.verification import VerifyRule, verify_greedy
@@ -30,17 +31,32 @@ PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations
 
 @dataclass
 class Sequence:
-    """One request while it runs. `accept_token(id)` returns a finish reason when the text must end there, else None."""
+    """One request while it runs. `accept_token(id)` returns a finish reason when the text must end there, else None.
+
+    num_logprobs   None: no log-probabilities of its tokens; else `logprobs` also has so many likeliest tokens each.
+    teaches        False: no transitions are cut from its rounds. tenant is copied into those that are.
+    finish_reason  "stop", "length", or "error": the verifier's state was not finite, and its last round is not kept.
+    started_s      when it began what it does, prefilling or decoding.
+    """
 
     request_id: int
     prompt_ids: list[int]
     params: SamplingParams
     accept_token: Callable[[int], str | None]
     max_new_tokens: int
+    num_logprobs: int | None = None
+    teaches: bool = True
+    tenant: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stats: RoundStats = field(default_factory=RoundStats)
     started_s: float = 0.0
+
+    @property
+    def text_ids(self) -> list[int]:
+        """Prompt and answer so far."""
+        return self.prompt_ids + self.token_ids
 
     def extend(self, committed: list[int]) -> int:
         """Appends committed tokens until one of them ends the request; returns how many were kept."""
@@ -164,7 +180,9 @@ class VerifiedRound:
 
     input_ids_BU  the last committed token and the drafted ones; final_BUD their final hidden states.
     anchor_BD     the final hidden state at the position whose logits gave next_token.
-    for_host_BH   int64 [B, T + 3]: drafted ids, next token, num_accepted, num_drafted.
+    for_host_BH   int64 [B, T + 4]: drafted ids, is_finite, next token, num_accepted, num_drafted. is_finite is 0 where
+                  the verifier's final states hold NaN or infinity: nothing of such a row may be used.
+    logits_BUV    the verifier's, where somebody wants log-probabilities.
     """
 
     draft: Draft
@@ -173,38 +191,51 @@ class VerifiedRound:
     final_BUD: Tensor
     anchor_BD: Tensor
     for_host_BH: Tensor
+    logits_BUV: Tensor | None = None
 
 
 def draft_and_verify(
     split: SplitModel, drafter: Drafter, cache: object, state: RowState, policy: LengthPolicy, num_draft_tokens: int,
-    rule: VerifyRule, *, wants_log_probs: bool,
+    rule: VerifyRule, *, wants_log_probs: bool, keeps_logits: bool = False,
 ) -> VerifiedRound:
     """The round on the device, without a wait: propose, one deep pass over U positions from the stored h_k, judge."""
     draft = propose(split, drafter, cache, state, policy, num_draft_tokens, wants_log_probs=wants_log_probs)
     input_ids_BU = torch.cat([state.last_token_B[:, None], draft.token_ids_BT], dim=1)
     placement = cache.place(offset=0, width=input_ids_BU.shape[1], rows=state.rows)
     final_BUD = split.deep(draft.hidden_BUD, input_ids_BU, cache, placement)
-    verdict = judge(draft, split.head(final_BUD), cache, state, rule)
+    logits_BUV = split.head(final_BUD)
+    verdict = judge(draft, logits_BUV, cache, state, rule)
     row_B = torch.arange(len(input_ids_BU), device=input_ids_BU.device)
-    counts_B3 = torch.stack([verdict.next_token_B, verdict.num_accepted_B, draft.num_drafted_B], dim=1)
+    is_finite_B = final_BUD.sum((1, 2), dtype=torch.float32).isfinite().long()
+    counts_B4 = torch.stack([is_finite_B, verdict.next_token_B, verdict.num_accepted_B, draft.num_drafted_B], dim=1)
     return VerifiedRound(
         draft, verdict, input_ids_BU, final_BUD, anchor_BD=final_BUD[row_B, verdict.num_accepted_B],
-        for_host_BH=torch.cat([draft.token_ids_BT, counts_B3], dim=1),
+        for_host_BH=torch.cat([draft.token_ids_BT, counts_B4], dim=1), logits_BUV=logits_BUV if keeps_logits else None,
     )
 
 
 class DecodingBatch:
-    """Rows that decode together: they join and leave between rounds and always fill rows 0 .. num_rows - 1."""
+    """Rows that decode together: they join and leave between rounds and always fill rows 0 .. num_rows - 1.
+
+    sequences   the rows that decode. The rows after them hold `prefilling`: prompts read so far in part.
+    outcomes    of the newest round, one per row: (sequence, num_drafted, num_accepted, tokens kept).
+    """
 
     def __init__(
         self, split: SplitModel, drafter: Drafter, *, max_rows: int, capacity: int, policy: LengthPolicy,
         rule: VerifyRule, wants_transitions: bool, prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
+        """max_rows: rows to begin with; a row beyond them makes the cache grow, and move.
+
+        capacity: positions per row to begin with, 0 lets them follow from the requests.
+        """
         self._prefill_chunk = prefill_chunk
-        self._split, self._drafter, self._policy, self._rule = split, drafter, policy, rule
+        self._split, self.drafter, self.policy, self._rule = split, drafter, policy, rule
         self._wants_transitions = wants_transitions
         self.cache = split.make_cache(max_rows, capacity)
         self.sequences: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.outcomes: list[tuple[Sequence, int, int, int]] = []
         self._last_token_B = torch.zeros(max_rows, dtype=torch.int64, device=split.device)
         self._anchor_BD = torch.zeros(max_rows, split.hidden_size, dtype=split.dtype, device=split.device)
         self._state: RowState | None = None
@@ -212,50 +243,93 @@ class DecodingBatch:
 
     @property
     def has_room(self) -> bool:
-        return len(self.sequences) < self.cache.rows
+        return len(self.sequences) + len(self.prefilling) < self.cache.rows
 
-    @torch.no_grad()
     def admit(self, sequence: Sequence) -> list[Transitions]:
-        """Prefills all but the last prompt token into the next row; the last one opens the row's first round."""
-        row, sequence.started_s = len(self.sequences), time.perf_counter()
-        self.sequences.append(sequence)
+        """Opens a row and prefills it: the row decodes from the next round on."""
+        self.open(sequence)
+        return self.prefill(sequence, len(sequence.text_ids))
+
+    def open(self, sequence: Sequence, *, reused: list[KeysAndValues] = ()) -> None:
+        """Gives the sequence a row, to be prefilled; one that has generated tokens already goes on after them.
+
+        reused: what `RollbackCache.copy_out` gave for the first positions of the same text, piece by piece. At least
+        one position before the last must be left to prefill, or the first draft lacks its anchor.
+        """
+        sequence.started_s = time.perf_counter()
+        row = len(self.sequences) + len(self.prefilling)
         # Room for a last round's block, begun one token before the end. The same for every policy: in exact mode the
         # capacity is part of each pass's shape, so a capacity that followed T would let T change bits.
         num_ahead = 2 * (MAX_DEPTH + 1)
         self.cache.open_row(row, len(sequence.prompt_ids) + sequence.max_new_tokens + num_ahead)
-        transitions = self._prefill(row, sequence)
-        self._last_token_B[row] = sequence.prompt_ids[-1]
-        self._state = None
-        sequence.stats.prompt_tokens = len(sequence.prompt_ids)
-        sequence.stats.prefill_s = time.perf_counter() - sequence.started_s
-        return transitions
-
-    def _prefill(self, row: int, sequence: Sequence) -> list[Transitions]:
-        rows, transitions = slice(row, row + 1), []
+        if self.cache.rows > len(self._last_token_B):
+            self._add_rows(self.cache.rows - len(self._last_token_B))
+        for segment in reused:
+            width = next(iter(segment.values()))[0].shape[1]
+            self.cache.copy_in(row, self.cache.lengths[row], segment)
+            self.cache.commit([width], rows=slice(row, row + 1))
         self._anchor_BD[row] = 0
-        ids_1S = torch.tensor([sequence.prompt_ids[:-1]], dtype=torch.int64, device=self._split.device)
-        for chunk_1Q in ids_1S.split(self._prefill_chunk, dim=1) if ids_1S.shape[1] else ():
+        self.prefilling.append(sequence)
+        sequence.stats.prompt_tokens = len(sequence.prompt_ids)
+
+    def _add_rows(self, count: int) -> None:
+        self._last_token_B = torch.cat([self._last_token_B, self._last_token_B.new_zeros(count)])
+        self._anchor_BD = torch.cat([self._anchor_BD, self._anchor_BD.new_zeros(count, self._split.hidden_size)])
+        self._state = None
+
+    @torch.no_grad()
+    def prefill(self, sequence: Sequence, max_positions: int) -> list[Transitions]:
+        """Runs up to max_positions more of the text before its last token, which will open the row's first round.
+
+        Once nothing is left the row decodes. In exact mode passes keep to their fixed width wherever they begin.
+        """
+        row = len(self.sequences) + self.prefilling.index(sequence)
+        rows, transitions = slice(row, row + 1), []
+        done, text_ids = self.cache.lengths[row], sequence.text_ids
+        end = min(done + max_positions, len(text_ids) - 1)
+        aligned_end = end - end % self._prefill_chunk
+        if done < aligned_end and end < len(text_ids) - 1:
+            end = aligned_end  # passes begin at multiples of the chunk, however the positions were rationed
+        ids_1S = torch.tensor([text_ids[done:end]], dtype=torch.int64, device=self._split.device)
+        for chunk_1Q in ids_1S.split(self._prefill_chunk, dim=1) if end > done else ():
             start, width = self.cache.lengths[row], chunk_1Q.shape[1]
             placement = self.cache.place(offset=0, width=width, rows=rows)
             hidden_1QD = self._split.shallow(chunk_1Q, self.cache, placement)
             target_1QD = self._split.deep(hidden_1QD, chunk_1Q, self.cache, placement)
             self.cache.commit([width], rows=rows)
             self._anchor_BD[row] = target_1QD[0, -1]
-            if self._wants_transitions:
+            if self._wants_transitions and sequence.teaches:
                 nothing_W = torch.full_like(chunk_1Q[0], -1)
                 transitions.append(Transitions(
                     request_id=sequence.request_id, start_position=start, token_ids_W=chunk_1Q[0],
                     hidden_WD=hidden_1QD[0], target_hidden_WD=target_1QD[0], num_drafted=0, num_accepted=0,
                     draft_token_ids_W=nothing_W, draft_log_probs_W=torch.zeros(width, device=nothing_W.device),
-                    drafter_version=self._drafter.version, is_prefill=True,
+                    drafter_version=self.drafter.version, is_prefill=True, tenant=sequence.tenant,
                 ))
+        if end == len(text_ids) - 1:
+            self._join(sequence, row)
         return transitions
+
+    def _join(self, sequence: Sequence, row: int) -> None:
+        """A prefilled row decodes from now on: it takes the place after the rows that do."""
+        place = len(self.sequences)
+        if row != place:
+            self.cache.swap_rows(row, place)
+            self._anchor_BD[[row, place]] = self._anchor_BD[[place, row]]
+            self.prefilling[row - place] = self.prefilling[0]
+        self.prefilling.pop(0)
+        self.sequences.append(sequence)
+        self._last_token_B[place] = sequence.text_ids[-1]
+        self._state = None
+        now_s = time.perf_counter()
+        sequence.stats.prefill_s += now_s - sequence.started_s
+        sequence.started_s = now_s
 
     @torch.no_grad()
     def round(self) -> list[Transitions]:
-        """One round over all rows; tokens, stops and counts land in `sequences`. Returns what it taught."""
+        """One round over all rows that decode; tokens, stops and counts land in them. Returns what it taught."""
         state, cache = self._row_state(), self.cache
-        num_draft_tokens = self._policy.choose(RoundInfo(num_rows=len(self.sequences)))
+        num_draft_tokens = self.policy.choose(RoundInfo(num_rows=len(self.sequences)))
         verified = self._on_device(state, num_draft_tokens)
         if state.seen is not None:
             state.seen.add(*_committed(verified.draft, verified.verdict))
@@ -264,41 +338,50 @@ class DecodingBatch:
         # The round's one wait for the device: everything the host must know, in one transfer.
         host_rows = verified.for_host_BH.tolist()
         cache.commit([host_row[-2] + 1 for host_row in host_rows], rows=state.rows)
-        self._policy.observe(RoundOutcome([r[-1] for r in host_rows], [r[-2] for r in host_rows]))
-        return self._account(host_rows, verified)
+        transitions = self._account(host_rows, verified)
+        self.policy.observe(RoundOutcome([r[-1] for r in host_rows], [r[-2] for r in host_rows]))
+        return transitions
 
     def _on_device(self, state: RowState, num_draft_tokens: int) -> VerifiedRound:
         """Drafts and verifies: replayed as one CUDA graph where a graph can serve, launched call by call elsewhere."""
+        keeps_logits = any(sequence.num_logprobs is not None for sequence in self.sequences)
 
         def run() -> VerifiedRound:
             return draft_and_verify(
-                self._split, self._drafter, self.cache, state, self._policy, num_draft_tokens, self._rule,
-                wants_log_probs=self._wants_transitions,
+                self._split, self.drafter, self.cache, state, self.policy, num_draft_tokens, self._rule,
+                wants_log_probs=self._wants_transitions, keeps_logits=keeps_logits,
             )
 
         # A graph holds addresses: sampling settings live at new ones for every set of rows, so only greedy rounds.
-        if self._graphs is None or not state.sampling.is_all_greedy or state.seen is not None:
+        if self._graphs is None or not state.sampling.is_all_greedy or state.seen is not None or keeps_logits:
             return run()
         visible = self.cache.place(offset=0, width=num_draft_tokens + 1, rows=state.rows).visible
         # A drafter's buffers stay where they are until a learner trims its vocabulary.
-        draft_vocab_size = self._drafter.draft_head.vocab_size
+        draft_vocab_size = self.drafter.draft_head.vocab_size
         key = (len(self.sequences), num_draft_tokens, visible, self.cache.epoch, draft_vocab_size)
         verified = self._graphs.run(key, run)
-        return _detached_from_graph(verified, self._drafter.version) if self._wants_transitions else verified
+        return _detached_from_graph(verified, self.drafter.version) if self._wants_transitions else verified
 
     def _account(self, host_rows: list[list[int]], verified: VerifiedRound) -> list[Transitions]:
         """Hands every row its committed tokens and cuts the round into one stretch of experience per row."""
-        transitions = []
+        transitions, self.outcomes = [], []
         for row, (sequence, host_row) in enumerate(zip(self.sequences, host_rows, strict=True)):
-            next_token, num_accepted, num_drafted = host_row[-3:]
+            is_finite, next_token, num_accepted, num_drafted = host_row[-4:]
+            if not is_finite:
+                sequence.finish_reason = "error"
+                continue
             committed = [*host_row[:num_accepted], next_token]
             num_kept = sequence.extend(committed)
             sequence.stats.count_round(num_drafted=num_drafted, num_accepted=num_accepted)
             sequence.stats.new_tokens += num_kept
-            if self._wants_transitions:
+            self.outcomes.append((sequence, num_drafted, num_accepted, num_kept))
+            if sequence.num_logprobs is not None:
+                logits_WV = verified.logits_BUV[row, :num_kept]
+                sequence.logprobs += _logprobs(logits_WV, committed[:num_kept], sequence.num_logprobs)
+            if self._wants_transitions and sequence.teaches:
                 # Columns past a stop were verified but never became text: drop them.
                 transitions.append(_cut(
-                    verified, row, request_id=sequence.request_id, num_drafted=num_drafted, num_accepted=num_accepted,
+                    verified, row, sequence, num_drafted=num_drafted, num_accepted=num_accepted,
                     start_position=self.cache.lengths[row] - len(committed), num_kept=num_kept,
                     is_honest=self._rule.is_lossless,
                 ))
@@ -313,30 +396,47 @@ class DecodingBatch:
             seen = None
             if sampling.has_penalties:
                 seen = SeenTokens(len(self.sequences), self._split.vocab_size, self._split.device)
-                texts = [torch.tensor(s.prompt_ids + s.token_ids, device=self._split.device) for s in self.sequences]
+                texts = [torch.tensor(s.text_ids, device=self._split.device) for s in self.sequences]
                 ids_BN = pad_sequence(texts, batch_first=True, padding_value=-1)
                 seen.add(ids_BN.clamp(min=0), ids_BN >= 0)
             self._state = RowState(rows, self._last_token_B[rows], self._anchor_BD[rows], sampling, seen)
         return self._state
 
     def take_finished(self) -> list[Sequence]:
-        """Removes and returns the rows that have ended; the last running row moves into each gap."""
+        """Removes and returns the rows that have ended; other running rows move into the gaps."""
         finished = [s for s in self.sequences if s.finish_reason is not None]
         for sequence in finished:
-            sequence.stats.decode_s = time.perf_counter() - sequence.started_s - sequence.stats.prefill_s
             self.remove(sequence)
         return finished
 
+    def row_of(self, sequence: Sequence) -> int:
+        """The sequence's row. Raises ValueError when it has none here."""
+        return (self.sequences + self.prefilling).index(sequence)
+
     def remove(self, sequence: Sequence) -> None:
-        """Frees the sequence's row."""
-        row, last = self.sequences.index(sequence), len(self.sequences) - 1
-        if row != last:
-            self.cache.copy_row(source=last, target=row)
-            self._last_token_B[row] = self._last_token_B[last]
-            self._anchor_BD[row] = self._anchor_BD[last]
-            self.sequences[row] = self.sequences[last]
-        self.sequences.pop()
+        """Frees the sequence's row, whatever it was doing; opened again it goes on with a prefill of all its text."""
+        row, now_s = self.row_of(sequence), time.perf_counter()
+        if row < len(self.sequences):
+            sequence.stats.decode_s += now_s - sequence.started_s
+            last = self.sequences.pop()
+            if last is not sequence:
+                self._move_row(len(self.sequences), row)
+                self.sequences[row] = last
+            if self.prefilling:  # they follow the decoding rows without a gap
+                self._move_row(len(self.sequences) + len(self.prefilling), len(self.sequences))
+                self.prefilling.insert(0, self.prefilling.pop())
+        else:
+            sequence.stats.prefill_s += now_s - sequence.started_s
+            last = self.prefilling.pop()
+            if last is not sequence:
+                self._move_row(len(self.sequences) + len(self.prefilling), row)
+                self.prefilling[row - len(self.sequences)] = last
         self._state = None
+
+    def _move_row(self, source: int, target: int) -> None:
+        self.cache.copy_row(source=source, target=target)
+        self._last_token_B[target] = self._last_token_B[source]
+        self._anchor_BD[target] = self._anchor_BD[source]
 
 
 def _detached_from_graph(verified: VerifiedRound, drafter_version: int) -> VerifiedRound:
@@ -360,8 +460,17 @@ def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
     return ids_BU, torch.cat([is_accepted_BT, torch.ones_like(ids_BU[:, :1], dtype=torch.bool)], dim=1)
 
 
+def _logprobs(logits_WV: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
+    """The verifier's own log-probabilities of W committed tokens and of the num_top likeliest; waits for the device."""
+    log_probs_WV = logits_WV.float().log_softmax(-1)
+    chosen_W = log_probs_WV.gather(1, torch.tensor(token_ids, device=log_probs_WV.device)[:, None])[:, 0].tolist()
+    values_WN, ids_WN = log_probs_WV.topk(num_top)
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids_WN.tolist(), values_WN.tolist(), strict=True)]
+    return [TokenLogprobs(*one) for one in zip(token_ids, chosen_W, tops, strict=True)]
+
+
 def _cut(
-    verified: VerifiedRound, row: int, *, request_id: int, start_position: int, num_drafted: int, num_accepted: int,
+    verified: VerifiedRound, row: int, sequence: Sequence, *, start_position: int, num_drafted: int, num_accepted: int,
     num_kept: int, is_honest: bool,
 ) -> Transitions:
     """One row's committed stretch of a round, as views of the round's tensors."""
@@ -374,8 +483,9 @@ def _cut(
         draft_ids_W[:num_outcomes] = draft.token_ids_BT[row, :num_outcomes]
         log_probs_W[:num_outcomes] = draft.log_probs_BT[row, :num_outcomes]
     return Transitions(
-        request_id=request_id, start_position=start_position, token_ids_W=input_ids_W,
+        request_id=sequence.request_id, start_position=start_position, token_ids_W=input_ids_W,
         hidden_WD=draft.hidden_BUD[row, :width], target_hidden_WD=verified.final_BUD[row, :width],
         num_drafted=num_drafted, num_accepted=num_accepted, draft_token_ids_W=draft_ids_W,
         draft_log_probs_W=log_probs_W, drafter_version=draft.drafter_version, is_honest=is_honest,
+        tenant=sequence.tenant,
     )

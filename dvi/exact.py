@@ -13,17 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvi.kv_cache import Placement, RollbackCache
+from dvi.kv_cache import KeysAndValues, Placement, RollbackCache
 from dvi.split import SplitModel
 
 CAPACITY_STEP = 64
 
 
 class RowCaches:
-    """The part of `RollbackCache` that decoding uses, with one cache per row."""
+    """The part of `RollbackCache` that decoding uses, with one cache per row.
 
-    def __init__(self, *, rows: int, width: int, device: torch.device) -> None:
+    capacity: of every row; 0 lets it follow from each request. Keys and values may pass from one row to another only
+    where all rows have one capacity: it is part of each pass's shape.
+    """
+
+    def __init__(self, *, rows: int, capacity: int, width: int, device: torch.device) -> None:
         self.rows = rows
+        self._capacity = capacity
         self.lengths = [0] * rows
         self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
         self._width = width
@@ -34,8 +39,17 @@ class RowCaches:
         return self._caches[row]
 
     def open_row(self, row: int, capacity: int) -> None:
-        """A fresh cache whose capacity follows from the request alone, never from its batch mates."""
-        capacity = -(-(capacity + 2 * self._width) // CAPACITY_STEP) * CAPACITY_STEP
+        """A fresh cache whose capacity follows from the request alone, never from its batch mates.
+
+        Raises ValueError when all rows share a capacity and the request needs more.
+        """
+        if 0 < self._capacity < capacity:
+            raise ValueError(f"a row must need at most {self._capacity} positions here, got {capacity}; ask for less")
+        capacity = -(-((self._capacity or capacity) + 2 * self._width) // CAPACITY_STEP) * CAPACITY_STEP
+        if row >= self.rows:
+            self._caches += [None] * (row + 1 - self.rows)
+            self.rows = row + 1
+            self.lengths_B = torch.zeros(self.rows, dtype=torch.int64, device=self._device)
         self._caches[row] = RollbackCache(rows=1, capacity=capacity, device=self._device)
         self._refresh()
 
@@ -52,6 +66,16 @@ class RowCaches:
     def copy_row(self, *, source: int, target: int) -> None:
         self._caches[target], self._caches[source] = self._caches[source], None
         self._refresh()
+
+    def swap_rows(self, one: int, other: int) -> None:
+        self._caches[one], self._caches[other] = self._caches[other], self._caches[one]
+        self._refresh()
+
+    def copy_out(self, row: int, start: int, stop: int) -> KeysAndValues:
+        return self._caches[row].copy_out(0, start, stop)
+
+    def copy_in(self, row: int, start: int, segment: KeysAndValues) -> None:
+        self._caches[row].copy_in(0, start, segment)
 
     def _refresh(self) -> None:
         self.lengths = [0 if cache is None else cache.lengths[0] for cache in self._caches]
@@ -75,7 +99,7 @@ class ExactSplit:
         return getattr(self._split, name)
 
     def make_cache(self, rows: int, capacity: int) -> RowCaches:
-        return RowCaches(rows=rows, width=self.width, device=self._split.device)
+        return RowCaches(rows=rows, capacity=capacity, width=self.width, device=self._split.device)
 
     def shallow(
         self, token_ids_BQ: Tensor, cache: RowCaches, placement: list[tuple[RollbackCache, Placement]]

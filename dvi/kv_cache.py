@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]  # by layer
+
 VISIBLE_STEP = 256  # a GPU attends over whole multiples of this many slots: few shapes, so few captured graphs
 
 
@@ -57,7 +59,8 @@ class Placement:
 
 
 class RollbackCache:
-    """Per-layer key/value buffers [rows, heads, S, head_dim], allocated at a layer's first write, never moved.
+    """Per-layer key/value buffers [rows, heads, S, head_dim], allocated at a layer's first write; they move only when
+    `open_row` asks for a row or a length that they lack.
 
     lengths, lengths_B  committed positions per row, on the host and, as int64, on the device.
     """
@@ -144,19 +147,48 @@ class RollbackCache:
 
     def open_row(self, row: int, capacity: int) -> None:
         """Empties a row for a sequence of up to `capacity` positions; buffers grow (and move) only if they must."""
-        if capacity > self.capacity:
-            self._grow(max(capacity, 2 * self.capacity))
+        if capacity > self.capacity or row >= self.rows:
+            rows = self.rows if row < self.rows else max(row + 1, 2 * self.rows)
+            self._grow(rows, self.capacity if capacity <= self.capacity else max(capacity, 2 * self.capacity))
         self.set_lengths([0 if index == row else length for index, length in enumerate(self.lengths)])
 
-    def _grow(self, capacity: int) -> None:
+    def _grow(self, rows: int, capacity: int) -> None:
         old, self._buffers, self._stacked = self._buffers, {}, {}
-        used, self.capacity = self.capacity, capacity
+        used_rows, used, self.rows, self.capacity = self.rows, self.capacity, rows, capacity
         self.epoch += 1
+        self.lengths = self.lengths + [0] * (rows - used_rows)
+        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._row_index_B1 = torch.arange(rows, device=self.device)[:, None]
         self._column_S = torch.arange(capacity, device=self.device)
         for layer, (keys, values) in old.items():
             self._allocate(layer, keys, values)
             for new, buffer in zip(self._buffers[layer], (keys, values), strict=True):
-                new[:, :, :used] = buffer
+                new[:used_rows, :, :used] = buffer
+
+    def copy_out(self, row: int, start: int, stop: int) -> KeysAndValues:
+        """A copy of what a row holds at positions start..stop-1: keys and values, each [H, stop - start, d]."""
+        return {
+            layer: tuple(buffer[row, :, start:stop].clone() for buffer in both) for layer, both in self._buffers.items()
+        }
+
+    def copy_in(self, row: int, start: int, segment: KeysAndValues) -> None:
+        """Writes what `copy_out` gave, of any cache of the same model, at the same positions; commits nothing."""
+        for layer, both in segment.items():
+            if layer not in self._buffers:
+                self._allocate(layer, *(tensor_HQD[None] for tensor_HQD in both))
+            for buffer, tensor_HQD in zip(self._buffers[layer], both, strict=True):
+                buffer[row, :, start : start + tensor_HQD.shape[1]] = tensor_HQD
+
+    def swap_rows(self, one: int, other: int) -> None:
+        """Exchanges two rows."""
+        length = max(self.lengths[one], self.lengths[other])
+        for buffer in itertools.chain.from_iterable(self._buffers.values()):
+            kept = buffer[one, :, :length].clone()
+            buffer[one, :, :length] = buffer[other, :, :length]
+            buffer[other, :, :length] = kept
+        lengths = list(self.lengths)
+        lengths[one], lengths[other] = lengths[other], lengths[one]
+        self.set_lengths(lengths)
 
     def copy_row(self, *, source: int, target: int) -> None:
         """Makes row `target` an exact copy of row `source`: keeps the running rows a dense prefix when one leaves."""

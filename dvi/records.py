@@ -121,6 +121,7 @@ class Transitions:
     draft_log_probs_W   float32; 0 where nothing was drafted.
     is_prefill          True for prompt text: the verifier read it, nobody generated it.
     is_honest           False when a lossy rule may have accepted: usable for KL, never as a reward.
+    tenant              whose request it was: the API key's name; "" where there are no keys.
     """
 
     request_id: int
@@ -135,6 +136,7 @@ class Transitions:
     drafter_version: int
     is_honest: bool = True
     is_prefill: bool = False
+    tenant: str = ""
 
     def __len__(self) -> int:
         return self.token_ids_W.shape[0]
@@ -261,6 +263,15 @@ class RoundStats:
         return self.new_tokens / self.decode_s if self.decode_s > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The verifier's own log-probabilities at one generated token, before temperature, filters and penalties."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass
 class GenerationResult:
     """One finished request. token_ids are the new tokens only; text is without stop strings and special tokens."""
@@ -276,11 +287,56 @@ class GenerationResult:
     transitions: list[Transitions] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class DrafterVersion:
+    """One published state of a drafter.
+
+    created_s      seconds since the epoch.
+    source         "initial", "learner", "rollback" or "resume".
+    step           optimizer steps behind it.
+    canary_score   expected accepted prefix of a stored block, as the canary measured it before publishing; None where
+                   it did not.
+    is_live        it drafts now.
+    is_kept        its weights are still held, so that `Learner.rollback` can return to it.
+    """
+
+    version: int
+    created_s: float
+    source: str
+    step: int
+    canary_score: float | None
+    is_live: bool
+    is_kept: bool
+
+
 class Learner(Protocol):
     """All that serving knows of training. Every call comes between rounds, from the serving thread."""
 
     def observe(self, transitions: list[Transitions]) -> None:
         """Takes the experience of a round. Copies what it keeps."""
 
-    def step_if_due(self) -> UpdateReport | None:
-        """Makes at most one update and publishes it, if the cadence and the time budget allow one."""
+    def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
+        """Does at most one bounded piece of work on an update, if the cadence and the time budget allow it.
+
+        Returns the report of the step that this piece finished, else None. is_idle: nobody waits for the next round,
+        so the time costs nothing; None then also says that there is nothing more to do, see `is_busy`.
+        """
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another call of `step_if_due` with is_idle would do more work."""
+
+    def versions(self) -> list[DrafterVersion]:
+        """The published versions it knows of, oldest first, the live one among them."""
+
+    def rollback(self, version: int | None = None) -> DrafterVersion:
+        """Publishes the weights of a kept version again, under a new number; None is the best so far.
+
+        Raises ValueError for a version that is not kept, and when the live weights are those already.
+        """
+
+    def forget(self, tenant: str) -> int:
+        """Drops and wipes all stored experience of one API key; returns the number of positions dropped."""
+
+    def stats(self) -> dict[str, float]:
+        """Counts and sizes for metrics: steps, skipped, rollbacks, train_s, replay_positions, replay_capacity ..."""

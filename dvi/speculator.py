@@ -37,7 +37,8 @@ PLAIN = FixedLength(0)
 class SelfSpeculator:
     """A causal language model cut at split_layer, its drafter, and the loop that decodes with them.
 
-    Attributes: model, tokenizer, split, drafter, policy (a name of POLICIES), num_draft_tokens, rule, mode.
+    Attributes: model, tokenizer, split, drafter, policy (a name of POLICIES), num_draft_tokens, rule, mode; passes, the
+    split model that decoding runs on: `split` itself, or its exact form.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class SelfSpeculator:
             num_layers = model.config.get_text_config().num_hidden_layers
             split_layer = default_split_layer(num_layers) if adapter is None else read_manifest(adapter).split_layer
         self.split = SplitModel(model, split_layer=split_layer, path=path)
-        self._passes = ExactSplit(self.split, width=EXACT_WIDTH) if mode == "exact" else self.split
+        self.passes = ExactSplit(self.split, width=EXACT_WIDTH) if mode == "exact" else self.split
         if adapter is not None:
             self.drafter = load_drafter(adapter, self.split)
         else:
@@ -78,7 +79,7 @@ class SelfSpeculator:
             self.drafter.publish(self.drafter, version=0)
         self.drafter.requires_grad_(False)
         self.policy, self.num_draft_tokens = policy, num_draft_tokens
-        self._confidence_threshold = confidence_threshold
+        self.confidence_threshold = confidence_threshold
         self.rule: VerifyRule = rule or RejectionRule()
         self._goodput: dict[int, GoodputLength] = {}
         self._request_ids = itertools.count()
@@ -203,7 +204,7 @@ class SelfSpeculator:
             representative = [shared]
             pairs = ((p, dataclasses.replace(shared, seed=shared.seed + i)) for i, p in enumerate(prompts))
         batch = DecodingBatch(
-            self._passes, self.drafter, max_rows=batch_size, capacity=0, rule=self.rule,
+            self.passes, self.drafter, max_rows=batch_size, capacity=0, rule=self.rule,
             policy=policy or self._choose_policy(representative, batch_size),
             wants_transitions=learner is not None or keep_transitions,
             prefill_chunk=EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK,
@@ -223,7 +224,7 @@ class SelfSpeculator:
                     is_exhausted = True
                     break
                 index, (prompt, params) = item
-                sequence, stream = self._sequence(prompt, params)
+                sequence, stream = self.new_sequence(self.encode(prompt), params)
                 experience = batch.admit(sequence)
                 running[sequence.request_id] = (index, stream, [])
                 self._teach(experience, learner, running)
@@ -242,10 +243,15 @@ class SelfSpeculator:
             for stretch in transitions:
                 running[stretch.request_id][2].append(stretch)
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams) -> tuple[Sequence, TextStream | None]:
+    def new_sequence(
+        self, prompt_ids: list[int], params: SamplingParams, *, request_id: int | None = None, **options: object
+    ) -> tuple[Sequence, TextStream | None]:
+        """A sequence that ends where the params, the model's own end tokens or its context say, and its text.
+
+        options: other fields of `Sequence`. Raises ValueError for stop strings without a tokenizer.
+        """
         if params.stop_strings:
             self._need_tokenizer("stop strings")
-        ids = self.encode(prompt)
         stream = None
         if self.tokenizer is not None:
             stream = TextStream(self.tokenizer, stop_strings=params.stop_strings)
@@ -256,8 +262,9 @@ class SelfSpeculator:
                 return "stop"
             return "stop" if stream is not None and stream.push(token_id) else None
 
-        max_new_tokens = min(params.max_new_tokens, self.max_positions - len(ids))
-        return Sequence(next(self._request_ids), ids, params, accept_token, max_new_tokens), stream
+        max_new_tokens = min(params.max_new_tokens, self.max_positions - len(prompt_ids))
+        request_id = next(self._request_ids) if request_id is None else request_id
+        return Sequence(request_id, prompt_ids, params, accept_token, max_new_tokens, **options), stream
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -282,10 +289,10 @@ class SelfSpeculator:
         The generator's return value, as of `result = yield from speculator.stream(...)`, is the whole result.
         """
         params = params or SamplingParams()
-        sequence, text = self._sequence(prompt, params)
+        sequence, text = self.new_sequence(self.encode(prompt), params)
         self._need_tokenizer("streamed text")
         batch = DecodingBatch(
-            self._passes, self.drafter, max_rows=1, capacity=0, policy=self._choose_policy([params], 1), rule=self.rule,
+            self.passes, self.drafter, max_rows=1, capacity=0, policy=self._choose_policy([params], 1), rule=self.rule,
             wants_transitions=learner is not None,
             prefill_chunk=EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK,
         )
@@ -319,10 +326,10 @@ class SelfSpeculator:
         if name == "fixed":
             return FixedLength(self.num_draft_tokens)
         if name == "confidence":
-            return ConfidenceStop(self.num_draft_tokens, threshold=self._confidence_threshold)
+            return ConfidenceStop(self.num_draft_tokens, threshold=self.confidence_threshold)
         if batch_size not in self._goodput:
             buckets = tuple(t for t in GOODPUT_BUCKETS if t <= self.num_draft_tokens)
-            costs = measure_costs(self._passes, self.drafter, buckets=buckets, rows=(batch_size,))
+            costs = measure_costs(self.passes, self.drafter, buckets=buckets, rows=(batch_size,))
             self._goodput[batch_size] = GoodputLength(buckets, costs)
         return self._goodput[batch_size]
 

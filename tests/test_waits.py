@@ -54,7 +54,7 @@ def test_a_round_waits_for_the_device_once(monkeypatch):
         fetched.clear()
         with CountWaits() as waits:
             batch.round()
-        assert fetched == [(2, num_draft_tokens + 3)]
+        assert fetched == [(2, num_draft_tokens + 4)]
         assert waits.num_waits == num_draft_tokens  # the CPU's early end
 
 

@@ -1,0 +1,320 @@
+"""EngineLoop: the thread that owns the model, and the only way to it from other threads.
+
+Between two steps it takes in requests, cancellations and administration, and lets the learner work: a bounded piece
+after a round, as much as is owed while nobody waits. A learner that raises is put aside for good; serving goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from dvi.adapter_store import load_drafter
+from dvi.records import DrafterVersion, Learner, Transitions
+from dvi.serving.engine import Engine
+from dvi.serving.monitor import Monitor
+from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, Request, RequestOutput
+
+T = TypeVar("T")
+OnOutput = Callable[[RequestOutput], None]
+
+MAX_FAILED_STEPS = 3  # in a row: an engine that fails so often is broken, not unlucky
+LEARNER_STATS_S = 1.0
+POLL_S = 1.0  # while idle: how late a request in the queue can notice its timeout
+
+log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """Runs an engine, and a learner beside it, on a thread of their own.
+
+    learner_error   why learning stopped; None while it is well, or where there is no learner.
+    """
+
+    def __init__(self, engine: Engine, *, learner: Learner | None = None, monitor: Monitor | None = None) -> None:
+        self.engine, self.learner, self.monitor = engine, learner, monitor or Monitor()
+        self.learner_error: str | None = None
+        self.is_pinned = self.is_draining = False
+        self._ids = itertools.count(1)
+        self._wake = threading.Condition()
+        self._inbox: deque[Request] = deque()
+        self._cancelled: deque[int] = deque()
+        self._actions: deque[tuple[Callable[[], object], Future]] = deque()
+        self._on_output: dict[int, tuple[Request, OnOutput]] = {}
+        self._is_stopping = False
+        self._stats_due_s = 0.0
+        self._version = -1
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # From any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, *, drain_s: float) -> None:
+        """Takes no more requests, lets those that run end for up to drain_s seconds, gives up the rest, and joins."""
+        with self._wake:
+            self.is_draining = True
+            self._wake.notify()
+        deadline_s = time.monotonic() + drain_s
+        while self.is_alive and self._on_output and time.monotonic() < deadline_s:
+            self._thread.join(0.05)
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        if self.is_alive:
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def next_request_id(self) -> int:
+        return next(self._ids)
+
+    def submit(self, requests: list[Request], on_output: OnOutput) -> None:
+        """Queues all of the requests or none. on_output is called on the engine's thread: it must be quick.
+
+        Raises ValueError for a request that could never run, QueueFull, and Draining (also when the engine is dead).
+        """
+        for request in requests:
+            self.engine.check(request)
+        with self._wake:
+            if self.is_draining or not self.is_alive:
+                raise Draining("the server is stopping and takes no more requests")
+            scheduler = self.engine.scheduler
+            if len(self._inbox) + scheduler.num_waiting + len(requests) > scheduler.limits.max_waiting:
+                raise QueueFull(scheduler.retry_after_s)
+            for request in requests:
+                self._on_output[request.request_id] = (request, on_output)
+            self._inbox.extend(requests)
+            self._wake.notify()
+
+    def cancel(self, request_ids: list[int]) -> None:
+        """Gives requests up before the next round; unknown ones are ignored."""
+        with self._wake:
+            self._cancelled.extend(request_ids)
+            self._wake.notify()
+
+    def call(self, action: Callable[[], T]) -> Future[T]:
+        """Runs an action between rounds on the engine's thread."""
+        future: Future[T] = Future()
+        with self._wake:
+            if not self.is_alive or self._is_stopping:
+                future.set_exception(Draining("the server is stopping"))
+                return future
+            self._actions.append((action, future))
+            self._wake.notify()
+        return future
+
+    # Administration
+
+    def versions(self) -> Future[list[DrafterVersion]]:
+        return self.call(self._versions)
+
+    def rollback(self, version: int | None) -> Future[DrafterVersion]:
+        """Publishes a kept version's weights again (None: the best) under a new number. ValueError when it cannot."""
+        return self.call(lambda: self._roll_back(version))
+
+    def pin(self, version: int | None) -> Future[DrafterVersion]:
+        """Drafts with this version (None: the live one), and the learner rests, until `unpin`."""
+
+        def pin() -> DrafterVersion:
+            live = self._live()
+            if version is not None and version != live.version:
+                live = self._roll_back(version)
+            self.is_pinned = True
+            self.monitor.on_event("pin", version=live.version)
+            return live
+
+        return self.call(pin)
+
+    def unpin(self) -> Future[None]:
+        def unpin() -> None:
+            if not self.is_pinned:
+                raise ValueError("no drafter version is pinned")
+            self.is_pinned = False
+            self.monitor.on_event("unpin")
+
+        return self.call(unpin)
+
+    def forget(self, tenant: str) -> Future[int]:
+        """Drops a tenant's experience and prefixes; the number of positions dropped. What was learnt stays learnt."""
+
+        def forget() -> int:
+            num_dropped = self.engine.prefixes.forget(tenant)
+            return num_dropped + (0 if self.learner is None else self.learner.forget(tenant))
+
+        return self.call(forget)
+
+    def load_adapter(self, name: str, folder: Path) -> Future[None]:
+        """Makes a saved drafter available as `name`. ValueError when the name is taken or the folder does not fit."""
+
+        def load() -> None:
+            drafters = self.engine.drafters
+            if name in drafters:
+                raise ValueError(f"an adapter {name!r} is loaded already; unload it first or choose another name")
+            drafter = load_drafter(folder, self.engine.speculator.split)
+            drafter.requires_grad_(False)
+            drafters[name] = drafter
+            self.monitor.on_event("load", name, version=drafter.version)
+
+        return self.call(load)
+
+    def unload_adapter(self, name: str) -> Future[None]:
+        def unload() -> None:
+            if name == DEFAULT_DRAFTER or name not in self.engine.drafters:
+                raise ValueError(f"no adapter {name!r} is loaded")
+            self.engine.unload(name)
+            self.monitor.on_event("unload", name)
+
+        return self.call(unload)
+
+    def save_adapter(self, folder: Path) -> Future[None]:
+        """Writes the default drafter as it drafts now."""
+
+        def save() -> None:
+            metrics = getattr(self.learner, "provenance", dict)()
+            self.engine.speculator.save_drafter(folder, metrics=metrics)
+            self.monitor.on_event("save", folder.name, version=self._live().version)
+
+        return self.call(save)
+
+    def _versions(self) -> list[DrafterVersion]:
+        if self.learner is not None:
+            return self.learner.versions()
+        version = self.engine.drafters[DEFAULT_DRAFTER].version
+        return [DrafterVersion(
+            version=version, created_s=self._started_s, source="initial", step=0, canary_score=None, is_live=True,
+            is_kept=False,
+        )]  # fmt: skip
+
+    def _live(self) -> DrafterVersion:
+        return next(version for version in self._versions() if version.is_live)
+
+    def _roll_back(self, version: int | None) -> DrafterVersion:
+        if self.learner is None:
+            raise ValueError("this server does not learn, so it has no other version to return to")
+        published = self.learner.rollback(version)
+        self.monitor.on_event("rollback", f"to {version}" if version is not None else "to the best", published.version)
+        return published
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        self._started_s = time.time()
+        num_failed = 0
+        while not self._is_stopping:
+            self._take_in()
+            if not self.engine.has_work:
+                self._idle()
+                continue
+            try:
+                result = self.engine.step()
+                num_failed = 0
+            except Exception:
+                num_failed += 1
+                log.exception("a step failed; its requests are given up")
+                for output in self.engine.give_up_all("error", "the server failed; try again"):
+                    self._deliver(output)
+                if num_failed >= MAX_FAILED_STEPS:
+                    break
+                continue
+            for output in result.outputs:
+                self._deliver(output)
+            self.monitor.on_step(result.report)
+            self._teach(result.transitions)
+        with self._wake:
+            self.is_draining = True
+            actions, self._actions = self._actions, deque()
+        for _, future in actions:
+            future.set_exception(Draining("the server is stopping"))
+        self._take_in()
+        for output in self.engine.give_up_all("cancelled", None):
+            self._deliver(output)
+
+    def _take_in(self) -> None:
+        with self._wake:
+            arrived, self._inbox = self._inbox, deque()
+            cancelled, self._cancelled = self._cancelled, deque()
+            actions, self._actions = self._actions, deque()
+        for request in arrived:
+            try:
+                self.engine.add(request)
+            except (ValueError, QueueFull) as error:  # an adapter unloaded meanwhile
+                self._deliver(RequestOutput(request.request_id, finish_reason="error", error=str(error)))
+        for request_id in cancelled:
+            output = self.engine.cancel(request_id)
+            if output is not None:
+                self._deliver(output)
+        for action, future in actions:
+            try:
+                future.set_result(action())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _idle(self) -> None:
+        """A piece of learning if one is owed; else sleeps until something comes."""
+        if self._may_learn and self.learner.is_busy:
+            self._guarded(lambda: self._step_learner(is_idle=True))
+            return
+        self._report_learner()
+        with self._wake:
+            if not (self._inbox or self._cancelled or self._actions or self._is_stopping):
+                self._wake.wait(POLL_S)
+
+    @property
+    def _may_learn(self) -> bool:
+        return self.learner is not None and self.learner_error is None and not self.is_pinned
+
+    def _teach(self, transitions: list[Transitions]) -> None:
+        if self.learner is None or self.learner_error is not None:
+            return
+        self._guarded(lambda: self.learner.observe(transitions))
+        if self._may_learn:
+            self._guarded(lambda: self._step_learner(is_idle=False))
+        self._report_learner()
+
+    def _step_learner(self, *, is_idle: bool) -> None:
+        report = self.learner.step_if_due(is_idle=is_idle)
+        if report is not None:
+            self.monitor.on_update(report)
+        version = self.engine.drafters[DEFAULT_DRAFTER].version
+        if version != self._version:
+            self.monitor.on_event("publish", version=version)
+            self._version = version
+
+    def _report_learner(self) -> None:
+        if self.learner is not None and time.monotonic() >= self._stats_due_s and self.learner_error is None:
+            self._stats_due_s = time.monotonic() + LEARNER_STATS_S
+            self._guarded(lambda: self.monitor.on_learner_stats(self.learner.stats()))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Whatever the learner raises ends learning, never serving."""
+        try:
+            action()
+        except Exception as error:
+            self.learner_error = f"{type(error).__name__}: {error}"
+            log.exception("the learner died; serving goes on with the drafter as it is")
+            self.monitor.on_event("learner_died", self.learner_error)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        known = self._on_output.get(output.request_id)
+        if known is None:
+            return
+        request, on_output = known
+        if output.finish_reason is not None:
+            del self._on_output[output.request_id]
+            self.monitor.on_finish(request, output)
+        try:
+            on_output(output)
+        except Exception:
+            log.exception("the receiver of request %d failed", output.request_id)
+            self.cancel([output.request_id])

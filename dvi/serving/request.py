@@ -1,0 +1,129 @@
+"""What passes between the door and the engine: requests, news of them, and what each step did.
+
+Knows token ids, settings and counts; knows nothing of HTTP, tensors or threads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from dvi.records import RoundStats, SamplingParams, TokenLogprobs
+
+DEFAULT_DRAFTER = "default"
+
+
+@dataclass(frozen=True)
+class DraftChoice:
+    """How a request is drafted for. Rows that share a choice decode together.
+
+    drafter           "default", the one that learns, or the name of a loaded adapter.
+    policy            a name of `dvi.speculator.POLICIES`.
+    num_draft_tokens  the most in a round; 0 decodes plainly.
+    """
+
+    drafter: str = DEFAULT_DRAFTER
+    policy: str = "auto"
+    num_draft_tokens: int = 4
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds since arrival after which a request that still waits, has no token yet, or has not ended is given up."""
+
+    queue_s: float = math.inf
+    first_token_s: float = math.inf
+    total_s: float = math.inf
+
+
+@dataclass
+class Request:
+    """One answer to produce. n answers to one prompt are n requests.
+
+    request_id     the server's own number; nothing a client sent.
+    tenant         the API key's name: fairness, prefix sharing, and share of an update go by it.
+    num_logprobs   None: no log-probabilities; 0: of the chosen token only; else also of so many likeliest tokens.
+    may_train      False: none of its tokens reaches the learner.
+    domain         a label for the split of the figures, or "".
+    arrived_s      time.perf_counter() when it came.
+    """
+
+    request_id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    tenant: str = ""
+    draft: DraftChoice = DraftChoice()
+    num_logprobs: int | None = None
+    may_train: bool = True
+    domain: str = ""
+    timeouts: Timeouts = Timeouts()
+    arrived_s: float = 0.0
+
+
+@dataclass
+class RequestOutput:
+    """News of one request after a step; `finish_reason` is set in the last one.
+
+    text, token_ids, logprobs  what is new since the last news. Text that may yet become a stop string or that ends in
+                               half a character is held back; the ids are not, so the two need not match piece by piece.
+    finish_reason              "stop", "length", "cancelled", "timeout" or "error".
+    error                      what went wrong, in words for the client: with "timeout" and "error" only.
+    stats, num_cached_tokens   of the whole request, in the last news: counts, and prompt tokens found in the prefix
+                               cache.
+    queue_s, first_token_s     seconds from arrival to admission, and to the first new token; None until then.
+    drafter_version            version that drafted the newest round.
+    level                      what is promised of the tokens: "exact", "fast" or "lossy".
+    """
+
+    request_id: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    stats: RoundStats | None = None
+    num_cached_tokens: int = 0
+    queue_s: float | None = None
+    first_token_s: float | None = None
+    drafter_version: int = 0
+    level: str = "fast"
+
+
+@dataclass
+class StepReport:
+    """What one `Engine.step` did, in raw counts: the monitor's food.
+
+    rounds           counts of all rounds of this step, all rows together (prefill_s and decode_s are seconds of it).
+    num_rows         rows that decoded; num_prefill_tokens positions prefilled.
+    num_running, num_waiting, num_preempted   after the step; preempted: during it.
+    num_cached_positions, num_prefix_positions  positions held by running rows, and by the prefix cache.
+    plain_s          seconds that plain decoding would have taken for the same committed tokens, by measured costs;
+                     0 where no cost is known. decode_s / plain_s is the inverse of the speed-up.
+    drafter_version  of the default drafter.
+    rounds_by_domain counts split by `Request.domain`, only of labelled requests.
+    """
+
+    seconds: float
+    rounds: RoundStats = field(default_factory=RoundStats)
+    num_rows: int = 0
+    num_prefill_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preempted: int = 0
+    num_cached_positions: int = 0
+    num_prefix_positions: int = 0
+    plain_s: float = 0.0
+    drafter_version: int = 0
+    rounds_by_domain: dict[str, RoundStats] = field(default_factory=dict)
+
+
+class QueueFull(Exception):
+    """The queue holds as many requests as it may; `retry_after_s` is a guess of when one will leave."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the server is overloaded; try again in {math.ceil(retry_after_s)} s")
+        self.retry_after_s = retry_after_s
+
+
+class Draining(Exception):
+    """The server is about to stop and takes no more requests."""

@@ -416,6 +416,8 @@ class DecodingBatch:
     def remove(self, sequence: Sequence) -> None:
         """Frees the sequence's row, whatever it was doing; opened again it goes on with a prefill of all its text."""
         row, now_s = self.row_of(sequence), time.perf_counter()
+        if sequence.finish_reason == "error":
+            self.cache.wipe_row(row)
         if row < len(self.sequences):
             sequence.stats.decode_s += now_s - sequence.started_s
             last = self.sequences.pop()

@@ -71,6 +71,10 @@ class RowCaches:
         self._caches[one], self._caches[other] = self._caches[other], self._caches[one]
         self._refresh()
 
+    def wipe_row(self, row: int) -> None:
+        self._caches[row] = None  # `open_row` makes a fresh one
+        self._refresh()
+
     def copy_out(self, row: int, start: int, stop: int) -> KeysAndValues:
         return self._caches[row].copy_out(0, start, stop)
 

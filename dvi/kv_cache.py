@@ -179,6 +179,11 @@ class RollbackCache:
             for buffer, tensor_HQD in zip(self._buffers[layer], both, strict=True):
                 buffer[row, :, start : start + tensor_HQD.shape[1]] = tensor_HQD
 
+    def wipe_row(self, row: int) -> None:
+        """Zeros all that a row holds: masked slots count nothing as long as they are finite, and NaN is not."""
+        for buffer in itertools.chain.from_iterable(self._buffers.values()):
+            buffer[row] = 0
+
     def swap_rows(self, one: int, other: int) -> None:
         """Exchanges two rows."""
         length = max(self.lengths[one], self.lengths[other])

@@ -70,9 +70,9 @@ class Engine:
 
     def __init__(
         self, speculator: SelfSpeculator, limits: SchedulerLimits, *, prefix_positions: int = 16384,
-        wants_transitions: bool = True,
+        wants_transitions: bool = True, costs: CostTable | None = None,
     ) -> None:
-        """wants_transitions: False where nobody learns, and rounds save the bookkeeping."""
+        """wants_transitions: False where nobody learns, and rounds save the bookkeeping. costs: of this machine."""
         self.speculator, self.scheduler = speculator, Scheduler(limits)
         self.drafters: dict[str, nn.Module] = {DEFAULT_DRAFTER: speculator.drafter}
         self.prefixes = PrefixCache(chunk_len=PREFIX_CHUNK, max_positions=prefix_positions)
@@ -82,7 +82,7 @@ class Engine:
         self._policies: dict[DraftChoice, LengthPolicy] = {}  # they outlive lanes: what they learnt was paid for
         self._requests: dict[int, Request] = {}
         self._active: dict[int, _Active] = {}
-        self._costs: CostTable | None = None
+        self._costs = costs
         self._outputs: list[RequestOutput] = []
 
     # Requests
@@ -315,7 +315,7 @@ class Engine:
         return GoodputLength(tuple(t for t in GOODPUT_BUCKETS if t <= choice.num_draft_tokens), self.costs())
 
     def costs(self) -> CostTable:
-        """Of this machine, measured at the first call: a second or two."""
+        """Of a round's parts on this machine, measured at the first call: a second or two."""
         if self._costs is None:
             rows = tuple(r for r in MEASURED_ROWS if r <= self._max_rows)
             self._costs = measure_costs(

@@ -277,7 +277,7 @@ def test_a_verifier_gone_nan_ends_its_own_request_and_poisons_nothing():
     embedding, poison = speculator.model.get_input_embeddings(), 63
     plain = DraftChoice(num_draft_tokens=0)  # nobody drafts the poison
     healthy, sick = (
-        request_of(i, prompt, greedy(20), draft=plain) for i, prompt in enumerate(([5, 9, 33], [7] * 80 + [poison]))
+        request_of(i, prompt, greedy(4), draft=plain) for i, prompt in enumerate(([5, 9, 33], [7] * 10 + [poison]))
     )
     expected = alone(healthy)
     assert poison not in [*healthy.prompt_ids, *expected]
@@ -285,7 +285,7 @@ def test_a_verifier_gone_nan_ends_its_own_request_and_poisons_nothing():
     try:
         with torch.no_grad():
             embedding.weight[poison] = torch.nan
-        for request in (healthy, sick):
+        for request in (sick, healthy):
             engine.add(request)
         gathered.run(engine)
     finally:
@@ -294,8 +294,10 @@ def test_a_verifier_gone_nan_ends_its_own_request_and_poisons_nothing():
     assert gathered.last[1].finish_reason == "error" and not gathered.token_ids[1]
     assert gathered.token_ids[0] == expected and gathered.last[0].finish_reason == "length"
     assert all(stretch.target_hidden_WD.isfinite().all() for stretch in gathered.transitions)
-    engine.add(request_of(2, [5, 9, 33], greedy(20), draft=plain))
-    assert gathered.run(engine).token_ids[2] == expected, "the row that was sick serves again"
+    # The row that was sick serves again, beside a longer one, up to whose end its own masked slots are read.
+    engine.add(request_of(2, [5, 9, 33], greedy(4), draft=plain))
+    engine.add(request_of(3, [8] * 40, greedy(4), draft=plain))
+    assert gathered.run(engine).token_ids[2] == expected
     for chunk in engine.prefixes._chunks.values():
         assert all(t.isfinite().all() for both in chunk.keys_and_values.values() for t in both)
 

@@ -56,6 +56,8 @@ class EngineLoop:
     # From any thread
 
     def start(self) -> None:
+        """Measures the machine, if nobody has yet, and begins to serve."""
+        self.engine.costs()
         self._thread.start()
 
     def stop(self, *, drain_s: float) -> None:

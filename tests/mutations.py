@@ -177,7 +177,7 @@ MUTATIONS = [
     ),
     Mutation(
         "exact_capacity_follows_the_draft_length", DECODING,
-        "num_ahead = 2 * (MAX_DEPTH + 1)", "num_ahead = 2 * (max(self._policy.buckets) + 1)", "tests/test_exact.py",
+        "num_ahead = 2 * (MAX_DEPTH + 1)", "num_ahead = 2 * (max(self.policy.buckets) + 1)", "tests/test_exact.py",
     ),
     Mutation(
         "self_check_of_two_indices", "dvi/exact.py",

@@ -240,3 +240,61 @@ def test_num_bytes_counts_every_buffer_once():
     for layer in range(LAYERS):
         write(cache, layer, torch.ones(ROWS, 1, dtype=torch.int64), cache.place(offset=0, width=1))
     assert cache.num_bytes == LAYERS * 2 * ROWS * HEADS * CAPACITY * HEAD_DIM * torch.float64.itemsize
+
+
+def filled(token_ids_by_row: list[list[int]]) -> RollbackCache:
+    """A cache whose rows hold these tokens, committed."""
+    cache = new_cache(rows=len(token_ids_by_row))
+    for row, token_ids in enumerate(token_ids_by_row):
+        placement = cache.place(offset=0, width=len(token_ids), rows=slice(row, row + 1))
+        for layer in range(LAYERS):
+            write(cache, layer, torch.tensor([token_ids]), placement)
+        cache.commit([len(token_ids)], rows=slice(row, row + 1))
+    return cache
+
+
+def held(cache: RollbackCache, row: int) -> list[list[int]]:
+    """The row's tokens as each layer's keys, and as its values, tell them."""
+    found = []
+    for layer, both in cache.copy_out(row, 0, cache.lengths[row]).items():
+        for sign, tensor_HSD in zip((1, -1), both, strict=True):
+            found.append(((sign * tensor_HSD[0, :, 0] - 10 * layer) / 100).long().tolist())
+    return found
+
+
+def test_swapped_rows_hold_each_others_tokens():
+    """Catches a swap that overwrites one side, forgets a layer or stops at the shorter length."""
+    cache = filled([[1, 2, 3], [4, 5, 6, 7, 8], [9]])
+    cache.swap_rows(1, 2)
+    assert cache.lengths == [3, 1, 5] and cache.lengths_B.tolist() == cache.lengths
+    for row, token_ids in enumerate(([1, 2, 3], [9], [4, 5, 6, 7, 8])):
+        assert held(cache, row) == [token_ids] * 2 * LAYERS
+
+
+def test_a_segment_copied_out_serves_another_row_of_another_cache():
+    """Catches views that change when their row is reused, and a cache that has allocated nothing yet."""
+    source, target = filled([[1, 2, 3, 4, 5], [6]]), new_cache(rows=2)
+    segments = [source.copy_out(0, 0, 2), source.copy_out(0, 2, 4)]
+    source.wipe_row(0)
+    start = 0
+    for segment in segments:
+        target.copy_in(1, start, segment)
+        target.commit([2], rows=slice(1, 2))
+        start += 2
+    assert held(target, 1) == [[1, 2, 3, 4]] * 2 * LAYERS
+    assert target.lengths == [0, 4]
+
+
+def test_a_row_beyond_the_last_makes_room_and_loses_nothing():
+    """Catches rows that are cut, lengths that are forgotten, and graphs that still know the old addresses."""
+    cache = filled([[1, 2, 3], [4, 5]])
+    epoch = cache.epoch
+    cache.open_row(2, CAPACITY)
+    assert cache.rows >= 3 and cache.epoch > epoch and cache.capacity == CAPACITY
+    assert cache.lengths == [3, 2, *[0] * (cache.rows - 2)] and cache.lengths_B.tolist() == cache.lengths
+    placement = cache.place(offset=0, width=2, rows=slice(0, 3))
+    for layer in range(LAYERS):
+        write(cache, layer, torch.tensor([[7, 7], [8, 8], [9, 9]]), placement)
+    cache.commit([1, 2, 1], rows=slice(0, 3))
+    for row, token_ids in enumerate(([1, 2, 3, 7], [4, 5, 8, 8], [9])):
+        assert held(cache, row) == [token_ids] * 2 * LAYERS

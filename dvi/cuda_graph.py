@@ -27,6 +27,9 @@ class RoundGraphs:
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
         self._pool = None
 
+    def __len__(self) -> int:
+        return len(self._captured)
+
     def run(self, key: Hashable, function: Callable[[], Result]) -> Result:
         """function(), by replaying its graph; captured at a key's first run, after one run to warm up."""
         if key not in self._captured:

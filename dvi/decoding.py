@@ -240,6 +240,7 @@ class DecodingBatch:
         self._anchor_BD = torch.zeros(max_rows, split.hidden_size, dtype=split.dtype, device=split.device)
         self._state: RowState | None = None
         self._graphs = RoundGraphs() if can_capture(split) else None
+        self._graphs_epoch = 0
 
     @property
     def has_room(self) -> bool:
@@ -264,6 +265,8 @@ class DecodingBatch:
         self.cache.open_row(row, len(sequence.prompt_ids) + sequence.max_new_tokens + num_ahead)
         if self.cache.rows > len(self._last_token_B):
             self._add_rows(self.cache.rows - len(self._last_token_B))
+        if self._graphs is not None and self.cache.epoch != self._graphs_epoch:
+            self._graphs, self._graphs_epoch = RoundGraphs(), self.cache.epoch  # the old ones hold memory for nothing
         for segment in reused:
             width = next(iter(segment.values()))[0].shape[1]
             self.cache.copy_in(row, self.cache.lengths[row], segment)
@@ -328,8 +331,10 @@ class DecodingBatch:
     @torch.no_grad()
     def round(self) -> list[Transitions]:
         """One round over all rows that decode; tokens, stops and counts land in them. Returns what it taught."""
+        start_s = time.perf_counter()
         state, cache = self._row_state(), self.cache
-        num_draft_tokens = self.policy.choose(RoundInfo(num_rows=len(self.sequences)))
+        info = RoundInfo(num_rows=len(self.sequences), drafter_version=self.drafter.version)
+        num_draft_tokens, num_captures = self.policy.choose(info), len(self._graphs or ())
         verified = self._on_device(state, num_draft_tokens)
         if state.seen is not None:
             state.seen.add(*_committed(verified.draft, verified.verdict))
@@ -339,7 +344,9 @@ class DecodingBatch:
         host_rows = verified.for_host_BH.tolist()
         cache.commit([host_row[-2] + 1 for host_row in host_rows], rows=state.rows)
         transitions = self._account(host_rows, verified)
-        self.policy.observe(RoundOutcome([r[-1] for r in host_rows], [r[-2] for r in host_rows]))
+        # A round that captured a graph says nothing of what rounds cost.
+        seconds = time.perf_counter() - start_s if len(self._graphs or ()) == num_captures else None
+        self.policy.observe(RoundOutcome([r[-1] for r in host_rows], [r[-2] for r in host_rows], seconds=seconds))
         return transitions
 
     def _on_device(self, state: RowState, num_draft_tokens: int) -> VerifiedRound:
@@ -358,7 +365,7 @@ class DecodingBatch:
         visible = self.cache.place(offset=0, width=num_draft_tokens + 1, rows=state.rows).visible
         # A drafter's buffers stay where they are until a learner trims its vocabulary.
         draft_vocab_size = self.drafter.draft_head.vocab_size
-        key = (len(self.sequences), num_draft_tokens, visible, self.cache.epoch, draft_vocab_size)
+        key = (len(self.sequences), num_draft_tokens, visible, draft_vocab_size)
         verified = self._graphs.run(key, run)
         return _detached_from_graph(verified, self.drafter.version) if self._wants_transitions else verified
 

@@ -93,5 +93,5 @@ def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, 
         verified = draft_and_verify(
             split, drafter, cache, state, policy, 3, RejectionRule(), wants_log_probs=True
         )
-    assert verified.for_host_BH.shape == (2, 6)
+    assert verified.for_host_BH.shape == (2, 7)
     assert verified.draft.hidden_BUD.shape == (2, 4, 16)

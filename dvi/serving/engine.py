@@ -214,7 +214,8 @@ class Engine:
             self.scheduler.grew(sequence.request_id, num_accepted + 1)
         report.num_rows += num_rows
         report.rounds.decode_s += seconds
-        report.plain_s += num_committed / num_rows * self.costs().round_s(num_rows, 0)
+        costs = batch.policy.costs if isinstance(batch.policy, GoodputLength) else self.costs()
+        report.plain_s += num_committed / num_rows * costs.round_s(num_rows, 0)
         for sequence in list(batch.sequences):
             self._tell(lane.by_sequence[sequence.request_id])
         return transitions

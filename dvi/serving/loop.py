@@ -50,7 +50,7 @@ class EngineLoop:
         self._on_output: dict[int, tuple[Request, OnOutput]] = {}
         self._is_stopping = False
         self._stats_due_s = 0.0
-        self._version = -1
+        self._version = engine.drafters[DEFAULT_DRAFTER].version  # the newest that the monitor knows of
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread
@@ -205,6 +205,7 @@ class EngineLoop:
         if self.learner is None:
             raise ValueError("this server does not learn, so it has no other version to return to")
         published = self.learner.rollback(version)
+        self._version = published.version
         self.monitor.on_event("rollback", f"to {version}" if version is not None else "to the best", published.version)
         return published
 
@@ -288,10 +289,10 @@ class EngineLoop:
         report = self.learner.step_if_due(is_idle=is_idle)
         if report is not None:
             self.monitor.on_update(report)
-        version = self.engine.drafters[DEFAULT_DRAFTER].version
-        if version != self._version:
-            self.monitor.on_event("publish", version=version)
-            self._version = version
+        if self.engine.drafters[DEFAULT_DRAFTER].version != self._version:
+            live = self._live()
+            self.monitor.on_event("rollback" if live.source == "rollback" else "publish", version=live.version)
+            self._version = live.version
 
     def _report_learner(self) -> None:
         if self.learner is not None and time.monotonic() >= self._stats_due_s and self.learner_error is None:

@@ -1,6 +1,6 @@
 """Measured costs of a round's parts on this machine, for the draft-length rule.
 
-Knows clocks and the split model; decides nothing. A few hundred milliseconds for a small model.
+Knows clocks and the split model; decides nothing. A second or two, see `measure_costs`.
 """
 # B rows, T drafted tokens, U = T + 1 verified positions.
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from dvi.draft_length import CostTable
 from dvi.drafter import Drafter
+from dvi.round_costs import CostTable
 from dvi.split import SplitModel
 
 PROFILE_CONTEXT = 128  # cached positions behind the timed passes
@@ -22,32 +22,41 @@ NUM_REPEATS = 7
 
 @torch.no_grad()
 def measure_costs(
-    split: SplitModel, drafter: Drafter, *, buckets: tuple[int, ...], rows: tuple[int, ...] = (1,)
+    split: SplitModel, drafter: Drafter, *, buckets: tuple[int, ...], rows: tuple[int, ...] = (1,),
+    budget_s: float = 2.0,
 ) -> CostTable:
     """Seconds of a draft step by rows, and of the rest of a round by verified positions (rows times T + 1).
 
-    Medians of interleaved repetitions, so that a busy moment of the machine does not fall on one entry alone.
+    Medians of interleaved repetitions, so that a busy moment of the machine does not fall on one entry alone. After
+    budget_s no further pass is begun, smallest batches first: a slow model gets fewer repetitions, and then fewer
+    numbers of rows, which the table extrapolates. The first number of rows is always measured.
     """
-    actions: dict[tuple[str, int], Callable[[], object]] = {}
-    for num_rows in rows:
-        actions["draft", num_rows] = _draft_step(split, drafter, num_rows)
-        for num_draft_tokens in sorted({0, *buckets}):
-            width = num_draft_tokens + 1
-            actions["verify", num_rows * width] = _verify(split, num_rows, width)
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in actions}
-    for repeat in range(NUM_REPEATS + 1):
-        for key, action in actions.items():
-            start = time.perf_counter()
-            action()
-            if split.device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first is the warm-up
-                seconds[key].append(time.perf_counter() - start)
+    passes: list[tuple[str, int, Callable[[], object]]] = []
+    for num_rows in sorted(rows):
+        cache = _context(split, num_rows)
+        passes.append(("draft", num_rows, _draft_step(split, drafter, cache, num_rows)))
+        for width in sorted({1, *(t + 1 for t in buckets)}):
+            passes.append(("verify", num_rows * width, _verify(split, cache, num_rows, width)))
+    num_required = len(passes) // len(rows)
+    seconds: dict[str, dict[int, list[float]]] = {"draft": {}, "verify": {}}
+    deadline_s = time.perf_counter() + budget_s
+    for repeat in range(NUM_REPEATS):
+        for index, (part, size, run) in enumerate(passes):
+            if time.perf_counter() > deadline_s and (repeat or index >= num_required):
+                break
+            if repeat == 0:
+                _timed(split, run)  # the warm-up
+            seconds[part].setdefault(size, []).append(_timed(split, run))
+    medians = {part: {size: statistics.median(times) for size, times in s.items()} for part, s in seconds.items()}
+    return CostTable(draft_step_s=medians["draft"], verify_s=medians["verify"])
 
-    def table(part: str) -> dict[int, float]:
-        return {size: statistics.median(times) for (name, size), times in seconds.items() if name == part}
 
-    return CostTable(draft_step_s=table("draft"), verify_s=table("verify"))
+def _timed(split: SplitModel, run: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    run()
+    if split.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start_s
 
 
 def _context(split: SplitModel, num_rows: int) -> object:
@@ -58,8 +67,8 @@ def _context(split: SplitModel, num_rows: int) -> object:
     return cache
 
 
-def _draft_step(split: SplitModel, drafter: Drafter, num_rows: int) -> Callable[[], object]:
-    cache, rows = _context(split, num_rows), slice(0, num_rows)
+def _draft_step(split: SplitModel, drafter: Drafter, cache: object, num_rows: int) -> Callable[[], object]:
+    rows = slice(0, num_rows)
     token_B1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=split.device)
     state = drafter.begin(torch.zeros(num_rows, split.hidden_size, dtype=split.dtype, device=split.device))
 
@@ -70,8 +79,8 @@ def _draft_step(split: SplitModel, drafter: Drafter, num_rows: int) -> Callable[
     return run
 
 
-def _verify(split: SplitModel, num_rows: int, width: int) -> Callable[[], object]:
-    cache, rows = _context(split, num_rows), slice(0, num_rows)
+def _verify(split: SplitModel, cache: object, num_rows: int, width: int) -> Callable[[], object]:
+    rows = slice(0, num_rows)
     ids_BU = torch.zeros(num_rows, width, dtype=torch.int64, device=split.device)
     hidden_BUD = torch.zeros(num_rows, width, split.hidden_size, dtype=split.dtype, device=split.device)
 

@@ -1,4 +1,4 @@
-"""The `dvi` command: generate, train, verify, export, inspect, doctor.
+"""The `dvi` command: generate, train, serve, top, verify, export, inspect, doctor.
 
 Knows arguments, streams and exit codes; every verb imports what it needs when it runs, so that `--help` is instant.
 What is for people goes to stderr (generated text, which is the product, to stdout); the last line of stdout is one JSON
@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from dvi.config import DrafterSettings, DraftSettings, SamplingSettings, load_config, to_yaml
+from dvi.config import DrafterSettings, DraftSettings, SamplingSettings, ServeConfig, load_config, to_yaml
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dvi.serving.loop import EngineLoop
     from dvi.speculator import Prompt, SelfSpeculator
 
 USER_ERROR = 2
@@ -167,6 +169,59 @@ def train(
 
 
 @app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/online/serve.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as serve.port=8001.")
+    ] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Show the figures here as they change.")] = False,
+) -> None:
+    """Answer OpenAI's API with a drafter that learns from what it answers."""
+    settings = load_config(config, overrides or (), schema=ServeConfig)
+    if print_config:
+        print(to_yaml(settings), end="")
+        return
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from dvi.serving.access import load_access
+
+    access = load_access(settings.serve.keys_file)
+    access.check_host(settings.serve.host)
+    _quieten()
+    from dvi.serving.server import Server, build_loop, build_speculator, open_socket, run_server, url_of
+
+    with open_socket(settings.serve.host, settings.serve.port) as listener:
+        if settings.train.enabled:
+            from trainers.serving import build_serving
+
+            speculator, learner = build_serving(settings)
+        else:
+            speculator, learner = build_speculator(settings), None
+        loop = build_loop(settings, speculator, learner)
+        server, url = Server(settings, loop, access), url_of(listener)
+        server.on_listening = lambda: _say(f"serving {settings.model.path} at {url}, figures at {url}/dashboard")
+        if live:
+            _show_in_background(loop, until=lambda: server.should_exit)
+        run_server(server, loop, listener)
+    _finish("serve", url=url, drafter_version=speculator.drafter.version)
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Of a server, such as http://127.0.0.1:8000.")],
+) -> None:
+    """Show a server's figures as they change; its key comes from DVI_API_KEY."""
+    import os
+
+    from dvi.serving.access import API_KEY_VARIABLE
+    from dvi.serving.live import fetch_from, show
+
+    show(fetch_from(url, os.environ.get(API_KEY_VARIABLE)), console=_console(), until=lambda: False)
+
+
+@app.command()
 def verify(
     model: ModelArgument,
     adapter: AdapterOption = None,
@@ -218,9 +273,12 @@ def verify(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Where to; a new folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where to; a new folder. With --server a name among its adapters.")],
     run: Annotated[
-        Path | None, typer.Option(help="Folder of a `dvi train` run: its drafter, or its newest checkpoint's.")
+        Path | None, typer.Option(help="Folder of a run, or of a server: its drafter, or its newest checkpoint's.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Of a running server; its key comes from DVI_ADMIN_KEY.", metavar="URL")
     ] = None,
     adapter: AdapterOption = None,
     model: Annotated[str | None, typer.Option(help="The base model; default: the one it was trained on.")] = None,
@@ -229,8 +287,14 @@ def export(
     ] = False,
 ) -> None:
     """Write a drafter as an adapter folder, or as a draft model of its own."""
-    if (run is None) == (adapter is None):
-        raise ValueError("one of --run and --adapter must be given, " + ("got none" if run is None else "got both"))
+    num_sources = sum(source is not None for source in (run, server, adapter))
+    if num_sources != 1:
+        raise ValueError(f"one of --run, --server and --adapter must be given, got {num_sources or 'none'}")
+    if server is not None:
+        if standalone or model is not None:
+            raise ValueError("--standalone and --model go with --run and --adapter; a server saves an adapter as it is")
+        _finish("export", **_ask_to_save(server, str(folder)))
+        return
     _quieten()
     if run is not None:
         from trainers.job import load_run
@@ -295,6 +359,42 @@ def _load(model: str, **options: Any) -> SelfSpeculator:
     from dvi.speculator import SelfSpeculator
 
     return SelfSpeculator.from_pretrained(model, **options)
+
+
+def _show_in_background(loop: EngineLoop, *, until: Callable[[], bool]) -> None:
+    """The live figures, beside a server that needs the main thread for its signals."""
+    import threading
+
+    from dvi.serving.dashboard import status
+    from dvi.serving.live import show
+
+    arguments = {"console": _console(), "until": until}
+    threading.Thread(target=show, args=(lambda: status(loop),), kwargs=arguments, name="live", daemon=True).start()
+
+
+def _ask_to_save(url: str, name: str) -> dict[str, Any]:
+    """Has a server save its drafter: {name, folder (on the server), version}."""
+    import os
+    import urllib.error
+    import urllib.request
+
+    from dvi.serving.access import ADMIN_KEY_VARIABLE
+
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"the server's URL must begin with http:// or https://, got {url!r}; try http://127.0.0.1:8000")
+    body, headers = json.dumps({"name": name}).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/admin/save", body, headers)
+    if ADMIN_KEY_VARIABLE in os.environ:  # unredirected: a redirect may lead to somebody else
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ[ADMIN_KEY_VARIABLE]}")
+    try:
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            answer = error.read().decode("utf-8", "replace")
+        raise ValueError(f"{url} answers {error.code}: {answer[:300]}") from None
+    except urllib.error.URLError as error:
+        raise ValueError(f"{url} must be the address of a running server: {error.reason}") from error
 
 
 def _as_prompts(speculator: SelfSpeculator, messages: list[list[dict[str, str]]], chat: bool | None) -> list[Prompt]:

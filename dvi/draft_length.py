@@ -8,20 +8,36 @@ suits, and the output would no longer follow the target.)
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dvi.round_costs import CostTable, LiveCosts
+
+# What a burst of probes may cost, in rounds of the length in use; see `GoodputLength`.
+BURST_ROUNDS = 16.0
+# Standard deviations by which doubtful acceptance is overrated. Without, a drafter that pays a little is given up in
+# its first bad stretch and then known by rare probes only; with 1, one that loses a little is tried too often. Of 0,
+# 0.5 and 1 only 0.5 kept both within bounds, simulated as in tests/test_draft_length.py.
+HOPE = 0.5
+
 
 @dataclass(frozen=True)
 class RoundInfo:
-    """What is known before a round drafts. num_rows: rows of the batch that take part."""
+    """What is known before a round drafts.
+
+    num_rows         rows of the batch that take part.
+    drafter_version  of the drafter that will draft; None where versions are not told.
+    expected_prefix  accepted tokens to expect of a long draft, as measured apart from serving (a learner's canary);
+                     None where nobody measured.
+    """
 
     num_rows: int
+    drafter_version: int | None = None
+    expected_prefix: float | None = None
 
 
 @dataclass(frozen=True)
@@ -30,10 +46,22 @@ class RoundOutcome:
 
     num_drafted   0..T, what the verifier was shown.
     num_accepted  0..num_drafted.
+    seconds       wall time of the whole round; None where it was not measured, or would mislead (a round that captured
+                  a graph).
     """
 
     num_drafted: list[int]
     num_accepted: list[int]
+    seconds: float | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.num_drafted)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """The longest draft of the round: its T, unless every row stopped early."""
+        return max(self.num_drafted)
 
 
 class LengthPolicy(Protocol):
@@ -96,83 +124,71 @@ class ConfidenceStop(FixedLength):
         return confidence_B >= self.threshold
 
 
-@dataclass(frozen=True)
-class CostTable:
-    """Measured seconds by number of token rows in the pass; between measurements linear, beyond the last proportional.
-
-    draft_step_s  one draft step for that many rows.
-    verify_s      all the rest of a round that verifies that many positions (batch rows times T + 1); with T = 0 it is
-                  one plain decoding step.
-    Example: CostTable(draft_step_s={1: 0.3e-3}, verify_s={1: 1.0e-3, 2: 1.1e-3, 5: 1.3e-3}).
-    """
-
-    draft_step_s: Mapping[int, float]
-    verify_s: Mapping[int, float]
-
-    def __post_init__(self) -> None:
-        for name, seconds in (("draft_step_s", self.draft_step_s), ("verify_s", self.verify_s)):
-            if not seconds or min(seconds) < 1 or not all(0 < s < float("inf") for s in seconds.values()):
-                raise ValueError(f"{name} must map row counts >= 1 to positive seconds, got {dict(seconds)}")
-
-    def round_s(self, num_rows: int, num_draft_tokens: int) -> float:
-        """Expected seconds of a round of num_rows rows with T = num_draft_tokens."""
-        drafting_s = num_draft_tokens * _interpolate(self.draft_step_s, num_rows) if num_draft_tokens else 0.0
-        return drafting_s + _interpolate(self.verify_s, num_rows * (num_draft_tokens + 1))
-
-
-def _interpolate(seconds: Mapping[int, float], num_rows: int) -> float:
-    measured = sorted(seconds)
-    if num_rows >= measured[-1]:
-        return seconds[measured[-1]] * num_rows / measured[-1]
-    above = bisect.bisect_left(measured, num_rows)
-    high = measured[above]
-    low = measured[max(above - 1, 0)]
-    share = (num_rows - low) / (high - low) if high > low else 0.0
-    return seconds[low] + share * (seconds[high] - seconds[low])
-
-
 class AcceptanceEstimate:
     """Live acceptance probability at each depth, given that the depth was reached.
 
-    Exponentially forgetting counts on a Beta prior. A depth's prior mean is the estimate one depth above it, so depths
-    never tried are judged by those that were. A depth forgets only when it sees new evidence: what was found not to
-    pay is not forgotten merely because it is no longer tried.
+    Counts on a Beta prior that fade with every round. A depth's prior mean is the estimate one depth above it, so
+    depths never tried are judged by those that were. Where nothing new comes in, the mean stays and the counts fade to
+    `stale_weight`, no further: what was found not to pay is not forgotten merely because it is no longer tried, but a
+    burst of probes of a better drafter outweighs it.
     """
 
-    def __init__(self, num_depths: int, *, prior: float = 0.5, prior_weight: float = 4.0, memory: float = 50.0) -> None:
-        """prior_weight and memory are in observations: of the prior, and at most of the evidence."""
+    def __init__(
+        self, num_depths: int, *, prior: float = 0.5, prior_weight: float = 4.0, memory_rounds: float = 100.0,
+        stale_weight: float = 12.0,
+    ) -> None:
+        """prior_weight and stale_weight are in observations; a count loses 1 / memory_rounds of itself per round."""
         if not 0 < prior < 1:
             raise ValueError(f"prior must be in (0, 1), got {prior}")
-        self._prior = prior
+        self.prior = prior
         self._prior_weight = prior_weight
-        self._keep = 1 - 1 / memory
+        self._keep = 1 - 1 / memory_rounds
+        self._stale_weight = stale_weight
         self._reached = [0.0] * num_depths
         self._accepted = [0.0] * num_depths
 
     def observe(self, outcome: RoundOutcome) -> None:
+        for depth, weight in enumerate(self._reached):
+            if weight > self._stale_weight:
+                self._reached[depth] *= self._keep
+                self._accepted[depth] *= self._keep
         for num_drafted, num_accepted in zip(outcome.num_drafted, outcome.num_accepted, strict=True):
             for depth in range(min(num_accepted + 1, num_drafted)):
-                self._reached[depth] = self._keep * self._reached[depth] + 1
-                self._accepted[depth] = self._keep * self._accepted[depth] + (depth < num_accepted)
+                self._reached[depth] += 1
+                self._accepted[depth] += depth < num_accepted
 
-    def per_depth(self) -> list[float]:
-        """The posterior mean at each depth."""
-        means = []
-        mean = self._prior
+    def per_depth(self, *, hope: float = 0.0) -> list[float]:
+        """The posterior mean at each depth, and `hope` standard deviations more."""
+        estimates = []
+        mean = self.prior
         for reached, accepted in zip(self._reached, self._accepted, strict=True):
-            mean = (accepted + self._prior_weight * mean) / (reached + self._prior_weight)
-            means.append(mean)
-        return means
+            weight = reached + self._prior_weight
+            mean = (accepted + self._prior_weight * mean) / weight
+            estimates.append(min(mean + hope * math.sqrt(mean * (1 - mean) / weight), 1.0))
+        return estimates
+
+
+@dataclass
+class _Standing:
+    """The length in use at one number of rows, and the round since which another has beaten it whenever asked."""
+
+    length: int
+    beaten_since: int | None = None
 
 
 class GoodputLength:
     """The T that maximises expected tokens per second, 0 (plain decoding) included.
 
-    goodput(T) = (1 + sum over j = 1..T of a_0 ... a_{j-1}) / round_s(T), with a the live `AcceptanceEstimate`.
-    Hysteresis: another T takes over when the present one has been beaten by more than `margin` in `patience` rounds
-    running. Probing: now and then a round drafts at a bucket above the present T, each in turn, so that a drafter that
-    improved is noticed. The seconds of such rounds are at most `probe_share` of all, and so is their number: margin +
-    probe_share bounds what is lost against the best T at steady state, as far as costs and estimates are right.
+    goodput(T) = (1 + sum over j = 1..T of a_0 ... a_{j-1}) / round_s(T), with a the live `AcceptanceEstimate`, hopeful
+    while it knows little, and round_s the `LiveCosts`. Each number of rows has its own T: what pays alone may not pay
+    in a batch.
+    Hysteresis: another T takes over when the present one has been found beaten by more than `margin` throughout
+    `patience` rounds, of whatever size: evidence from all of them has gone into it.
+    Probing: a round now and then drafts at one of the present T's neighbours, the largest T, or not at all, each in
+    turn, so that no cost and no acceptance stays unknown. Every round earns `probe_share` of a round, a probe is paid
+    from that: margin + probe_share bounds what is lost against the best T at steady state, as far as costs and
+    estimates are right. The last BURST_ROUNDS earned are kept for news: at the start, and whenever the drafter's
+    version has changed since, every other round is a probe until they are spent.
     Same rule with a companion model's estimate: Speculative Verification (arXiv 2509.24328).
     """
 
@@ -190,64 +206,75 @@ class GoodputLength:
     ) -> None:
         """buckets: the T to choose from; 0 is added. prior_acceptance: of every depth, before any evidence."""
         self.buckets = _checked_buckets((0, *buckets))
-        self.costs = costs
+        self.costs = LiveCosts(costs)
         self.acceptance = AcceptanceEstimate(self.buckets[-1], prior=prior_acceptance)
         self._margin = margin
         self._patience = patience
         self._probe_share = probe_share
-        self._current: int | None = None
-        self._rounds_beaten = 0
-        self._probe_credit_s = 0.0
+        self._standings: dict[int, _Standing] = {}
+        self._num_rounds = 0
+        self._probe_credit = BURST_ROUNDS if probe_share else 0.0
+        self._is_burst = True
+        self._burst_version: int | None = None
+        self._was_probe = True  # so that the first round of all is none
         self._num_probes = 0
-        self._round_s: dict[int, dict[int, float]] = {}
-
-    def _seconds(self, num_rows: int) -> dict[int, float]:
-        if num_rows not in self._round_s:
-            self._round_s[num_rows] = {t: self.costs.round_s(num_rows, t) for t in self.buckets}
-        return self._round_s[num_rows]
 
     def goodput(self, num_rows: int) -> dict[int, float]:
-        """Expected tokens per second and row, for every bucket."""
+        """Expected tokens per second and row, for every bucket; acceptance as hopeful as `choose` takes it."""
         expected_tokens = [1.0]
         reach = 1.0
-        for acceptance in self.acceptance.per_depth():
+        for acceptance in self.acceptance.per_depth(hope=HOPE):
             reach *= acceptance
             expected_tokens.append(expected_tokens[-1] + reach)
-        return {t: expected_tokens[t] / seconds for t, seconds in self._seconds(num_rows).items()}
+        return {t: expected_tokens[t] / self.costs.round_s(num_rows, t) for t in self.buckets}
 
     def choose(self, info: RoundInfo) -> int:
+        if info.expected_prefix is not None:
+            # The constant acceptance with which endless drafts have that accepted prefix, off 0 and 1: for a figure
+            # from short drafts it is on the low side.
+            self.acceptance.prior = min(max(info.expected_prefix / (1 + info.expected_prefix), 0.01), 0.99)
         goodput = self.goodput(info.num_rows)
         best = max(self.buckets, key=goodput.__getitem__)
-        if self._current is None:
-            self._current = best
-        is_beaten = goodput[best] > (1 + self._margin) * goodput[self._current]
-        self._rounds_beaten = self._rounds_beaten + 1 if is_beaten else 0
-        if self._rounds_beaten >= self._patience:
-            self._current = best
-            self._rounds_beaten = 0
-        return self._probe_or(self._current, info.num_rows)
+        standing = self._standings.setdefault(info.num_rows, _Standing(best))
+        is_beaten = goodput[best] > (1 + self._margin) * goodput[standing.length]
+        if not is_beaten:
+            standing.beaten_since = None
+        elif standing.beaten_since is None:
+            standing.beaten_since = self._num_rounds
+        if is_beaten and self._num_rounds - standing.beaten_since >= self._patience - 1:
+            standing.length, standing.beaten_since = best, None
+        self._num_rounds += 1
+        return self._probe_or(standing.length, info)
 
-    def _probe_or(self, current: int, num_rows: int) -> int:
-        """The next bucket above `current` in turn, if earlier rounds have earned its seconds; else `current`."""
-        above = [t for t in self.buckets if t > current]
-        if not above:
+    def _probe_or(self, current: int, info: RoundInfo) -> int:
+        """The next length to probe, if earlier rounds have earned it; else `current`."""
+        if info.drafter_version != self._burst_version and self._probe_credit >= BURST_ROUNDS:
+            self._is_burst, self._burst_version = True, info.drafter_version
+        place = self.buckets.index(current)
+        others = sorted({0, *self.buckets[max(place - 1, 0) : place + 2], self.buckets[-1]} - {current})
+        if not others:
             return current
-        probe = above[self._num_probes % len(above)]
-        seconds = self._seconds(num_rows)
-        # The dearer of the two, or a table in which drafting more costs less would lift the bound on rounds.
-        probe_s = max(seconds[probe], seconds[current])
-        if self._probe_credit_s < probe_s:
-            self._probe_credit_s += self._probe_share * seconds[current]
-            return current
-        self._probe_credit_s -= probe_s
-        self._num_probes += 1
-        return probe
+        probe = others[self._num_probes % len(others)]
+        # At least one round, so that probes are bounded in number as well as in seconds.
+        price = max(self.costs.round_s(info.num_rows, probe) / self.costs.round_s(info.num_rows, current), 1.0)
+        is_affordable = self._probe_credit >= (price if self._is_burst else BURST_ROUNDS + price)
+        self._is_burst &= is_affordable
+        # Never two in a row: the pace by which a probe is judged is that of the length in use.
+        self._was_probe = is_affordable and not self._was_probe
+        if self._was_probe:
+            self._probe_credit -= price
+            self._num_probes += 1
+            return probe
+        self._probe_credit += self._probe_share
+        return current
 
     def keep(self, depth: int, confidence_B: Tensor) -> Tensor:
         return torch.ones_like(confidence_B, dtype=torch.bool)
 
     def observe(self, outcome: RoundOutcome) -> None:
         self.acceptance.observe(outcome)
+        if outcome.seconds is not None:
+            self.costs.observe(outcome.num_rows, outcome.num_draft_tokens, outcome.seconds)
 
 
 def _checked_buckets(buckets: tuple[int, ...]) -> tuple[int, ...]:

@@ -125,6 +125,7 @@ def compute(
     weights: LossWeights,
     baseline_T: Tensor,
     target_temperature: float = 1.0,
+    whole: ReplayBatch | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the loss terms, and each computed term's unweighted mean by its name in LossWeights.
 
@@ -138,11 +139,15 @@ def compute(
                         the actions first.
     baseline_T          usual reward per depth, at least T long.
     target_temperature  the target is softmax(logits / temperature).
+    whole               the batch that `batch` is a slice of: sums are then divided by its counts, so that what the
+                        slices give, gradients too, adds up to what the whole gives. Only the lambda of lk_hybrid
+                        remains the slice's own.
     Returns (scalar, dict of detached scalars); read them together, each read is a device sync.
     """
     draft_NTV = log_probs(draft_logits_NTV)
     target_NTV = log_probs(target_logits_NTV.detach(), temperature=target_temperature)
-    exists_NT, has_reward_NT = batch.mask_NT, batch.has_reward_NT
+    masks = _masks(batch)
+    num_averaged = {name: mask_NT.sum().clamp_min(1) for name, mask_NT in _masks(whole or batch).items()}
     reward_NT = batch.reward_NT.to(draft_NTV.dtype)
 
     def policy_gradient_NT() -> Tensor:
@@ -156,25 +161,25 @@ def compute(
 
     def lk_hybrid_NT() -> Tensor:
         overlap_NT = 1 - total_variation(draft_NTV.detach(), target_NTV)
-        return lk_hybrid(draft_NTV, target_NTV, _masked_mean(overlap_NT, exists_NT, dim=0))
+        return lk_hybrid(draft_NTV, target_NTV, _masked_mean(overlap_NT, masks["exists"], dim=0))
 
-    terms: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
-        "forward_kl": (lambda: forward_kl(draft_NTV, target_NTV), exists_NT),
-        "reverse_kl": (lambda: reverse_kl(draft_NTV, target_NTV), exists_NT),
-        "total_variation": (lambda: total_variation(draft_NTV, target_NTV), exists_NT),
-        "lk_hybrid": (lk_hybrid_NT, exists_NT),
-        "entropy": (lambda: entropy(draft_NTV), exists_NT),
-        "accepted_ce": (lambda: accepted_ce(draft_NTV, batch.action_NT, reward_NT), has_reward_NT & (reward_NT == 1)),
-        "policy_gradient": (policy_gradient_NT, has_reward_NT),
+    terms: dict[str, tuple[Callable[[], Tensor], str]] = {
+        "forward_kl": (lambda: forward_kl(draft_NTV, target_NTV), "exists"),
+        "reverse_kl": (lambda: reverse_kl(draft_NTV, target_NTV), "exists"),
+        "total_variation": (lambda: total_variation(draft_NTV, target_NTV), "exists"),
+        "lk_hybrid": (lk_hybrid_NT, "exists"),
+        "entropy": (lambda: entropy(draft_NTV), "exists"),
+        "accepted_ce": (lambda: accepted_ce(draft_NTV, batch.action_NT, reward_NT), "accepted"),
+        "policy_gradient": (policy_gradient_NT, "has_reward"),
     }
     total = draft_NTV.new_zeros(())
     values = {}
-    for name, (term, mask_NT) in terms.items():
+    for name, (term, mask) in terms.items():
         weight = getattr(weights, name)
         if weight == 0 and name != "forward_kl":
             continue
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            value = _masked_mean(term(), mask_NT)
+            value = term().where(masks[mask], 0).sum() / num_averaged[mask]
         if weight != 0:
             total = total - weight * value if name == "entropy" else total + weight * value
         values[name] = value.detach()
@@ -220,6 +225,15 @@ def _at(log_probs_MV: Tensor, action_M: Tensor) -> Tensor:
     return log_probs_MV.gather(-1, action_M.unsqueeze(-1)).squeeze(-1)
 
 
-def _masked_mean(values_NT: Tensor, mask_NT: Tensor, dim: int | None = None) -> Tensor:
-    """Mean where the mask is True, over everything or one dimension; 0, with a zero gradient, where it never is."""
+def _masks(batch: ReplayBatch) -> dict[str, Tensor]:
+    """The positions that the terms are averaged over: bool [N, T] each."""
+    return {
+        "exists": batch.mask_NT,
+        "has_reward": batch.has_reward_NT,
+        "accepted": batch.has_reward_NT & (batch.reward_NT == 1),
+    }
+
+
+def _masked_mean(values_NT: Tensor, mask_NT: Tensor, dim: int) -> Tensor:
+    """Mean over one dimension where the mask is True; 0, with a zero gradient, where it never is."""
     return values_NT.where(mask_NT, 0).sum(dim) / mask_NT.sum(dim).clamp_min(1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dvi.records import ReplayBatch, Transitions
+from dvi.tenancy import TenantSlots, tenant_id
 
 # What is known of a row besides its states, one column each of an int64 table: few tensors make few kernel launches.
 FACTS = TOKEN, POSITION, ACTION, DEPTH, REWARD, VERSION = range(6)
@@ -100,6 +101,8 @@ class ReplayBuffer:
         self._starts = [0] * num_segments
         self._lengths = [0] * num_segments
         self._owners = [-1] * num_segments
+        self._tenants = [0] * num_segments
+        self._by_tenant = TenantSlots()  # the segments that hold a position a block can start at
         self._open: dict[int, int] = {}
         self._cursor = 0
         self._ring_used = 0
@@ -111,6 +114,16 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         return self._num_positions
+
+    @property
+    def capacity(self) -> int:
+        """Positions that fit."""
+        return len(self._lengths) * self.segment_len
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants with experience to draw from."""
+        return len(self._by_tenant)
 
     @property
     def num_bytes(self) -> int:
@@ -147,25 +160,35 @@ class ReplayBuffer:
         """Closes the request's open segment; unknown requests are ignored. What it holds stays."""
         self._open.pop(request_id, None)
 
-    @torch.no_grad()
     def forget(self, request_ids: Iterable[int]) -> None:
-        """Drops every segment of these requests and wipes its memory. Takes time in the number of segments."""
+        """Drops every segment of these requests and wipes its memory. Takes time in the positions held."""
         forgotten = set(request_ids)
-        for request_id in forgotten:
-            self.end(request_id)
+        self._drop([slot for slot, owner in enumerate(self._owners) if owner in forgotten])
+
+    def forget_tenant(self, tenant: str) -> int:
+        """Drops every segment of this tenant and wipes its memory; returns the number of positions dropped."""
+        num_before, forgotten = len(self), tenant_id(tenant)
+        self._drop([slot for slot, owner in enumerate(self._tenants) if owner == forgotten])
+        return num_before - len(self)
+
+    @torch.no_grad()
+    def _drop(self, slots: list[int]) -> None:
+        """Empties these slots, and wipes all rows that hold nothing: evicted segments have left remnants there too."""
         # Backwards, so that the reservoir's last segment, which fills the gap, has already been looked at.
-        for slot in reversed(range(len(self._owners))):
-            if self._owners[slot] not in forgotten or not self._lengths[slot]:
+        for slot in reversed(slots):
+            if not self._lengths[slot]:
                 continue
+            self._close(slot)
             if slot >= self._num_ring:
                 last = self._num_ring + self._reservoir_used - 1
                 self._reservoir_used -= 1
                 if slot != last:
                     self._copy_segment(last, slot)
                     slot = last
-            for field in self._fields.values():
-                field[self._rows(slot)] = 0
             self._clear(slot)
+        is_empty_R = self._fields["kind"] == EMPTY
+        for field in self._fields.values():
+            field[is_empty_R] = 0
 
     def _checksum_W(self, stretch: Transitions) -> Tensor:
         """One number per row, finite only if all of the row is."""
@@ -198,9 +221,10 @@ class ReplayBuffer:
 
     def _append(self, stretch: Transitions, columns: dict[str, Tensor], first: int, end: int) -> None:
         """Stores the stretch's columns first..end-1, in as many segments as it takes."""
+        tenant = tenant_id(stretch.tenant)
         while first < end:
             position = stretch.start_position + first
-            slot = self._slot_for(stretch.request_id, position)
+            slot = self._slot_for(stretch.request_id, tenant, position)
             length = self._lengths[slot]
             take = min(self.segment_len - length, end - first)
             row = slot * self.segment_len + length
@@ -212,11 +236,14 @@ class ReplayBuffer:
             self._lengths[slot] += take
             self._num_positions += take
             first += take
+            if self._num_starts(slot) and slot not in self._by_tenant:
+                self._by_tenant.add(slot, tenant)
 
-    def _slot_for(self, request_id: int, position: int) -> int:
+    def _slot_for(self, request_id: int, tenant: int, position: int) -> int:
         """The request's open segment if it has room and ends just before this position, else a new one."""
         slot = self._open.get(request_id)
-        if slot is not None:
+        # Of the same tenant: after a restart another request may come under this number.
+        if slot is not None and self._tenants[slot] == tenant:
             length = self._lengths[slot]
             if length < self.segment_len and position == self._starts[slot] + length:
                 return slot
@@ -227,14 +254,13 @@ class ReplayBuffer:
             self._evict(slot)
         self._starts[slot] = position
         self._owners[slot] = request_id
+        self._tenants[slot] = tenant
         self._open[request_id] = slot
         return slot
 
     def _evict(self, slot: int) -> None:
         """Empties a ring slot; its segment takes a place in the reservoir with odds places / segments ever evicted."""
-        # A request that still writes here must not write into the next owner's segment.
-        if self._open.get(self._owners[slot]) == slot:
-            del self._open[self._owners[slot]]
+        self._close(slot)
         self._num_evicted += 1
         if self._reservoir_used < self._num_reservoir:
             place = self._reservoir_used
@@ -245,19 +271,35 @@ class ReplayBuffer:
             self._copy_segment(slot, self._num_ring + place)
         self._clear(slot)
 
+    def _close(self, slot: int) -> None:
+        """A request that still writes here must not write into the next owner's segment."""
+        if self._open.get(self._owners[slot]) == slot:
+            del self._open[self._owners[slot]]
+
     def _copy_segment(self, source: int, target: int) -> None:
         self._clear(target)
         for field in self._fields.values():
             field[self._rows(target)] = field[self._rows(source)]
-        for book in (self._starts, self._lengths, self._owners):
+        for book in (self._starts, self._lengths, self._owners, self._tenants):
             book[target] = book[source]
+        if source in self._by_tenant:
+            self._by_tenant.add(target, self._tenants[target])
         self._num_positions += self._lengths[source]
 
     def _clear(self, slot: int) -> None:
         self._num_positions -= self._lengths[slot]
         self._lengths[slot] = 0
         self._owners[slot] = -1
+        self._tenants[slot] = 0
+        self._by_tenant.discard(slot)
         self._fields["kind"][self._rows(slot)] = EMPTY
+
+    def _num_starts(self, slot: int) -> int:
+        """Positions of the segment that a block can start at: all but a first one whose predecessor is elsewhere."""
+        return self._lengths[slot] - self._num_unanchored(slot)
+
+    def _num_unanchored(self, slot: int) -> int:
+        return int(self._starts[slot] > 0)
 
     def _rows(self, slot: int) -> slice:
         return slice(slot * self.segment_len, (slot + 1) * self.segment_len)
@@ -274,6 +316,7 @@ class ReplayBuffer:
         generator: torch.Generator,
         aligned_fraction: float = 0.5,
         max_staleness: int = 16,
+        max_tenant_share: float = 1.0,
     ) -> ReplayBatch:
         """Blocks of T = block_len consecutive positions with the verifier's state just before them as anchor.
 
@@ -285,19 +328,21 @@ class ReplayBuffer:
         generator         on any device; drives every draw.
         aligned_fraction  share of the blocks drawn among round starts, or anywhere where probing finds none.
         max_staleness     versions; older drafts carry no reward, for their ratio to today's drafter means little.
+        max_tenant_share  of the blocks that one tenant may fill while there are others, see TenantSlots.draw. Below 1,
+                          and with several tenants, a block is drawn by tenant, then by segment, then by position, from
+                          ring and reservoir as they come, and aligned where its segment has a round start.
         Raises ValueError when nothing is stored or block_len is outside 1..max_block.
         """
         if not 1 <= block_len <= self.max_block:
             raise ValueError(f"block_len must be in 1..{self.max_block} (max_block), got {block_len}")
         if not self._num_positions:
             raise ValueError("nothing to sample from: the replay buffer is empty; add transitions first")
-        num_reservoir_blocks = round(num_blocks * self.reservoir_fraction) if self._reservoir_used else 0
-        row_N, is_found_N = self._find_starts(
-            num_ring_blocks=num_blocks - num_reservoir_blocks,
-            num_reservoir_blocks=num_reservoir_blocks,
-            aligned_fraction=aligned_fraction,
-            generator=generator,
-        )
+        if max_tenant_share < 1 and self.num_tenants > 1:
+            slots = self._by_tenant.draw(num_blocks, max_share=max_tenant_share, generator=generator)
+            row_NP, is_aligned_N = self._probes_in(slots, aligned_fraction, generator)
+        else:
+            row_NP, is_aligned_N = self._probes_anywhere(num_blocks, aligned_fraction, generator)
+        row_N, is_found_N = self._best_starts(row_NP.to(self.device), is_aligned_N.to(self.device))
         fields = self._fields
         step_T = torch.arange(block_len, device=self.device)
         offset_N = row_N % self.segment_len
@@ -321,17 +366,14 @@ class ReplayBuffer:
             staleness_N=staleness_NT[:, 0],
         )
 
-    def _find_starts(
-        self, *, num_ring_blocks: int, num_reservoir_blocks: int, aligned_fraction: float, generator: torch.Generator
+    def _probes_anywhere(
+        self, num_blocks: int, aligned_fraction: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """One row per block to start at, and whether it can: ring blocks first, then reservoir blocks.
-
-        Each block probes random rows of its region and takes the best: a round start if it is an aligned block,
-        else any row a block can start at. So the draw is uniform over those rows, at a fixed cost.
-        """
+        """Random rows to try for each block, [N, P], and which blocks are aligned. Ring blocks come first."""
+        num_reservoir_blocks = round(num_blocks * self.reservoir_fraction) if self._reservoir_used else 0
         probes, is_aligned = [], []
         for first_slot, num_slots, count in (
-            (0, self._ring_used, num_ring_blocks),
+            (0, self._ring_used, num_blocks - num_reservoir_blocks),
             (self._num_ring, self._reservoir_used, num_reservoir_blocks),
         ):
             if count:
@@ -340,9 +382,27 @@ class ReplayBuffer:
                 )
                 probes.append(rows_NP + first_slot * self.segment_len)
                 is_aligned.append(torch.arange(count) < round(count * aligned_fraction))
-        row_NP = torch.cat(probes).to(self.device)
+        return torch.cat(probes), torch.cat(is_aligned)
+
+    def _probes_in(
+        self, slots: list[int], aligned_fraction: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The same, one block in each of these slots, among the rows that a block can start at."""
+        first_row_N = torch.tensor([slot * self.segment_len + self._num_unanchored(slot) for slot in slots])
+        num_rows_N = torch.tensor([self._num_starts(slot) for slot in slots])
+        shape = (len(slots), NUM_PROBES)
+        offset_NP = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).cpu()
+        row_NP = first_row_N[:, None] + (offset_NP * num_rows_N[:, None]).long()
+        return row_NP, torch.arange(len(slots)) < round(len(slots) * aligned_fraction)
+
+    def _best_starts(self, row_NP: Tensor, is_aligned_N: Tensor) -> tuple[Tensor, Tensor]:
+        """One of the probed rows for each block to start at, and whether it can.
+
+        The first round start for an aligned block, else the first row that a block can start at. So the draw is
+        uniform over those rows, at a fixed cost.
+        """
         # In other blocks a round start is as good as any anchored row; argmax takes the first of equals.
-        best_wanted_N1 = torch.where(torch.cat(is_aligned), ROUND_START, ANCHORED).to(self.device)[:, None]
+        best_wanted_N1 = torch.where(is_aligned_N, ROUND_START, ANCHORED)[:, None]
         kind_NP = torch.minimum(self._fields["kind"][row_NP], best_wanted_N1)
         best_N1 = kind_NP.argmax(1, keepdim=True)
         return row_NP.gather(1, best_N1)[:, 0], kind_NP.gather(1, best_N1)[:, 0] >= ANCHORED
@@ -357,6 +417,8 @@ class ReplayBuffer:
             "starts": torch.tensor(self._starts),
             "lengths": torch.tensor(self._lengths),
             "owners": torch.tensor(self._owners),
+            "tenants": torch.tensor(self._tenants),
+            "by_tenant": torch.tensor(list(self._by_tenant.in_order()), dtype=torch.int64).reshape(-1, 2),
             "open": torch.tensor(list(self._open.items()), dtype=torch.int64).reshape(-1, 2),
             "counters": torch.tensor([getattr(self, name) for name in _COUNTERS]),
             "generator": self._generator.get_state(),
@@ -376,6 +438,10 @@ class ReplayBuffer:
         self._starts = state["starts"].tolist()
         self._lengths = state["lengths"].tolist()
         self._owners = state["owners"].tolist()
+        self._tenants = state["tenants"].tolist()
+        self._by_tenant = TenantSlots()
+        for slot, tenant in state["by_tenant"].tolist():
+            self._by_tenant.add(slot, tenant)
         self._open = dict(state["open"].tolist())
         for name, value in zip(_COUNTERS, state["counters"].tolist(), strict=True):
             setattr(self, name, value)

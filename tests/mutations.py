@@ -22,7 +22,7 @@ ONLINE, REPLAY = "trainers/online.py", "dvi/replay.py"
 
 TEST_DECODING = "tests/test_decoding.py"
 TEST_LAW = "tests/test_sampling_law_engine.py"
-TEST_ONLINE = "tests/test_online.py"
+TEST_ONLINE, TEST_FAULTS = "tests/test_online.py", "tests/test_learner_faults.py"
 
 MUTATIONS = [
     # Verdicts
@@ -211,8 +211,40 @@ MUTATIONS = [
         "if candidate > best * (1 - self.config.canary_tolerance):",
         TEST_ONLINE,
     ),
+    Mutation("budget_not_charged", "trainers/budget.py", "self._credit_s -= seconds", "pass", TEST_ONLINE),
     Mutation(
-        "budget_not_charged", ONLINE, "self._credit_s -= report.seconds * (1 - share)", "pass", TEST_ONLINE,
+        "gaps_not_preferred", "trainers/budget.py",
+        "CREDIT_CAP_S / 2 if now_s - self._gap_s < GAP_MEMORY_S else 0.0", "0.0", "tests/test_budget.py",
+    ),
+    Mutation(
+        "slices_averaged_over_themselves", "dvi/losses.py", "_masks(whole or batch).items()", "masks.items()",
+        TEST_ONLINE,
+    ),
+    Mutation(
+        "finite_before_the_canary_only", ONLINE, "if not student.is_finite():", "if False:", TEST_FAULTS,
+    ),
+    Mutation(
+        "moments_not_looked_at", "trainers/student.py",
+        "tensors = [*self.drafter.parameters(), *moments]", "tensors = [*self.drafter.parameters()]", TEST_FAULTS,
+    ),
+    Mutation(
+        "rollback_that_the_next_canary_undoes", ONLINE, "        self._history.best = snapshot\n        self._return",
+        "        self._return", "tests/test_versions.py",
+    ),
+    Mutation(
+        "noop_published", ONLINE, "if is_turn and self._serves(snapshot.state):", "if False:", "tests/test_versions.py",
+    ),
+    Mutation(
+        "forgotten_in_the_replay_but_not_in_the_batch", ONLINE,
+        "        self._work = None\n        return self.replay.forget", "        return self.replay.forget", TEST_ONLINE,
+    ),
+    Mutation(
+        "remnants_of_the_forgotten", REPLAY,
+        "            field[is_empty_R] = 0\n", "            pass\n", "tests/test_replay.py",
+    ),
+    Mutation(
+        "share_of_a_tenant_without_cap", "dvi/tenancy.py",
+        "total=num_draws, most=most)", "total=num_draws, most=num_draws)", "tests/test_replay.py",
     ),
     Mutation(
         "reward_for_the_first_rejection", REPLAY,

@@ -282,6 +282,70 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert load(tmp_path)[1] == 100_000_000
 
 
+def test_the_next_step_is_newer_than_any_that_is_whole(tmp_path: Path) -> None:
+    """Would catch a server that counts from zero again after a restart, or past a checkpoint it could not read."""
+    with CheckpointStore(tmp_path) as store:
+        assert store.next_step == 1
+        store.save(state_of(1), store.next_step)
+        (store.save(state_of(2), store.next_step) / TREE_FILE).unlink()
+    with CheckpointStore(tmp_path) as store:
+        with pytest.warns(UserWarning, match="step-00000002 is damaged"):
+            store.load_latest()
+        assert store.next_step == 2
+        store.save(state_of(3), store.next_step)
+        assert_equal(store.load_latest(), (state_of(3), 2))
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_a_private_checkpoint_is_its_owners_alone_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_private: bool
+) -> None:
+    """Would catch users' text that others can read, be it only while it is written, and a share that cannot be read."""
+    umask, modes = os.umask(0o022), []
+    fsync = os.fsync
+
+    def recording_fsync(descriptor: int) -> None:
+        modes.append(os.fstat(descriptor).st_mode & 0o777)
+        fsync(descriptor)
+
+    try:
+        with CheckpointStore(tmp_path) as store, monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", recording_fsync)
+            path = store.save(state_of(1), 1, is_private=is_private)
+    finally:
+        os.umask(umask)
+    folder_mode, file_mode = (0o700, 0o600) if is_private else (0o755, 0o644)
+    assert path.stat().st_mode & 0o777 == folder_mode
+    assert [file.stat().st_mode & 0o777 for file in path.iterdir()] == 3 * [file_mode]
+    assert modes[:4] == [file_mode] * 3 + [folder_mode]
+
+
+def test_keep_only_leaves_nothing_of_any_other_checkpoint(tmp_path: Path) -> None:
+    """Would catch what must be forgotten surviving in an older checkpoint or in the litter of a failed save."""
+    with CheckpointStore(tmp_path, keep=3) as store:
+        for step in (1, 2, 3):
+            store.save(state_of(step), step)
+        (tmp_path / ".step-00000009.staging").mkdir()
+        (tmp_path / ".step-00000002.previous").mkdir()
+        store.keep_only(3)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step-00000003"]
+        assert_equal(store.load_latest(), (state_of(3), 3))
+
+
+def test_keep_only_says_when_a_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a purge that fails in silence, as pruning may."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EACCES, "refused")
+
+    with CheckpointStore(tmp_path) as store:
+        for step in (1, 2):
+            store.save(state_of(step), step)
+        monkeypatch.setattr(os, "rmdir", refuse)
+        with pytest.raises(OSError, match="refused"):
+            store.keep_only(2)
+
+
 def test_a_full_disk_raises_oserror_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     """Would catch the tensor library's own exception escaping, or litter and damage after a failed write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import dvi.cli
 
 ROOT = Path(__file__).parents[1]
 STORIES = str(ROOT / "tests/stories260k")
-VERBS = ("generate", "train", "verify", "export", "inspect", "doctor")
+VERBS = ("generate", "train", "serve", "top", "verify", "export", "inspect", "doctor")
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %} Once upon a"
 FAST = ("--policy", "fixed", "--max-new-tokens", "12")
 
@@ -195,6 +196,46 @@ def test_the_demo_runs_on_files_that_exist_and_learns_on_traffic_alone():
     assert all((ROOT / path).is_file() for path in config.data.prompts)
 
 
+def test_a_server_answers_exports_and_ends_in_order(tmp_path):
+    """Catches a server that loses what it learnt at SIGTERM, or ends like a crash, and an export that is lost."""
+    command = [
+        sys.executable, "-m", "dvi", "serve", "configs/online/serve.yaml", f"model.path={STORIES}", "serve.port=0",
+        f"output.folder={tmp_path / 'run'}", f"serve.adapters_folder={tmp_path / 'adapters'}", "draft.policy=fixed",
+        "drafter.draft_vocab_size=0", "drafter.anchor_hidden=16",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        url = process.stderr.readline().partition(" at ")[2].partition(",")[0]
+        body = json.dumps({"prompt": "Once upon a time", "max_tokens": 12}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as response:
+            assert json.load(response)["choices"][0]["text"].startswith(", there was a little girl")
+        code, facts, _, _ = dvi_command("export", "first", "--server", url)
+        assert code == 0 and facts["folder"] == str(tmp_path / "adapters/first")
+        code, _, _, stderr = dvi_command("export", "../first", "--server", url)
+        assert code == 2 and "answers 400" in stderr
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr
+    assert json.loads(stdout.splitlines()[-1])["command"] == "serve"
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+    _, manifest, _, _ = dvi_command("inspect", tmp_path / "adapters/first")
+    assert manifest["split_layer"] == 0
+
+
+def test_a_frozen_server_imports_nothing_of_the_trainers():
+    """Catches serving that needs what only learning needs."""
+    code = (
+        "import sys, threading; sys.path.insert(0, 'tests'); from serving_doubles import *\n"
+        "with stories_loop(stories_config()) as loop, listening(loop, stories_config()): pass\n"
+        "print(sorted(name for name in sys.modules if name.startswith('trainers')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -208,14 +249,26 @@ def test_the_demo_runs_on_files_that_exist_and_learns_on_traffic_alone():
         (["train", "configs/demo/demo.yaml", "train.lrr=1"], "did you mean 'train.lr'?"),
         (["train", "configs/demo/demo.yaml", "train.lr=-1", "train.budget=2"], "train.lr must be greater than 0"),
         (["train", "configs/demo/demo.yaml", "data.prompts=./absent.jsonl"], "no prompts file absent.jsonl"),
-        (["export", "out"], "one of --run and --adapter must be given, got none"),
+        (["export", "out"], "one of --run, --server and --adapter must be given, got none"),
+        (["export", "out", "--run", "a", "--server", "b"], "must be given, got 2"),
+        (["export", "out", "--server", "b"], "must begin with http:// or https://, got 'b'"),
+        (["export", "out", "--server", "http://127.0.0.1:1"], "must be the address of a running server"),
+        (["export", "out", "--server", "http://127.0.0.1:1", "--standalone"], "a server saves an adapter as it is"),
+        (["top", "localhost"], "must begin with http:// or https://, got 'localhost'"),
+        (["serve", "configs/online/serve.yaml", "data.prompts=a"], "unknown key 'data"),
+        (["serve", "configs/online/serve.yaml", "serve.host=0.0.0.0"], "there is no API key"),
+        (["serve", "configs/online/serve.yaml", "serve.keys_file=./absent"], "serve.keys_file must be a readable file"),
+        (["serve", "configs/online/serve.yaml", "serve.host=192.0.2.1", "serve.keys_file=KEYS"], "cannot listen on"),
         (["export", "out", "--run", "./absent"], "config must be a readable YAML file"),
     ],
 )
 def test_a_users_error_is_one_line_on_stderr_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
     """Catches tracebacks for typing errors, errors on stdout, and success codes for failures."""
     monkeypatch.chdir(ROOT)
-    if arguments[0] == "train":
+    (tmp_path / "keys.yaml").write_text("- {name: a, key: 0123456789abcdef}")
+    (tmp_path / "keys.yaml").chmod(0o600)
+    arguments = [argument.replace("KEYS", str(tmp_path / "keys.yaml")) for argument in arguments]
+    if arguments[0] in ("train", "serve"):
         arguments = [*arguments, f"output.folder={tmp_path}"]
     code, facts, stdout, stderr = dvi_command(*arguments)
     assert (code, facts, stdout) == (2, None, "")

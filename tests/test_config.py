@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dvi.config import SamplingSettings, TrainConfig, load_config, to_yaml, write_provenance
+from dvi.config import SamplingSettings, ServeConfig, TrainConfig, load_config, to_yaml, write_provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,8 +43,10 @@ def test_one_value_where_a_list_is_expected_stands_for_a_list_of_one():
 def test_printed_yaml_reads_back_to_the_same_config(tmp_path):
     """Catches tuples, nulls, tiny numbers or odd characters that do not survive --print-config."""
     stop_strings = r'sampling.stop_strings=["\n\n", "é: #"]'
-    config = load_config(None, ["train.lr=1e-5", "data.shuffle_seed=null", "model.path='007'", stop_strings])
-    assert load_config(write_yaml(tmp_path, to_yaml(config))) == config != TrainConfig()
+    overrides = ["train.lr=1e-5", "model.path='007'", stop_strings]
+    for schema, own in ((TrainConfig, "data.shuffle_seed=null"), (ServeConfig, "serve.keys_file=keys.yaml")):
+        config = load_config(None, [*overrides, own], schema=schema)
+        assert load_config(write_yaml(tmp_path, to_yaml(config)), schema=schema) == config != schema()
 
 
 def test_an_empty_file_and_an_empty_section_set_nothing(tmp_path):
@@ -183,6 +185,33 @@ def test_the_bundled_configuration_names_every_key_its_default_and_files_that_ex
     )
     assert all((ROOT / prompts).is_file() for prompts in config.data.prompts)
     assert (ROOT / config.model.path / "config.json").is_file()
+
+
+def test_the_servers_configuration_names_every_key_and_its_default():
+    """Catches a key added or tuned in one place only, and a server that cannot run as it stands."""
+    import yaml
+
+    path = ROOT / "configs/online/serve.yaml"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {section: list(keys) for section, keys in written.items()} == {
+        section: list(keys) for section, keys in dataclasses.asdict(ServeConfig()).items()
+    }
+    assert load_config(path, schema=ServeConfig) == ServeConfig()
+    assert (ROOT / ServeConfig().model.path / "config.json").is_file() and ServeConfig().serve.host == "127.0.0.1"
+
+
+def test_a_server_and_a_run_have_their_own_keys_and_defaults():
+    """Catches a section that falls back to another schema's defaults once one of its keys is set."""
+    config = load_config(None, ["train.lr=0.5", "drafter.lora_rank=4"], schema=ServeConfig)
+    assert config.train == dataclasses.replace(ServeConfig().train, lr=0.5) != TrainConfig().train
+    assert config.drafter.draft_vocab_size == ServeConfig().drafter.draft_vocab_size != 0
+    with pytest.raises(ValueError, match=r"unknown key 'serve.prot' .* did you mean 'serve.port'"):
+        load_config(None, ["serve.prot=1"], schema=ServeConfig)
+    with pytest.raises(ValueError, match=r"serve.port must be less than or equal to 65535, got 70000.* is 8000"):
+        load_config(None, ["serve.port=70000"], schema=ServeConfig)
+    for key, schema in (("data.prompts", ServeConfig), ("sampling.seed", ServeConfig), ("serve.port", TrainConfig)):
+        with pytest.raises(ValueError, match="unknown key"):
+            load_config(None, [f"{key}=1"], schema=schema)
 
 
 def test_every_loss_schedule_can_be_chosen_and_no_other():

@@ -1,80 +1,43 @@
 """The learner beside serving, on random tensors: it learns, keeps its budget, survives bad numbers, resumes exactly."""
-# D hidden, V vocabulary, W positions of a stretch.
+# V vocabulary, W positions of a stretch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+import trainers.budget
 import trainers.online
+import trainers.student
 from dvi.config import LearningSettings
 from dvi.draft_length import FixedLength
-from dvi.drafter import DRAFTER_KINDS, build_drafter
-from dvi.records import SamplingParams, Transitions
+from dvi.drafter import DRAFTER_KINDS
+from dvi.records import SamplingParams
 from dvi.speculator import SelfSpeculator
 from tests.drafter_doubles import small_config
+from tests.random_traffic import (
+    SETTINGS,
+    VOCAB_SIZE,
+    WIDTH,
+    assert_same,
+    is_finite,
+    serving,
+    state_of,
+    stretch,
+    trainer_of,
+)
 from trainers.checkpoint import CheckpointStore
 from trainers.drift import AcceptanceTrend
 from trainers.online import OnlineTrainer
 
 STORIES = Path(__file__).parent / "stories260k"
-HIDDEN, VOCAB_SIZE, WIDTH = 12, 30, 4
-SETTINGS = LearningSettings(
-    lr=0.01, blocks_per_step=16, rounds_per_step=1, budget=1.0, steps_per_publish=2, steps_per_canary=1000,
-    replay_positions=1024, warmup_steps=20, ramp_steps=20,
-)  # fmt: skip
-
-
-def serving(kind: str = "anchored", *, draft_vocab_size: int = 0) -> SimpleNamespace:
-    """What a trainer asks of a speculator: a frozen head and a published drafter, without any model."""
-    generator = torch.Generator().manual_seed(0)
-    weight_VD = torch.randn(VOCAB_SIZE, HIDDEN, generator=generator)
-    split = SimpleNamespace(
-        head_weight_VD=weight_VD, head_bias_V=None, final_norm=nn.LayerNorm(HIDDEN), post_head=lambda logits: logits,
-        head=lambda hidden: F.linear(hidden, weight_VD), hidden_size=HIDDEN, vocab_size=VOCAB_SIZE,
-        dtype=torch.float32, device=torch.device("cpu"),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    drafter = build_drafter(split, small_config(kind, draft_vocab_size=draft_vocab_size))
-    drafter.publish(drafter, 0)
-    return SimpleNamespace(split=split, drafter=drafter.requires_grad_(False))
-
-
-def stretch(round_index: int, *, num_accepted: int = WIDTH - 1, width: int = WIDTH) -> Transitions:
-    """One round of request 0. h_L is a fixed function of h_k, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(round_index)
-    hidden_WD = torch.randn(width, HIDDEN, generator=generator)
-    mix_DD = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(99))
-    return Transitions(
-        request_id=0, start_position=round_index * width, hidden_WD=hidden_WD, target_hidden_WD=hidden_WD @ mix_DD / 2,
-        token_ids_W=torch.randint(VOCAB_SIZE // 3, (width,), generator=generator), num_drafted=width,
-        num_accepted=num_accepted, draft_token_ids_W=torch.randint(VOCAB_SIZE // 3, (width,), generator=generator),
-        draft_log_probs_W=torch.full((width,), -1.0), drafter_version=0,
-    )  # fmt: skip
-
-
-def trainer_of(speculator: SimpleNamespace, **changes) -> OnlineTrainer:
-    trainer = OnlineTrainer(speculator, dataclasses.replace(SETTINGS, **changes))
-    trainer.observe([stretch(i) for i in range(40)])
-    return trainer
-
-
-def state_of(drafter: nn.Module) -> list[Tensor]:
-    return [t.clone() for t in (*drafter.state_dict().values(), drafter.draft_head._published_DV)]
-
-
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def is_finite(drafter: nn.Module) -> bool:
-    return all(t.isfinite().all() for t in state_of(drafter))
 
 
 # Learning
@@ -121,13 +84,13 @@ def test_training_takes_no_more_than_its_share_of_the_time(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(trainers.online, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     trainer = trainer_of(serving(), budget=0.1)
-    loss = trainer._loss
+    add_gradient = trainer._student.add_gradient
 
-    def slow_loss(*args):
+    def slow_gradient(*args, **kwargs):
         clock.now += 0.5
-        return loss(*args)
+        return add_gradient(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "_loss", slow_loss)
+    monkeypatch.setattr(trainer._student, "add_gradient", slow_gradient)
     for i in range(3000):
         clock.now += 0.01
         trainer.observe([stretch(40 + i % 9)])
@@ -139,23 +102,155 @@ def test_training_takes_no_more_than_its_share_of_the_time(monkeypatch):
     for _ in range(100):
         trainer.observe([stretch(0)])
         trainer.step_if_due()
-    assert trainer.train_s - before <= trainers.online.CREDIT_CAP_S / 0.9 + 0.5
+    assert trainer.train_s - before <= trainers.budget.CREDIT_CAP_S / 0.9 + 0.5
+
+
+# In pieces
+
+
+def pieces_of(trainer: OnlineTrainer) -> int:
+    """Calls that the next step takes."""
+    for count in range(1, 1000):
+        trainer.observe([stretch(40 + count % 9)])
+        if trainer.step_if_due() is not None:
+            return count
+    raise AssertionError("the step never ends")
+
+
+@pytest.mark.parametrize("schedule", ["kl_rl", "kl_ce", "pg_only"])
+@pytest.mark.parametrize("kind", list(DRAFTER_KINDS))
+def test_a_step_in_pieces_has_the_gradient_of_a_whole_one(kind, schedule):
+    """Catches means of means: masks leave slices with unequal numbers of positions and rewards."""
+    def rounds(trainer: OnlineTrainer) -> None:
+        for i in range(40):
+            trainer.observe([stretch(100 + i, num_accepted=i % WIDTH, width=i % WIDTH + 1)])
+
+    changes = {"schedule": schedule, "warmup_steps": 0, "ramp_steps": 0, "steps_per_canary": 1}
+    whole, sliced = (trainer_of(serving(kind), blocks_per_slice=size, **changes) for size in (0, 5))
+    gradients = []
+    for trainer in (whole, sliced):
+        rounds(trainer)
+        clip = trainer._student.clip_gradient
+
+        def clip_gradient(trainer: OnlineTrainer = trainer, clip: Callable[[], float] = clip) -> float:
+            gradients.append([p.grad.clone() for p in trainer._drafter.parameters() if p.grad is not None])
+            return clip()
+
+        trainer._student.clip_gradient = clip_gradient
+    one, other = whole.step(), sliced.step()
+    assert any(g.abs().max() > 1e-3 for g in gradients[0])
+    for one_grad, other_grad in zip(*gradients, strict=True):
+        torch.testing.assert_close(one_grad, other_grad, rtol=1e-6, atol=1e-6)
+    assert one.losses == pytest.approx(other.losses, abs=1e-5)  # float32 sums in another order
+    assert one.num_positions == other.num_positions and one.published == other.published
+    assert whole.baseline.values_T.equal(sliced.baseline.values_T)
+
+
+def test_a_call_does_one_piece_and_nothing_that_serves_moves_before_the_last():
+    """Catches a step that is done at once after all, an unsliced canary, and a publish in the middle of a step."""
+    speculator = serving()
+    trainer = trainer_of(speculator, blocks_per_slice=4, steps_per_publish=1, steps_per_canary=2)
+    before = state_of(speculator.drafter)
+    sizes = []
+    forward = trainer._drafter.forward
+    trainer._drafter.forward = lambda hidden, anchor: sizes.append(len(hidden)) or forward(hidden, anchor)
+    num_slices = SETTINGS.blocks_per_step // 4
+    num_calls = 0
+    while trainer.step_if_due() is None:
+        assert_same(state_of(speculator.drafter), before)
+        trainer.observe([stretch(40 + num_calls % 9)])
+        num_calls += 1
+    assert num_calls == num_slices + 1  # the gradients, the update, and the call that publishes
+    assert speculator.drafter.version == 1
+    assert pieces_of(trainer) == num_slices + 1 + trainers.online.CANARY_BLOCKS // 4 + 1
+    assert set(sizes) == {4}
+
+
+def test_a_step_in_progress_is_finished_before_it_is_saved_and_still_reported():
+    """Catches a checkpoint of half a step, which no resume could finish, and an update that no metric sees."""
+    changes = {"blocks_per_slice": 4, "steps_per_publish": 2, "steps_per_canary": 2}
+    straight = trainer_of(serving(), **changes)
+    for i in range(3):
+        straight.observe([stretch(40 + i)])
+        assert straight.step_if_due() is None
+    state = copy.deepcopy(straight.state_dict())
+    resumed = OnlineTrainer(serving(), straight.config)
+    resumed.load_state_dict(state)
+    assert straight.num_steps == resumed.num_steps == 1
+    assert straight.step_if_due() is straight.last_report and resumed.step_if_due() is None
+    for i in range(120):
+        for trainer in (straight, resumed):
+            trainer.observe([stretch(50 + i)])
+            trainer.step_if_due()
+    assert straight.num_steps == resumed.num_steps > 2
+    assert_same(list(resumed._drafter.state_dict().values()), list(straight._drafter.state_dict().values()))
+    assert_same(state_of(resumed._live), state_of(straight._live))
+
+
+def test_idle_time_catches_up_with_the_steps_owed_and_then_ends():
+    """Catches a server that never rests, and one that forgets what a busy hour left to learn."""
+    trainer = trainer_of(serving(), budget=0.05, blocks_per_slice=8, rounds_per_step=10)
+    trainer.restart_clock()
+    trainer.budget.charge(1000.0)  # nothing can be afforded while requests wait
+    for i in range(59):  # and one before
+        trainer.observe([stretch(100 + i)])
+        assert trainer.step_if_due() is None
+    num_steps = 0
+    while trainer.is_busy:
+        num_steps += trainer.step_if_due(is_idle=True) is not None
+    assert num_steps == trainer.num_steps == 6
+    assert trainer.step_if_due(is_idle=True) is None and trainer.stats()["steps_owed"] == 0
+
+
+# Tenants
+
+
+def test_what_a_tenant_brought_is_forgotten_in_the_middle_of_a_step():
+    """Catches a batch that outlives the experience it was drawn from."""
+    speculator = serving()
+    trainer = OnlineTrainer(speculator, dataclasses.replace(SETTINGS, blocks_per_slice=4, steps_per_publish=1))
+    trainer.observe([stretch(i, tenant="leaver") for i in range(20)] + [stretch(i) for i in range(20, 40)])
+    assert trainer.step_if_due() is None and trainer.is_busy
+    assert trainer.forget("leaver") == 20 * WIDTH and trainer.forget("nobody") == 0
+    assert trainer._work is None and len(trainer.replay) == 20 * WIDTH
+    trainer.observe([stretch(60)])
+    assert trainer.step().published and trainer.num_steps == 1
+    trainer.forget("")
+    trainer.observe([])
+    assert trainer.step_if_due() is None and not trainer.is_busy
+
+
+def test_no_key_fills_more_than_its_share_of_a_step(monkeypatch):
+    """Catches a share that is configured and never passed on."""
+    trainer = OnlineTrainer(serving(), dataclasses.replace(SETTINGS, blocks_per_step=30, blocks_per_slice=7))
+    for i in range(200):
+        tenant = f"key {i % 20}" if i % 20 < 5 else "hostile"
+        stretches = dataclasses.replace(stretch(i, tenant=tenant), request_id=i)
+        stretches.token_ids_W[:] = VOCAB_SIZE - 1 if tenant == "hostile" else 0
+        trainer.observe([stretches])
+    batches = []
+    monkeypatch.setattr(trainer._student, "map_actions", batches.append)
+    for _ in range(20):
+        trainer.step()
+    for batch in batches:
+        is_hostile_NT = batch.token_ids_NT == VOCAB_SIZE - 1
+        assert (is_hostile_NT & batch.mask_NT).any(1).sum() <= 0.2 * batch.mask_NT.any(1).sum()
 
 
 # Bad numbers
 
 
 def poison_loss(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
-    compute = trainers.online.losses.compute
-    patch.setattr(trainers.online.losses, "compute", lambda *a, **k: (compute(*a, **k)[0] * torch.nan, {}))
+    compute = trainers.student.losses.compute
+    patch.setattr(trainers.student.losses, "compute", lambda *a, **k: (compute(*a, **k)[0] * torch.nan, {}))
 
 
 def poison_gradient(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
-    compute = trainers.online.losses.compute
+    compute = trainers.student.losses.compute
     weight = trainer._drafter.draft_head.lora_A
     # sqrt at 0: a finite loss whose gradient is infinite.
     patch.setattr(
-        trainers.online.losses, "compute",
+        trainers.student.losses, "compute",
         lambda *a, **k: ((lambda total, values: (total + (0 * weight.sum()).sqrt(), values))(*compute(*a, **k))),
     )  # fmt: skip
 
@@ -165,7 +260,7 @@ def poison_weights(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             trainer._drafter.draft_head.lora_B[0, 0] = torch.inf
 
-    patch.setattr(trainer._optimizer, "step", step)
+    patch.setattr(trainer._student.optimizer, "step", step)
 
 
 def poison_buffer(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
@@ -212,8 +307,8 @@ def test_the_canary_returns_to_the_best_drafter_when_the_learner_got_worse():
     for _ in range(40):
         trainer.step()
     assert trainer.num_rollbacks == 0
-    best = [t.clone() for t in trainer._best_state.values()]
-    for group in trainer._optimizer.param_groups:
+    best = [t.clone() for t in trainer._history.best.state.values()]
+    for group in trainer._student.optimizer.param_groups:
         group["lr"] = 30.0
     reports = [trainer.step() for _ in range(10)]
     assert trainer.num_rollbacks == 1 and all(r.skipped_reason is None for r in reports)

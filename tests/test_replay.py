@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dvi.records import ReplayBatch, Transitions
 from dvi.replay import ReplayBuffer
+from dvi.tenancy import tenant_id
 
 HIDDEN = 2
 SEGMENT_LEN = 4
@@ -33,6 +34,7 @@ def make_stretch(
     num_drafted: int = 0,
     version: int = 0,
     is_honest: bool = True,
+    tenant: str = "",
 ) -> Transitions:
     """A stretch whose rows can be told apart: h_k = value, h_L = -value, token = position, action = 100 + column.
 
@@ -52,6 +54,7 @@ def make_stretch(
         draft_log_probs_W=torch.where(is_drafted_W, -0.5 - torch.arange(len(values)), 0.0),
         drafter_version=version,
         is_honest=is_honest,
+        tenant=tenant,
     )
 
 
@@ -216,7 +219,7 @@ def play(operations: list[tuple], *replays, value: float = 1.0, after: dict[int,
             values[bad_row] = math.nan
         stretch = make_stretch(
             values, request_id=request_id, start_position=position, num_drafted=num_drafted, version=version,
-            is_honest=is_honest,
+            is_honest=is_honest, tenant=f"tenant {request_id % 3}",
         )
         for replay in replays:
             replay.add(stretch)
@@ -239,7 +242,10 @@ def test_samples_hold_exactly_what_a_list_of_lists_would_hold(operations, seed, 
     batch = sample(buffer, 600, seed=seed, current_version=version, aligned_fraction=0.0, max_staleness=max_staleness)
     assert set(starts(batch)) == oracle.start_values()
     aligned = sample(buffer, 40, seed=seed, current_version=version, aligned_fraction=1.0, max_staleness=max_staleness)
-    for blocks, count in ((batch, 60), (aligned, 40)):
+    capped = sample(
+        buffer, 40, seed=seed, current_version=version, max_staleness=max_staleness, max_tenant_share=0.5
+    )
+    for blocks, count in ((batch, 60), (aligned, 40), (capped, 40)):
         for n in range(count):
             if blocks.mask_NT[n, 0]:
                 oracle.check_block(blocks, n, current_version=version, max_staleness=max_staleness)
@@ -260,8 +266,9 @@ def test_a_restored_buffer_goes_on_bit_for_bit(tmp_path_factory, before, after, 
     for name, tensor in straight.state_dict().items():
         assert tensor.equal(restored.state_dict()[name]), name
     if len(straight):
-        one, other = sample(straight, seed=seed), sample(restored, seed=seed)
-        assert all(tensor.equal(getattr(other, name)) for name, tensor in vars(one).items())
+        for share in (0.4, 1.0):
+            one, other = (sample(buffer, seed=seed, max_tenant_share=share) for buffer in (straight, restored))
+            assert all(tensor.equal(getattr(other, name)) for name, tensor in vars(one).items())
 
 
 # Blocks.
@@ -424,6 +431,125 @@ def test_forgotten_requests_leave_no_trace_in_memory():
     assert len(buffer) == 0
     with pytest.raises(ValueError, match="empty"):
         sample(buffer)
+
+
+@settings(max_examples=30, deadline=None)
+@given(operations=OPERATIONS, tenant=st.integers(0, 2))
+def test_nothing_a_forgotten_tenant_brought_is_left_in_memory(operations, tenant):
+    # Catches remnants: of evicted segments under shorter new ones, in the gap the reservoir's last segment leaves.
+    buffer = make_buffer(capacity_positions=20, reservoir_fraction=0.4)
+    play(operations, buffer)
+    owners, before = buffer._tenants, len(buffer)
+    of_tenant = [length for owner, length in zip(owners, buffer._lengths, strict=True)
+                 if owner == tenant_id(f"tenant {tenant}")]
+    # Every row holds a value of its own, so what belongs to whom can be told from the values.
+    brought = values_of(operations, tenant)
+    assert buffer.forget_tenant(f"tenant {tenant}") == sum(of_tenant) == before - len(buffer)
+    for name in ("hidden", "target_hidden"):
+        left = set(buffer.state_dict()[name].abs().flatten().tolist())
+        assert not left & brought
+    if len(buffer):
+        assert not set(starts(sample(buffer, 200, max_tenant_share=0.5))) & brought
+    assert buffer.forget_tenant(f"tenant {tenant}") == 0
+    play(operations, buffer)  # and it goes on
+
+
+def values_of(operations: list[tuple], tenant: int) -> set[float]:
+    """The values that `play` gives the rows of this tenant's requests."""
+    values, value = set(), 1.0
+    for verb, request_id, *rest in operations:
+        if verb == "add":
+            if request_id % 3 == tenant:
+                values |= {value + i for i in range(rest[0])}
+            value += rest[0]
+    return values
+
+
+def test_the_bytes_of_a_forgotten_stretch_are_in_no_tensor():
+    # Catches a field that is not wiped: facts, log-probabilities, kinds.
+    buffer = make_buffer(capacity_positions=24, reservoir_fraction=0.5)
+    secret = [123_456_789, 987_654_321, 555_444_333, 222_111_000]
+    for i in range(12):
+        stretch = make_stretch([1e3 + i] * 4, request_id=i, num_drafted=4, tenant="leaver" if i % 2 else "")
+        stretch.token_ids_W = torch.tensor(secret) + i
+        stretch.draft_token_ids_W = torch.tensor(secret) - i
+        stretch.draft_log_probs_W = torch.full((4,), -7.0 - i)
+        buffer.add(stretch)
+    assert buffer.forget_tenant("leaver") > 0
+    assert buffer.forget_tenant("") > 0
+    assert len(buffer) == buffer.num_tenants == 0
+    assert not any(buffer.state_dict()[name].any() for name in ("hidden", "target_hidden", "log_prob", "facts", "kind"))
+
+
+# Shares.
+
+
+def shares_of(batch: ReplayBatch) -> dict[int, float]:
+    """Share of the blocks that could start by tenant, where a row's value is the tenant's number."""
+    drawn = [int(value) for value in starts(batch)]
+    return {tenant: drawn.count(tenant) / len(drawn) for tenant in set(drawn)}
+
+
+@pytest.mark.parametrize("reservoir_fraction", [0.0, 0.5])
+def test_a_hostile_key_with_nearly_all_positions_fills_a_fifth_of_every_batch(reservoir_fraction):
+    # Catches a cap on average only, and blocks masked instead of drawn from others.
+    buffer = make_buffer(capacity_positions=800, reservoir_fraction=reservoir_fraction)
+    for i in range(190):
+        buffer.add(make_stretch([9.0] * SEGMENT_LEN, request_id=i, tenant="hostile", num_drafted=4))
+    for i in range(10):
+        tenant = i % 5
+        # The second segment of each has one position that a block can start at.
+        buffer.add(make_stretch([float(tenant)] * 2, request_id=1000 + i, start_position=i // 5, tenant=f"{tenant}"))
+    for seed in range(50):
+        batch = sample(buffer, 32, seed=seed, max_tenant_share=0.2)
+        shares = shares_of(batch)
+        assert batch.mask_NT[:, 0].all()
+        assert set(shares) == {0, 1, 2, 3, 4, 9} and shares[9] <= 0.2
+    assert shares_of(sample(buffer, 320))[9] > 0.8
+
+
+def test_fewer_tenants_than_the_share_allows_for_divide_a_batch_evenly():
+    # Catches blocks left empty because three times a fifth is not the whole.
+    buffer = make_buffer(capacity_positions=400, reservoir_fraction=0.0)
+    for i in range(60):
+        tenant = i if i in (1, 2) else 0
+        buffer.add(make_stretch([float(tenant)] * 3, request_id=i, tenant=str(tenant)))
+    batch = sample(buffer, 32, max_tenant_share=0.2)
+    assert batch.mask_NT[:, 0].all()
+    assert all(0.3 <= share <= 11 / 32 for share in shares_of(batch).values())
+
+
+def test_what_one_tenant_stores_alone_is_drawn_as_if_there_were_no_shares():
+    # Catches a server without keys whose runs changed, and a share of 1 that is not "off".
+    buffer = make_buffer(capacity_positions=40, reservoir_fraction=0.5)
+    for i in range(20):
+        buffer.add(make_stretch([float(i)] * 3, request_id=i))
+    one, other = sample(buffer), sample(buffer, max_tenant_share=0.2)
+    assert all(tensor.equal(getattr(other, name)) for name, tensor in vars(one).items())
+
+
+def test_tenants_below_the_cap_are_drawn_in_proportion_and_their_blocks_are_aligned_alike():
+    # Catches an equal share for all, and tenants that always come in the aligned half of a batch.
+    buffer = make_buffer(capacity_positions=400, reservoir_fraction=0.0)
+    for i in range(60):
+        tenant = 1 if i % 4 == 0 else 2
+        buffer.add(make_stretch([float(tenant)] * 4, request_id=i, num_drafted=4, tenant=str(tenant)))
+    counts, aligned = [], []
+    for seed in range(100):
+        batch = sample(buffer, 16, seed=seed, max_tenant_share=0.8)
+        is_one_N = batch.hidden_NTD[:, 0, 0] == 1
+        counts.append(int(is_one_N.sum()))
+        aligned.append(int(is_one_N[:8].sum()))
+    assert counts == [4] * 100
+    assert 1.5 < sum(aligned) / 100 < 2.5  # half of 4; 0 or 4 if tenants came in order
+
+
+def test_another_tenants_request_of_the_same_number_does_not_go_on_with_a_segment():
+    # Catches request numbers that begin anew after a restart: the segment would belong to two keys.
+    buffer = make_buffer(reservoir_fraction=0.0)
+    buffer.add(make_stretch([1.0, 2.0], tenant="a"))
+    buffer.add(make_stretch([3.0], start_position=2, tenant="b"))
+    assert buffer.forget_tenant("a") == 2 and len(buffer) == 1
 
 
 @pytest.mark.parametrize("part", ["hidden_WD", "target_hidden_WD", "draft_log_probs_W"])

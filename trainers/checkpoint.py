@@ -21,7 +21,7 @@ from typing import IO
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dvi.adapter_store import staged_folder, sync, write_tensors
+from dvi.durable import ANYONE, OWNER_ONLY, staged_folder, sync, write_tensors
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "tensors.safetensors"
@@ -57,8 +57,15 @@ class CheckpointStore:
         """Lets another store have the folder."""
         self._lock.close()
 
-    def save(self, state: dict[str, object], step: int) -> Path:
+    @property
+    def next_step(self) -> int:
+        """A step that `save` takes and that is newer than all others, for runs that have no number of their own."""
+        return max((step for step in self._steps() if step not in self._damaged), default=0) + 1
+
+    def save(self, state: dict[str, object], step: int, *, is_private: bool = False) -> Path:
         """Writes a checkpoint, then removes those beyond `keep`. When it returns, a power cut cannot undo it.
+
+        is_private: only the owner of the process can read it.
 
         state holds tensors, None, booleans, numbers and strings in dicts, lists and tuples of any depth; the keys of
         dicts may be any of these plain values. Subclasses of dict come back as dicts; other types raise TypeError.
@@ -75,13 +82,21 @@ class CheckpointStore:
         tensors: dict[str, Tensor] = {}
         tree = {"format_version": FORMAT_VERSION, "step": step, "state": _flatten(state, tensors, "state")}
         path = self._path(step)
-        with staged_folder(path) as staging:
+        with staged_folder(path, mode=OWNER_ONLY if is_private else ANYONE) as staging:
             write_tensors(staging / TENSORS_FILE, tensors)
             (staging / TREE_FILE).write_text(json.dumps(tree), encoding="utf-8")
             (staging / SUMS_FILE).write_bytes(_sum_line(staging / TENSORS_FILE) + _sum_line(staging / TREE_FILE))
         self._damaged.discard(step)
         self._prune()
         return path
+
+    def keep_only(self, step: int) -> None:
+        """Removes every other checkpoint, also what a crash or a failed save left of one; OSError when one stays."""
+        self._settle()
+        for other in self._steps():
+            if other != step:
+                shutil.rmtree(self._path(other))
+        sync(self.folder)
 
     def load_latest(self) -> tuple[dict[str, object], int] | None:
         """(state, step) of the newest checkpoint that is whole; None when there is none.

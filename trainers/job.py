@@ -21,8 +21,9 @@ import torch
 from rich.console import Console
 
 from dvi.adapter_store import load_drafter, read_manifest
-from dvi.config import TrainConfig, load_config, write_provenance
+from dvi.config import ServeConfig, TrainConfig, load_config, write_provenance
 from dvi.drafter import DrafterConfig
+from dvi.durable import surviving_folder
 from dvi.records import GenerationResult, SamplingParams, Transitions, UpdateReport
 from dvi.speculator import SelfSpeculator
 from dvi.telemetry import METRICS_FILE, MetricsWriter, plot_acceptance, read_metrics
@@ -69,7 +70,7 @@ def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
         return job.run()
 
 
-def build_speculator(config: TrainConfig) -> SelfSpeculator:
+def build_speculator(config: TrainConfig | ServeConfig) -> SelfSpeculator:
     """The speculator of these settings, its drafter untrained or as drafter.adapter has it."""
     model, drafter, draft = config.model, config.drafter, config.draft
     shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
@@ -78,28 +79,38 @@ def build_speculator(config: TrainConfig) -> SelfSpeculator:
         device=model.device, adapter=drafter.adapter, mode=model.mode, path=model.path_kind, policy=draft.policy,
         num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
         seed=config.train.seed,
+        trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,
     )
 
 
 def load_run(folder: str | Path, *, model: str | None = None) -> tuple[SelfSpeculator, dict, dict]:
     """The speculator of a run with its final drafter, or its newest checkpoint's; the drafter's metrics; the settings.
 
+    The run is `dvi train`'s or a server's that has ended; a server's metrics say how its drafter came about.
     model: another path of the base model. Raises ValueError when the folder holds neither.
     """
     folder = Path(folder)
-    config = load_config(folder / "config.yaml", [] if model is None else [f"model.path={json.dumps(model)}"])
+    config = _run_config(folder, [] if model is None else [f"model.path={json.dumps(model)}"])
     settings = dataclasses.asdict(config)
-    if (folder / DRAFTER).is_dir():
-        manifest = read_manifest(folder / DRAFTER)
-        config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, adapter=str(folder / DRAFTER)))
-        return build_speculator(config), manifest.metrics, settings
+    final = surviving_folder(folder / DRAFTER)
+    if final.is_dir():
+        config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, adapter=str(final)))
+        return build_speculator(config), read_manifest(final).metrics, settings
     with CheckpointStore(folder / CHECKPOINTS) as store:
         saved = store.load_latest()
     if saved is None or saved[0]["trainer"] is None:
         raise ValueError(f"{folder} must hold a drafter or a checkpoint with one; let the run reach its first")
     speculator = build_speculator(config)
-    OnlineTrainer(speculator, config.train).load_state_dict(saved[0]["trainer"])
-    return speculator, {}, settings
+    trainer = OnlineTrainer(speculator, config.train)
+    trainer.load_state_dict({"replay": trainer.replay.state_dict()} | saved[0]["trainer"])  # a server may have none
+    return speculator, saved[0].get("provenance", {}), settings
+
+
+def _run_config(folder: Path, overrides: Iterable[str] = ()) -> TrainConfig | ServeConfig:
+    """The settings that a run left in its folder."""
+    path = folder / "config.yaml"
+    is_server = path.is_file() and "\nserve:\n" in path.read_text(encoding="utf-8")
+    return load_config(path, overrides, schema=ServeConfig if is_server else TrainConfig)
 
 
 class TrafficPosition:

@@ -1,41 +1,42 @@
 """OnlineTrainer: learns a drafter from the verdicts of serving, a little at a time, and publishes it between rounds.
 
-Knows transitions, replay, losses and the drafter's parameters; knows nothing of decoding, so it is tested with random
-tensors. The learner owns a second copy of the drafter's parameters: what serves changes only in `_publish`.
+Knows transitions, replay, steps and versions; knows nothing of decoding, so it is tested with random tensors. What
+learns is a copy, the `Student`: what serves changes only in `_publish`.
 """
-# N blocks, T positions of a block, D hidden, V draft vocabulary.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
+from collections import Counter
+from collections.abc import Generator, Iterator
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dvi import losses
 from dvi.config import LearningSettings
-from dvi.drafter import MAX_DEPTH, build_drafter
+from dvi.drafter import MAX_DEPTH
 from dvi.loss_schedule import LossSchedule
 from dvi.losses import RewardBaseline
-from dvi.records import ReplayBatch, Transitions, UpdateReport
+from dvi.records import DrafterVersion, ReplayBatch, Transitions, UpdateReport
 from dvi.replay import ReplayBuffer
+from trainers.budget import TimeBudget
 from trainers.drift import AcceptanceTrend
+from trainers.student import Student, copy_state
+from trainers.versions import Snapshot, State, VersionHistory
 
 MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the first step: below it, batches repeat
-CREDIT_CAP_S = 0.5  # unused training time that may be saved up: a quiet minute must not buy a stalled one
 CANARY_BLOCKS = 256  # fewer, and the score's noise alone looks like a loss of a tenth
-IDLE_SHARE = 0.1  # of the time budget that is still used once acceptance has settled
+SETTLED_PART = 0.1  # of the time budget that is still used once acceptance has settled
 
 
 class OnlineTrainer:
     """A `Learner` for the drafter of one speculator.
 
-    num_steps       optimizer steps made; num_skipped those whose loss or gradient was not finite; num_rollbacks the
-                    returns to the best drafter so far.
+    num_steps       optimizer steps made; num_skipped those whose loss, gradient or weights were not finite.
+    num_rollbacks   returns to earlier weights, by the trainer or by `rollback`.
+    num_noop_swaps  publishes left out because the weights served already.
     train_s         seconds spent in steps, publishing and canaries included.
     last_report     the newest step's UpdateReport; None before the first.
     """
@@ -44,11 +45,7 @@ class OnlineTrainer:
         """speculator: anything with `split` and `drafter`. Raises ValueError for settings that do not fit it."""
         self.config = config = config or LearningSettings()
         self._split, self._live = speculator.split, speculator.drafter
-        head = self._live.draft_head
-        drafter = build_drafter(self._split, self._live.config, draft_token_ids_V=head.draft_token_ids_V)
-        drafter.load_state_dict(self._live.state_dict())
-        self.accelerator = Accelerator(cpu=self._split.device.type == "cpu")
-        self._prepare(drafter)
+        self._student = Student(self._split, self._live, config)
         self.replay = ReplayBuffer(
             capacity_positions=config.replay_positions, hidden_size=self._split.hidden_size, max_block=config.block_len,
             dtype=self._split.dtype, device=self._split.device, reservoir_fraction=config.reservoir_fraction,
@@ -59,29 +56,29 @@ class OnlineTrainer:
         )
         self.baseline = RewardBaseline(MAX_DEPTH, device=self._split.device)
         self.trend = AcceptanceTrend()
+        self.budget = TimeBudget(config.budget, rounds_per_step=config.rounds_per_step, now_s=time.perf_counter())
         self.token_counts_V = torch.zeros(self._split.vocab_size, dtype=torch.int64, device=self._split.device)
         self._generator = torch.Generator().manual_seed(config.seed)
-        self.num_steps = self.num_skipped = self.num_rollbacks = 0
+        self.num_steps = self.num_skipped = self.num_rollbacks = self.num_noop_swaps = 0
         self.train_s = 0.0
         self.last_report: UpdateReport | None = None
+        self._work: Iterator[UpdateReport | None] | None = None  # the step in progress
+        self._work_s = 0.0
+        self._unreported: UpdateReport | None = None
         self._version = self._live.version
-        self._rounds_since_step = self._tokens_counted = 0
-        self._drafted_since_step = self._accepted_since_step = 0
-        self._best_state = _copy_state(self._drafter)
-        self.restart_clock()
+        self._tokens_counted = self._drafted_since_step = self._accepted_since_step = 0
+        self._history = VersionHistory(Snapshot(self._student.copy_state(), step=0))
+        # An adapter that has learnt before goes on from its version.
+        self._history.add(self._version, self._history.best, "resume" if self._version else "initial")
 
     def restart_clock(self) -> None:
         """Forgets saved-up training time: after a pause in which nothing was served, or a resume."""
-        self._credit_s, self._clock_s = 0.0, time.perf_counter()
-
-    def _prepare(self, drafter: nn.Module) -> None:
-        config = self.config
-        optimizer = torch.optim.AdamW(drafter.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        self._model, self._optimizer = self.accelerator.prepare(drafter, optimizer)
+        self.budget.restart(time.perf_counter())
 
     @property
     def _drafter(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self._model)
+        """The learner's copy."""
+        return self._student.drafter
 
     # Learner protocol
 
@@ -100,90 +97,215 @@ class OnlineTrainer:
                 # Not bincount: on a GPU it waits for the device.
                 self.token_counts_V.index_add_(0, stretch.token_ids_W, torch.ones_like(stretch.token_ids_W))
                 self._tokens_counted += len(stretch)
-        self._rounds_since_step += any(not s.is_prefill for s in transitions)
+        if any(not s.is_prefill for s in transitions):
+            self.budget.owe_round()
         self._drafted_since_step += num_drafted
         self._accepted_since_step += num_accepted
         if self.trend.observe(num_drafted, num_accepted):
             self.schedule.reset(self.num_steps)
         seconds = time.perf_counter() - start_s
         self.train_s += seconds
-        self._credit_s -= seconds
+        self.budget.charge(seconds)
 
-    def step_if_due(self) -> UpdateReport | None:
-        """One optimizer step if enough rounds have passed and the time budget has room for it."""
-        now = time.perf_counter()
-        share = self.config.budget * (IDLE_SHARE if self.trend.is_settled else 1.0)
-        self._credit_s = min(self._credit_s + share * (now - self._clock_s), CREDIT_CAP_S)
-        self._clock_s = now
-        if not self._is_due():
-            return None
-        report = self.step()
-        self._clock_s = time.perf_counter()
-        if self.config.budget < 1:  # a budget of 1 is no budget: steps follow rounds alone and can be reproduced
-            self._credit_s -= report.seconds * (1 - share)
+    def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
+        """One piece of an optimizer step, or without slices a whole one, if a step is owed and there is time for it.
+
+        Returns the report of the step that this call finished. While is_idle the time costs nothing, see TimeBudget.
+        """
+        has_time = self.budget.allows(
+            time.perf_counter(), is_idle=is_idle, part=SETTLED_PART if self.trend.is_settled else 1.0
+        )
+        report, self._unreported = self._unreported, None
+        if has_time and self.is_busy:
+            before_s = self.train_s
+            # Both at once there cannot be: the first piece of a step is not its last.
+            report = (self._do_piece() if self.config.blocks_per_slice else self.step()) or report
+            if not is_idle:
+                self.budget.charge(self.train_s - before_s)
         return report
 
-    def _is_due(self) -> bool:
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step is in progress, or is owed and there is enough experience for it."""
         has_data = len(self.replay) >= MIN_POSITIONS_PER_BLOCK * self.config.blocks_per_step
-        has_time = self.config.budget >= 1 or self._credit_s > 0
-        return has_data and has_time and self._rounds_since_step >= self.config.rounds_per_step
+        return self._work is not None or (has_data and self.budget.is_step_owed)
+
+    def versions(self) -> list[DrafterVersion]:
+        """The latest published versions, oldest first; the last one is live."""
+        return self._history.records()
+
+    def rollback(self, version: int | None = None) -> DrafterVersion:
+        """Publishes the weights of a kept version again, under a new number; None is the best so far.
+
+        Learning goes on from them, with an optimizer that starts afresh, and they are the best so far from now on:
+        what was fled from can only be learnt again. Drops the step in progress.
+        Raises ValueError for a version that is not kept, and when the live weights are those already.
+        """
+        snapshot = self._history.best if version is None else self._history.snapshot(version)
+        if self._serves(snapshot.state):
+            raise ValueError(
+                f"version must have other weights than the live version {self._version}, "
+                f"got {'the best so far' if version is None else version}, which has the same"
+            )
+        self._work = None
+        self._history.best = snapshot
+        self._return_to_best()
+        self._publish(snapshot, "rollback")
+        return self.versions()[-1]
+
+    def forget(self, tenant: str) -> int:
+        """Drops and wipes all stored experience of one API key; returns the number of positions dropped.
+
+        Drops the step in progress too: its batch may hold some. What the weights have learnt stays in them.
+        """
+        self._work = None
+        return self.replay.forget_tenant(tenant)
+
+    def stats(self) -> dict[str, float]:
+        """Counts, seconds, bytes and positions, for metrics."""
+        return {
+            "steps": float(self.num_steps),
+            "skipped": float(self.num_skipped),
+            "rollbacks": float(self.num_rollbacks),
+            "noop_swaps": float(self.num_noop_swaps),
+            "train_s": self.train_s,
+            "steps_owed": self.budget.rounds_owed / self.budget.rounds_per_step,
+            "replay_positions": float(len(self.replay)),
+            "replay_capacity": float(self.replay.capacity),
+            "replay_bytes": float(self.replay.num_bytes),
+            "replay_tenants": float(self.replay.num_tenants),
+            "refused_positions": float(self.replay.num_refused),
+            "acceptance_trend": self.trend.fast,
+            "drifts": float(self.trend.num_drifts),
+            "is_settled": float(self.trend.is_settled),
+        }
 
     # Learning
 
     def step(self) -> UpdateReport:
-        """One optimizer step on a sample of the replay, published when its turn has come."""
+        """A whole optimizer step on a sample of the replay, or the rest of the one in progress."""
+        while (report := self._do_piece()) is None:
+            pass
+        return report
+
+    def _do_piece(self) -> UpdateReport | None:
+        """Works on the step in progress, or on a new one, up to the end of a piece; the report when it is done."""
         start_s = time.perf_counter()
-        config = self.config
+        if self._work is None:
+            self._work_s = 0.0
+        # Not kept meanwhile: a step that raises is over.
+        work, self._work = self._work or self._step_in_pieces(), None
+        report = next(work)
+        seconds = time.perf_counter() - start_s
+        self.train_s += seconds
+        self._work_s += seconds
+        if report is None:
+            self._work = work
+        else:
+            report.seconds = self._work_s
+            self.last_report = report
+        return report
+
+    def _step_in_pieces(self) -> Iterator[UpdateReport | None]:
+        """None after each piece of an optimizer step, at the end its report; published when its turn has come.
+
+        Nothing that serves is touched before the last piece, which finds out whether all went well and publishes in
+        one go. A step dropped before that was not counted; it may have moved the learner's own copy.
+        """
+        config, student = self.config, self._student
         if self._is_trim_due():
             self._trim(self.token_counts_V.topk(self._live.config.draft_vocab_size).indices)
+        self.budget.pay_step()
         acceptance = self._accepted_since_step / self._drafted_since_step if self._drafted_since_step else None
+        self._drafted_since_step = self._accepted_since_step = 0
         weights = self.schedule.weights(self.num_steps, acceptance)
-        batch = self.replay.sample(
-            config.blocks_per_step, config.block_len, current_version=self._version, generator=self._generator
-        )
-        total, values = self._loss(batch, weights)
-        self._optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(total)
-        grad_norm = float(self.accelerator.clip_grad_norm_(self._model.parameters(), config.clip_norm))
-        skipped = None
-        if math.isfinite(float(total.detach())) and math.isfinite(grad_norm):
-            self._optimizer.step()
+        batch = self._sample(config.blocks_per_step, self._generator)
+        student.clear_gradient()
+        total, values = torch.zeros((), device=self._split.device), Counter()
+        for part in self._slices(batch):
+            part_total, part_values = student.add_gradient(part, whole=batch, weights=weights, baseline=self.baseline)
+            total += part_total
+            values.update(part_values)
+            yield None
+        grad_norm, skipped, scores = student.clip_gradient(), None, None
+        if math.isfinite(float(total)) and math.isfinite(grad_norm):
+            student.update()
             self.baseline.update(batch.reward_NT, batch.has_reward_NT)
-            if not self._is_finite():
-                skipped = "weights not finite after the step"
+            if (self.num_steps + 1) % config.steps_per_canary == 0:
+                scores = yield from self._canary()
+            yield None
+            if not student.is_finite():
+                skipped = "weights or moments not finite after the step"
         else:
             skipped = "loss or gradient not finite"
+        self.num_steps += 1
         if skipped is not None:
             self.num_skipped += 1
             self._return_to_best()
-        self.num_steps += 1
-        self._rounds_since_step = self._drafted_since_step = self._accepted_since_step = 0
-        is_published = skipped is None and self.num_steps % config.steps_per_publish == 0
-        if skipped is None and self.num_steps % config.steps_per_canary == 0:
-            is_published = self._passes_canary() and is_published
-        if is_published:
-            self._publish()
-        seconds = time.perf_counter() - start_s
-        self.train_s += seconds
-        self.last_report = UpdateReport(
+        is_published = skipped is None and self._settle(scores)
+        yield UpdateReport(
             step=self.num_steps, drafter_version=self._version, phase=self.schedule.phase(self.num_steps - 1),
             losses={name: float(value) for name, value in values.items()}, weights=weights, grad_norm=grad_norm,
-            num_positions=int(batch.mask_NT.sum()), seconds=seconds, published=is_published, skipped_reason=skipped,
+            num_positions=int(batch.mask_NT.sum()), seconds=0.0, published=is_published, skipped_reason=skipped,
         )
-        return self.last_report
 
-    def _loss(self, batch: ReplayBatch, weights: object) -> tuple[Tensor, dict[str, Tensor]]:
-        draft_head = self._drafter.draft_head
-        draft_logits_NTV = self._model(batch.hidden_NTD, batch.anchor_ND)
-        with torch.no_grad():
-            target_logits_NTV = draft_head.gather_logits(self._split.head(batch.target_hidden_NTD))
-        # What was drafted before the head was trimmed may be out of its reach by now.
-        batch.has_reward_NT &= draft_head.can_draft(batch.action_NT)
-        batch.action_NT = draft_head.to_draft_ids(batch.action_NT).where(batch.has_reward_NT, 0)
-        return losses.compute(
-            draft_logits_NTV, target_logits_NTV, batch, weights=weights, baseline_T=self.baseline.values_T,
-            target_temperature=self.config.target_temperature,
+    def _sample(self, num_blocks: int, generator: torch.Generator) -> ReplayBatch:
+        """Blocks with the actions as draft ids; their tensors are copies, whatever becomes of the replay."""
+        batch = self.replay.sample(
+            num_blocks, self.config.block_len, current_version=self._version, generator=generator,
+            max_tenant_share=self.config.max_tenant_share,
         )
+        self._student.map_actions(batch)
+        return batch
+
+    def _slices(self, batch: ReplayBatch) -> Iterator[ReplayBatch]:
+        """The batch in parts of blocks_per_slice blocks, or the whole of it."""
+        num_blocks = len(batch.mask_NT)
+        size = self.config.blocks_per_slice or num_blocks
+        for first in range(0, num_blocks, size):
+            yield ReplayBatch(**{name: tensor[first : first + size] for name, tensor in vars(batch).items()})
+
+    # Canary
+
+    def _canary(self) -> Generator[None, None, tuple[float, float]]:
+        """Scores of the learner's drafter and of the best so far on the same stored blocks, a piece at a time.
+
+        The score is the expected accepted prefix of a block: sum over depths of the product of agreements so far.
+        """
+        batch = self._sample(CANARY_BLOCKS, torch.Generator().manual_seed(self.num_steps + 1))
+        totals = torch.zeros(2, dtype=torch.int64, device=self._split.device)
+        for part in self._slices(batch):
+            yield None
+            totals += self._student.accepted_prefixes(part, self._history.best.state)
+        learner, best = totals.tolist()
+        return learner / CANARY_BLOCKS, best / CANARY_BLOCKS
+
+    def _settle(self, scores: tuple[float, float] | None) -> bool:
+        """Ends a finite step: back to the best after a canary that was lost, else published when its turn has come.
+
+        scores: what `_canary` gave, None when it was not its turn. Returns whether the step's weights were published.
+        """
+        config, history = self.config, self._history
+        candidate, best = (None, None) if scores is None else scores
+        if scores is not None and candidate < best * (1 - config.canary_tolerance):
+            self._return_to_best()
+            if not self._serves(history.best.state):
+                history.best = dataclasses.replace(history.best, canary_score=best)
+                self._publish(history.best, "rollback")
+            return False
+        is_turn = self.num_steps % config.steps_per_publish == 0
+        is_best = scores is not None and candidate >= best
+        if not (is_turn or is_best):
+            return False
+        snapshot = Snapshot(self._student.copy_state(), self.num_steps, candidate)
+        if is_best:
+            history.best = snapshot
+        if is_turn and self._serves(snapshot.state):
+            self.num_noop_swaps += 1
+            return False
+        if is_turn:
+            self._publish(snapshot, "learner")
+        return is_turn
 
     def _is_trim_due(self) -> bool:
         is_whole = self._live.draft_head.draft_token_ids_V is None
@@ -191,107 +313,83 @@ class OnlineTrainer:
         return is_wanted and is_whole and self._tokens_counted >= self.config.tokens_before_trim
 
     def _trim(self, token_ids_V: Tensor) -> None:
-        """Trims the head of every copy to these tokens; the optimizer starts afresh, its moments had other shapes."""
-        drafter = self._drafter
-        drafter.load_state_dict(self._best_state)
-        for module in (self._live, drafter):
-            module.draft_head.trim(token_ids_V)
-        self._prepare(drafter)
-        self._best_state = _copy_state(drafter)
-        self._publish()
+        """Trims the head of every copy to these tokens; learning goes on from the best weights, cut down."""
+        self._student.restart_from(self._history.best.state)
+        self._student.trim(token_ids_V)
+        self._live.draft_head.trim(token_ids_V)
+        self._history.drop_weights()
+        self._history.best = Snapshot(self._student.copy_state(), self.num_steps)
+        self._publish(self._history.best, "learner")
 
-    def _is_finite(self) -> bool:
-        return bool(torch.stack([p.detach().sum() for p in self._drafter.parameters()]).isfinite().all())
+    def _serves(self, state: State) -> bool:
+        """Whether the serving drafter has these weights."""
+        live = self._live.state_dict()
+        return all(torch.equal(live[name], tensor) for name, tensor in state.items())
 
-    def _publish(self) -> None:
+    def _publish(self, snapshot: Snapshot, source: str) -> None:
+        """Makes the learner's weights serve under a new number. snapshot: a copy of them."""
         self._version += 1
         self._live.publish(self._drafter, self._version)
-
-    @torch.no_grad()
-    def _passes_canary(self) -> bool:
-        """Holds the learner's drafter against the best so far on the same stored blocks; returns to it after a loss.
-
-        The score is the expected accepted prefix of a block: sum over depths of the product of agreements so far.
-        """
-        generator = torch.Generator().manual_seed(self.num_steps)
-        batch = self.replay.sample(
-            CANARY_BLOCKS, self.config.block_len, current_version=self._version, generator=generator
-        )
-        target_logits_NTV = self._drafter.draft_head.gather_logits(self._split.head(batch.target_hidden_NTD))
-        target_NT = target_logits_NTV.argmax(-1)
-
-        def score() -> float:
-            agrees_NT = (self._drafter(batch.hidden_NTD, batch.anchor_ND).argmax(-1) == target_NT) & batch.mask_NT
-            return float(agrees_NT.long().cumprod(1).sum(1).double().mean())
-
-        candidate_state, candidate = _copy_state(self._drafter), score()
-        self._drafter.load_state_dict(self._best_state)
-        best = score()
-        if candidate < best * (1 - self.config.canary_tolerance):
-            self._return_to_best()
-            self._publish()
-            return False
-        self._drafter.load_state_dict(candidate_state)
-        if candidate >= best:
-            self._best_state = candidate_state
-        return True
+        self._history.add(self._version, snapshot, source)
 
     def _return_to_best(self) -> None:
-        """Back to the best parameters, with an optimizer that has forgotten how it got away from them."""
+        """The learner's copy goes back to the best weights; what serves does not change."""
         self.num_rollbacks += 1
-        self._drafter.load_state_dict(self._best_state)
-        self._optimizer.optimizer.state.clear()
+        self._student.restart_from(self._history.best.state)
 
     # Saving
 
     def state_dict(self) -> dict[str, object]:
-        """Everything an exact continuation needs, as nested dicts of tensors and plain numbers."""
+        """Everything an exact continuation needs, as nested dicts of tensors and plain numbers.
+
+        Finishes the step in progress; the next `step_if_due` reports it. Of the versions' weights it holds the live
+        ones and the best: the others are no longer kept after a resume.
+        """
+        if self._work is not None:
+            self._unreported = self.step()
         return {
-            "drafter": _copy_state(self._drafter),
-            "best": self._best_state,
-            "live": _copy_state(self._live),
-            "optimizer": self._optimizer.state_dict(),
+            **self._student.state_dict(),
+            "live": copy_state(self._live),
             "replay": self.replay.state_dict(),
+            "versions": self._history.state_dict(),
             "schedule": self.schedule.state_dict(),
             "baseline": self.baseline.state_dict(),
             "trend": self.trend.state_dict(),
             "token_counts": self.token_counts_V,
             "generator": self._generator.get_state(),
+            "rounds_owed": self.budget.rounds_owed,
             "counts": {name: getattr(self, name) for name in _COUNTS},
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continues where `state_dict` was taken, the serving drafter included. The time budget starts afresh."""
+        self._work = self._unreported = None
         token_ids_V = state["drafter"].get("draft_head.draft_token_ids_V")
         if token_ids_V is not None and self._live.draft_head.draft_token_ids_V is None:
             self._trim(token_ids_V.to(self._split.device))
         self.token_counts_V.copy_(state["token_counts"])
-        self._drafter.load_state_dict(state["drafter"])
-        self._best_state = {name: tensor.clone() for name, tensor in state["best"].items()}
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._student.load_state_dict(state)
         self.replay.load_state_dict(state["replay"])
         self.schedule.load_state_dict(state["schedule"])
         self.baseline.load_state_dict(state["baseline"])
         self.trend.load_state_dict(state["trend"])
         self._generator.set_state(state["generator"])
+        self.budget.rounds_owed = state["rounds_owed"]
         for name, value in state["counts"].items():
             setattr(self, name, value)
         self._live.load_state_dict(state["live"])
+        self._history.load_state_dict(state["versions"], copy_state(self._live))
         self._live.publish(self._live, self._version)
         self.restart_clock()
 
 
 _COUNTS = (
-    "num_steps", "num_skipped", "num_rollbacks", "train_s", "_version", "_rounds_since_step", "_drafted_since_step",
+    "num_steps", "num_skipped", "num_rollbacks", "num_noop_swaps", "train_s", "_version", "_drafted_since_step",
     "_accepted_since_step", "_tokens_counted",
 )
 
 
 _COLUMNS = ("token_ids_W", "hidden_WD", "target_hidden_WD", "draft_token_ids_W", "draft_log_probs_W")
-
-
-def _copy_state(module: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(module.state_dict())
 
 
 def _tail(stretch: Transitions) -> Transitions:

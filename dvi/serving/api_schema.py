@@ -1,0 +1,313 @@
+"""The bodies that clients send, and the settings of requests that follow from them.
+
+Knows the fields of OpenAI's completions API, the server's limits and error words; knows nothing of HTTP connections,
+text or the engine. What changes an answer and is not supported is refused, never passed over; what does not change it
+(`user`, `metadata`, `store` ... and fields nobody knows) is accepted. Whatever a client sent is never repeated whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from dvi.config import DraftSettings, RequestSettings, ServeSettings
+from dvi.records import SamplingParams
+from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice
+from dvi.speculator import GOODPUT_BUCKETS
+
+MAX_DRAFT_TOKENS = GOODPUT_BUCKETS[-1]
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below: logits / temperature overflows, and it is greedy all the same
+MAX_PENALTY = 100.0
+SEED_SPAN = 2**62
+
+# A template is code. One from a client is refused under every name and at every depth.
+_TEMPLATE_FIELDS = {"chat_template", "chat_template_kwargs", "chat_template_args", "jinja_template"}
+# Fields that would change the answer, with the values at which they do not.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
+    "functions": ([],), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+    "echo": (False,), "suffix": ("",), "best_of": (1,), "modalities": (["text"],), "audio": (), "prediction": (),
+    "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (),
+    "use_beam_search": (False,), "prompt_logprobs": (), "prompt_embeds": (), "min_tokens": (0,), "bad_words": ([],),
+    "allowed_token_ids": (), "truncate_prompt_tokens": (), "continue_final_message": (False,),
+    "add_generation_prompt": (True,), "documents": ([],), "length_penalty": (1,), "typical_p": (1,),
+    "skip_special_tokens": (True,), "template": (), "reasoning_effort": ("none",), "web_search_options": (),
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer other than 2xx: OpenAI's error object. `code` also names the reason in the metrics."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, *, param: str | None = None, status: int = 400) -> ApiError:
+    return ApiError(status, message, code="invalid_request", param=param)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class DviOptions(BaseModel):
+    """Our own part of a request: how it is drafted for, whether it is learnt from, and a label for the figures."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+    policy: Literal["auto", "fixed", "confidence", "goodput"] | None = None
+    num_draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | None = None
+    train: bool = True
+    domain: Annotated[str, Field(pattern=r"\A[a-z0-9_-]{0,32}\z")] = ""
+
+
+class GenerationBody(_Body):
+    """What both endpoints share. None is the server's default, but for `seed`: without one the draws are fresh."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | Texts | None = Field(None, description="a text or a list of texts")
+    stop_token_ids: TokenIds | None = None
+    seed: int | None = None
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, Field(lt=2**31)] | None = None
+    min_p: float | None = None
+    presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1 / MAX_PENALTY, le=MAX_PENALTY)] | None = None
+    ignore_eos: bool | None = None
+    dvi: DviOptions = DviOptions()
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_answers(self) -> int:
+        """Answers to each prompt."""
+        return 1 if self.n is None else self.n
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions. logprobs: how many likeliest tokens to give beside the chosen one."""
+
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
+        description="a text, a list of texts, token ids, or a list of token ids"
+    )
+    logprobs: int | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts one by one: a text or token ids each."""
+        is_single = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
+        return [self.prompt] if is_single else self.prompt
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One turn. Other fields than these two do not reach the template."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] = Field(
+        description="a list of {role, content}: role system, developer, user or assistant, content text"
+    )
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class NameBody(BaseModel):
+    """An admin's choice of an adapter."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+    name: str
+
+
+class VersionBody(BaseModel):
+    """An admin's choice of a drafter version; None leaves it to the server."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+    version: int | None = None
+
+
+class KeyBody(BaseModel):
+    """An admin's choice of an API key, by its name."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+    key: str
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_body(content: bytes, schema: type[Body]) -> Body:
+    """The body that this JSON text holds. Raises ApiError 400 naming the field that is wrong."""
+    try:
+        document = from_json(content, allow_inf_nan=False)
+    except ValueError as error:  # also NaN, lone surrogates, too deep nesting and endless numbers
+        raise invalid(f"the body must be valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise invalid("the body must be a JSON object")
+    if issubclass(schema, GenerationBody):
+        _refuse_unsupported(document)
+    try:
+        return schema.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        path = [str(part) for part in first["loc"]]
+        if (field := schema.model_fields.get(path[0])) is not None and field.description is not None:
+            path, problem = path[:1], f"must be {field.description}"  # of several types, each with its own complaint
+        else:
+            problem = first["msg"].replace("Input should be", "must be", 1)
+        raise invalid(f"{'.'.join(path)}: {problem}"[:300], param=path[0]) from None
+
+
+def sampling_params(body: GenerationBody, defaults: RequestSettings, *, max_new_tokens: int) -> list[SamplingParams]:
+    """The settings of each answer of this body, prompt by prompt: answer i draws with seed + i.
+
+    With a seed, and a temperature, the answer's tokens are a function of seed and prompt whatever the drafter has
+    learnt meanwhile (shared Gumbel noise); without one draws are fresh and rejection sampling accepts more.
+    max_new_tokens: of these answers, see `new_tokens`. Raises ApiError for what is out of bounds.
+    """
+    num_prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
+    num_answers = num_prompts * body.num_answers
+    chosen = {
+        name: getattr(body, name)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+        if getattr(body, name) is not None
+    }
+    stop = defaults.stop_strings if body.stop is None else (body.stop,) if isinstance(body.stop, str) else body.stop
+    if 0 < (body.temperature or 0) < MIN_TEMPERATURE:
+        raise invalid(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}", param="temperature")
+    seed = secrets.randbelow(SEED_SPAN - num_answers) if body.seed is None else body.seed
+    try:
+        first = SamplingParams(
+            **dataclasses.asdict(defaults) | chosen
+            | {"max_new_tokens": max_new_tokens, "stop_strings": tuple(stop), "seed": seed},
+            stop_token_ids=tuple(body.stop_token_ids or ()), ignore_eos=bool(body.ignore_eos),
+        )
+        if body.seed is not None and not first.is_greedy:
+            first = dataclasses.replace(first, coupling="gumbel")
+        return [dataclasses.replace(first, seed=seed + i) for i in range(num_answers)]
+    except ValueError as error:
+        raise invalid(str(error)[:300]) from None
+
+
+def draft_choice(body: GenerationBody, settings: DraftSettings, *, drafter: str = DEFAULT_DRAFTER) -> DraftChoice:
+    options = body.dvi
+    return DraftChoice(
+        drafter, options.policy or settings.policy,
+        settings.num_draft_tokens if options.num_draft_tokens is None else options.num_draft_tokens,
+    )
+
+
+def check_limits(body: GenerationBody, limits: ServeSettings) -> None:
+    """Raises ApiError for what is more than the server gives one request; before any text is tokenised."""
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    asked = {
+        "n": (body.num_answers, 1, limits.max_n),
+        "stop": (len(stop), 0, limits.max_stop),
+        "stop_token_ids": (len(body.stop_token_ids or ()), 0, limits.max_stop),
+        "logprobs": (body.num_logprobs or 0, 0, limits.max_logprobs),
+    }
+    num_prompts = 1
+    if isinstance(body, CompletionBody):
+        num_prompts = len(body.prompts)
+        asked["prompt"] = (num_prompts, 1, limits.max_prompts)
+    for name, (number, least, most) in asked.items():
+        if not least <= number <= most:
+            raise invalid(f"{name}: must be {least} to {most} here, got {_short(number)}", param=name)
+    if any(len(text) > limits.max_stop_chars for text in stop):
+        raise invalid(f"stop: strings must be at most {limits.max_stop_chars} characters long here", param="stop")
+    num_answers = num_prompts * body.num_answers
+    if num_answers > limits.max_waiting:
+        raise invalid(f"prompts times n must be at most {limits.max_waiting} here, got {num_answers}", param="n")
+
+
+def new_tokens(body: GenerationBody, defaults: RequestSettings, *, cap: int | None, room: int) -> int:
+    """How many tokens each answer may have. room: what the longest prompt leaves of the context.
+
+    The server's default shrinks to the room and the cap. Raises ApiError where the client asked for more than those.
+    """
+    name, asked = "max_tokens", body.max_tokens
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        name, asked = "max_completion_tokens", body.max_completion_tokens
+    most = min(room, math.inf if cap is None else cap)
+    if asked is None:
+        return min(defaults.max_new_tokens, most)
+    if not 1 <= asked <= most:
+        raise invalid(f"{name}: must be 1 to {most} for this prompt, got {_short(asked)}", param=name)
+    return asked
+
+
+def _refuse_unsupported(document: dict[str, Any]) -> None:
+    for name, harmless in _UNSUPPORTED.items():
+        value = document.get(name)
+        if value is not None and value not in harmless:
+            raise ApiError(400, f"{name} is not supported; leave it out", code="unsupported", param=name)
+    waiting: list[Any] = [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if found := _TEMPLATE_FIELDS & value.keys():
+                name = min(found)
+                message = f"{name} is refused: chats are rendered by the model's own template"
+                raise ApiError(400, message, code="unsupported", param=name)
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(item for item in value if isinstance(item, dict | list))
+
+
+def _short(number: int) -> str:
+    """A number as text; an absurd one does not fill the message."""
+    return str(number) if abs(number) < 10**18 else "a huge number"

@@ -1,0 +1,331 @@
+"""The HTTP application: OpenAI's endpoints, health and metrics.
+
+Ties bodies, prompts, the engine loop and replies together. Nothing a client sends reaches the engine before it is
+checked, and nothing is learnt from a request that may not be. Errors have OpenAI's shape, whatever raised them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from dvi.config import ServeConfig
+from dvi.serving.access import Access, ApiKey
+from dvi.serving.admin_api import admin_routes
+from dvi.serving.api_schema import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    check_limits,
+    draft_choice,
+    invalid,
+    new_tokens,
+    parse_body,
+    sampling_params,
+)
+from dvi.serving.dashboard import routes as dashboard_routes
+from dvi.serving.door import Door, error_response, read_body
+from dvi.serving.loop import EngineLoop
+from dvi.serving.prompts import PromptEncoder, TokenTexts
+from dvi.serving.replies import Reply
+from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, RequestOutput, Timeouts
+from dvi.serving.request import Request as EngineRequest
+
+VERSION_HEADER = "X-DVI-Drafter-Version"
+TRAIN_HEADER = "X-DVI-Train"
+POLL_S = 1.0  # how late a dead or hanging engine may be noticed
+GRACE_S = 5.0  # the engine ends late requests itself; where it hangs, the door does so much later
+
+
+def build_app(loop: EngineLoop, config: ServeConfig, access: Access) -> FastAPI:
+    """The application over a started loop. Closing it is the loop's owner's business.
+
+    Raises ValueError where the model has no tokenizer.
+    """
+    api = _Api(loop, config)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Door, access=access, max_body_bytes=config.serve.max_body_bytes, on_rejected=api.on_rejected)
+    app.add_exception_handler(ApiError, error_response)
+    app.add_exception_handler(HTTPException, _routing_error)
+    app.include_router(api.routes())
+    app.include_router(admin_routes(loop, config, access))
+    app.include_router(dashboard_routes(loop))
+    return app
+
+
+class _Api:
+    def __init__(self, loop: EngineLoop, config: ServeConfig) -> None:
+        self._loop, self._config = loop, config
+        speculator = loop.engine.speculator
+        if speculator.tokenizer is None:
+            raise ValueError(f"{config.model.path} has no tokenizer; a server needs one")
+        limits = loop.engine.scheduler.limits
+        self._context = min(speculator.max_positions, limits.max_positions - limits.headroom)
+        self._encoder = PromptEncoder(
+            speculator.tokenizer, vocab_size=speculator.split.vocab_size,
+            max_tokens=min(config.serve.max_prompt_tokens or self._context, self._context - 1),
+        )
+        self._token_text = TokenTexts(speculator.tokenizer).text
+        self._model_name = Path(config.model.path).name
+        self._started_s = int(time.time())
+        # One thread: text is tokenised beside the event loop, and a flood of long prompts takes one core at most.
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+
+    def on_rejected(self, code: str) -> None:
+        self._loop.monitor.on_rejected(code)
+
+    def routes(self) -> APIRouter:
+        router = APIRouter()
+        router.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
+        router.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], response_model=None)
+        router.add_api_route("/v1/models", self.models, methods=["GET"])
+        router.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        router.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
+        return router
+
+    # Endpoints
+
+    async def completions(self, request: Request) -> Response:
+        body = parse_body(await read_body(request), CompletionBody)
+        check_limits(body, self._config.serve)
+        return await self._answer(request, body, lambda: [self._encoder.encode(prompt) for prompt in body.prompts])
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = parse_body(await read_body(request), ChatBody)
+        check_limits(body, self._config.serve)
+        chat = [(message.role, message.text) for message in body.messages]
+        return await self._answer(request, body, lambda: [self._encoder.encode_chat(chat)])
+
+    async def models(self) -> dict[str, Any]:
+        adapters = sorted(set(self._loop.engine.drafters) - {DEFAULT_DRAFTER})
+        names = [self._model_name, *(f"{self._model_name}:{adapter}" for adapter in adapters)]
+        return {
+            "object": "list",
+            "data": [{"id": name, "object": "model", "created": self._started_s, "owned_by": "dvi"} for name in names],
+        }
+
+    async def health(self) -> JSONResponse:
+        """Open to everybody, so it tells states and no reasons."""
+        loop = self._loop
+        is_learner_well = loop.learner_error is None
+        status = "ok" if is_learner_well else "degraded"
+        if not loop.is_alive:
+            status = "dead"
+        elif loop.is_draining:
+            status = "draining"
+        learner = "off" if loop.learner is None else "on" if is_learner_well else "dead"
+        return JSONResponse(
+            {
+                "status": status, "learner": learner, "is_pinned": loop.is_pinned,
+                "drafter_version": self._drafter_version(),
+            },
+            status_code=200 if status in ("ok", "degraded") else 503,
+        )  # fmt: skip
+
+    async def metrics(self) -> Response:
+        return Response(self._loop.monitor.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    # From a body to an answer
+
+    async def _answer(self, request: Request, body: GenerationBody, encode: Any) -> Response:
+        drafter = self._drafter(body.model)
+        try:
+            prompts = await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
+            requests = self._requests(request, body, prompts, drafter)
+            flight = Flight(self._loop, requests)
+        except QueueFull as error:
+            seconds = max(1, round(error.retry_after_s))
+            raise ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(seconds)}) from None
+        except Draining as error:
+            raise ApiError(503, str(error), code="draining") from None
+        except ValueError as error:
+            raise invalid(str(error)[:300]) from None
+        reply = Reply(
+            is_chat=isinstance(body, ChatBody), model=body.model or self._model_name,
+            prompt_tokens=[len(ids) for ids in prompts], num_answers=body.num_answers,
+            has_logprobs=body.num_logprobs is not None, token_text=self._token_text,
+        )
+        gone = asyncio.create_task(_cancel_when_gone(request, flight))
+        try:
+            first = await anext(flight)  # before the status line: a request that got no token in time gets a 504
+            if body.stream:
+                headers = {VERSION_HEADER: str(first[1].drafter_version), "Cache-Control": "no-store"}
+                return _EventStream(_events(reply, flight, first, wants_usage=body.wants_usage), flight, gone, headers)
+            reply.take(*first)
+            async for index, output in flight:
+                reply.take(index, output)
+        except BaseException:
+            flight.cancel()
+            gone.cancel()
+            raise
+        gone.cancel()
+        content = reply.whole()
+        version = content["metrics"]["speculative_decoding"]["drafter_version"]
+        return JSONResponse(content, headers={VERSION_HEADER: str(version)})
+
+    def _requests(
+        self, request: Request, body: GenerationBody, prompts: list[list[int]], drafter: str
+    ) -> list[EngineRequest]:
+        limits, key, now_s = self._config.serve, request.scope["state"]["key"], time.perf_counter()
+        room = self._context - max(map(len, prompts))
+        max_new_tokens = new_tokens(body, self._config.sampling, cap=limits.max_new_tokens, room=room)
+        params = sampling_params(body, self._config.sampling, max_new_tokens=max_new_tokens)
+        choice = draft_choice(body, self._config.draft, drafter=drafter)
+        may_train = self._may_train(request, body, key)
+        timeouts = Timeouts(limits.queue_timeout_s, limits.first_token_timeout_s, limits.total_timeout_s)
+        return [
+            EngineRequest(
+                request_id=self._loop.next_request_id(), prompt_ids=prompts[index // body.num_answers], params=one,
+                tenant=key.name, draft=choice, num_logprobs=body.num_logprobs, may_train=may_train,
+                domain=body.dvi.domain, timeouts=timeouts, arrived_s=now_s,
+            )
+            for index, one in enumerate(params)
+        ]
+
+    def _may_train(self, request: Request, body: GenerationBody, key: ApiKey) -> bool:
+        """Whether the learner may see this request: the key, a header and the body can each say no."""
+        # A header that we do not understand was meant to say something, and only "no" harms nobody.
+        header = request.headers.get(TRAIN_HEADER, "true").strip().lower()
+        is_wanted = key.may_train and header in ("true", "1") and body.dvi.train
+        return is_wanted and random.random() < self._config.serve.learn_sample_rate
+
+    def _drafter(self, model: str | None) -> str:
+        """The drafter of `BASE` or `BASE:ADAPTER`; no model at all is the base model."""
+        name = model or self._model_name
+        base, _, adapter = name.partition(":")
+        adapter = adapter or DEFAULT_DRAFTER
+        if base != self._model_name or adapter not in self._loop.engine.drafters or name.endswith(":"):
+            raise ApiError(
+                404, f"there is no such model here; GET /v1/models lists them, the base is {self._model_name}",
+                code="model_not_found", param="model",
+            )  # fmt: skip
+        return adapter
+
+    def _drafter_version(self) -> int:
+        return self._loop.engine.drafters[DEFAULT_DRAFTER].version
+
+
+class Flight:
+    """The requests of one HTTP call while the engine works on them: an iterator over (choice index, news).
+
+    Ends when each has ended well. Raises ApiError for the first that does not, and when the engine dies or hangs.
+    """
+
+    def __init__(self, loop: EngineLoop, requests: list[EngineRequest]) -> None:
+        """Submits them; raises what `EngineLoop.submit` raises."""
+        self._engine_loop, self._event_loop = loop, asyncio.get_running_loop()
+        self._news: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._open = {request.request_id: index for index, request in enumerate(requests)}
+        self._deadline_s = requests[0].arrived_s + requests[0].timeouts.total_s + GRACE_S
+        loop.submit(requests, self._on_output)
+
+    @property
+    def has_ended(self) -> bool:
+        return not self._open
+
+    def cancel(self) -> None:
+        """Gives up what still runs. Nothing happens where nothing does."""
+        if self._open:
+            self._engine_loop.cancel(list(self._open))
+
+    def __aiter__(self) -> Flight:
+        return self
+
+    async def __anext__(self) -> tuple[int, RequestOutput]:
+        if self.has_ended:
+            raise StopAsyncIteration
+        output = await self._next_news()
+        index = self._open[output.request_id]
+        if output.finish_reason is not None:
+            del self._open[output.request_id]
+        if output.finish_reason == "timeout":
+            raise ApiError(504, output.error or "the request took too long", code="timeout")
+        if output.finish_reason == "error":
+            raise ApiError(500, output.error or "the server failed; try again", code="engine_error")
+        if output.finish_reason == "cancelled":
+            raise ApiError(503, "the request was given up; the server is stopping", code="cancelled")
+        return index, output
+
+    async def _next_news(self) -> RequestOutput:
+        while True:
+            try:
+                return await asyncio.wait_for(self._news.get(), POLL_S)
+            except TimeoutError:
+                if not self._engine_loop.is_alive:
+                    raise ApiError(503, "the engine has died; see the server's log", code="engine_dead") from None
+                if time.perf_counter() > self._deadline_s:
+                    raise ApiError(504, "the engine does not answer", code="timeout") from None
+
+    def _on_output(self, output: RequestOutput) -> None:
+        """On the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is there to be told
+            self._event_loop.call_soon_threadsafe(self._news.put_nowait, output)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; however the response ends, nothing of it goes on."""
+
+    def __init__(
+        self, events: AsyncIterator[str], flight: Flight, gone: asyncio.Task[None], headers: dict[str, str]
+    ) -> None:
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._flight, self._gone = flight, gone
+
+    async def __call__(self, *arguments: Any) -> None:
+        try:
+            await super().__call__(*arguments)
+        finally:
+            self._flight.cancel()
+            self._gone.cancel()
+
+
+async def _events(
+    reply: Reply, flight: Flight, first: tuple[int, RequestOutput], *, wants_usage: bool
+) -> AsyncIterator[str]:
+    """The stream's events. What goes wrong from here on is told in an event of its own, after which it ends."""
+    try:
+        for chunk in reply.opening():
+            yield _event(chunk)
+        news = first
+        while news is not None:
+            index, output = news
+            chunk = reply.chunk(index, output, is_last=flight.has_ended and not wants_usage)
+            if chunk is not None:
+                yield _event(chunk | {"usage": None} if wants_usage else chunk)
+            news = await anext(flight, None)
+        if wants_usage:
+            yield _event(reply.usage_chunk())
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield _event(error.body)
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _cancel_when_gone(request: Request, flight: Flight) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    flight.cancel()
+
+
+def _routing_error(request: Request, error: HTTPException) -> JSONResponse:
+    messages = {404: "there is nothing at this address", 405: "this address takes another method"}
+    message = messages.get(error.status_code, "the request cannot be served")
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    headers = dict(error.headers or {})
+    return error_response(request, ApiError(error.status_code, message, code=code, headers=headers))

@@ -1,0 +1,141 @@
+"""The server process: a socket, an engine loop behind it, signals, and an orderly end.
+
+Knows settings, uvicorn and the parts that it starts and stops; knows nothing of what they do. Training is whatever
+learner it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+import uvicorn
+
+from dvi.config import ServeConfig
+from dvi.drafter import DrafterConfig
+from dvi.records import Learner
+from dvi.serving.access import Access
+from dvi.serving.engine import Engine
+from dvi.serving.http_api import build_app
+from dvi.serving.loop import EngineLoop
+from dvi.serving.scheduler import SchedulerLimits
+from dvi.speculator import SelfSpeculator
+
+SIGNAL_BASE = 128
+KEEP_ALIVE_S = 30
+MAX_HEADER_BYTES = 16384
+FLUSH_S = 5  # for clients to read the end of what the engine has finished
+
+log = logging.getLogger(__name__)
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to host and port, not listening yet: whether it can be had is known before a model is loaded.
+
+    Raises ValueError when another process has the port, and for a host that is not of this machine.
+    """
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ValueError(f"serve.host must be a name or address of this machine, got {host!r}: {error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"port {port} of {host} is in use; try serve.port={port + 1}") from error
+        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+
+
+def build_loop(config: ServeConfig, speculator: SelfSpeculator, learner: Learner | None) -> EngineLoop:
+    """The engine loop of these settings, not started yet."""
+    serve = config.serve
+    limits = SchedulerLimits(
+        max_rows=serve.max_rows, max_positions=serve.max_positions, max_waiting=serve.max_waiting,
+        prefill_tokens_per_step=serve.prefill_tokens_per_step,
+    )
+    engine = Engine(
+        speculator, limits, prefix_positions=serve.prefix_cache_positions, wants_transitions=learner is not None
+    )
+    loop = EngineLoop(engine, learner=learner)
+    if hasattr(learner, "on_event"):
+        learner.on_event = loop.monitor.on_event
+    return loop
+
+
+def build_speculator(config: ServeConfig) -> SelfSpeculator:
+    """The speculator of a server that does not learn, its drafter as drafter.adapter has it."""
+    model, drafter, draft = config.model, config.drafter, config.draft
+    if model.num_threads:
+        torch.set_num_threads(model.num_threads)
+    shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
+    return SelfSpeculator.from_pretrained(
+        model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
+        device=model.device, adapter=drafter.adapter, mode=model.mode, path=model.path_kind, policy=draft.policy,
+        num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
+        seed=config.train.seed, trust_remote_code=config.serve.trust_remote_code,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn over an app and its loop. A first SIGTERM or SIGINT drains, a second one ends the process at once.
+
+    While it drains it still listens: running answers are finished, new requests and /health get 503.
+    """
+
+    def __init__(self, config: ServeConfig, loop: EngineLoop, access: Access) -> None:
+        serve = config.serve
+        super().__init__(uvicorn.Config(
+            build_app(loop, config, access), http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, limit_concurrency=serve.max_connections, timeout_keep_alive=KEEP_ALIVE_S,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_graceful_shutdown=FLUSH_S,
+        ))  # fmt: skip
+        self._loop, self._drain_s = loop, serve.drain_s
+        self._draining: threading.Thread | None = None
+        self.on_listening: Callable[[], None] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_listening()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None:
+            os._exit(SIGNAL_BASE + sig)
+        self.begin_end()
+
+    def begin_end(self) -> None:
+        """Drains beside the event loop, which has answers to deliver meanwhile, and then ends `serve`."""
+        self._draining = threading.Thread(target=self._drain, name="drain", daemon=True)
+        self._draining.start()
+
+    def _drain(self) -> None:
+        self._loop.stop(drain_s=self._drain_s)
+        self.should_exit = True
+
+
+def run_server(server: Server, loop: EngineLoop, listener: socket.socket) -> None:
+    """Serves until a signal has ended it, then lets the learner save. Blocks; signals need the main thread."""
+    loop.start()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        loop.stop(drain_s=0.0)
+        close: Any = getattr(loop.learner, "close", None)
+        if close is not None:
+            close()
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

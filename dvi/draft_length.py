@@ -18,7 +18,7 @@ from torch import Tensor
 from dvi.round_costs import CostTable, LiveCosts
 
 # What a burst of probes may cost, in rounds of the length in use; see `GoodputLength`.
-BURST_ROUNDS = 16.0
+BURST_ROUNDS = 12.0
 # Standard deviations by which doubtful acceptance is overrated. Without, a drafter that pays a little is given up in
 # its first bad stretch and then known by rare probes only; with 1, one that loses a little is tried too often. Of 0,
 # 0.5 and 1 only 0.5 kept both within bounds, simulated as in tests/test_draft_length.py.
@@ -216,7 +216,7 @@ class GoodputLength:
         self._probe_credit = BURST_ROUNDS if probe_share else 0.0
         self._is_burst = True
         self._burst_version: int | None = None
-        self._was_probe = True  # so that the first round of all is none
+        self._was_probe = False
         self._num_probes = 0
 
     def goodput(self, num_rows: int) -> dict[int, float]:
@@ -244,19 +244,21 @@ class GoodputLength:
         if is_beaten and self._num_rounds - standing.beaten_since >= self._patience - 1:
             standing.length, standing.beaten_since = best, None
         self._num_rounds += 1
-        return self._probe_or(standing.length, info)
+        return self._probe_or(standing.length, info, goodput[standing.length])
 
-    def _probe_or(self, current: int, info: RoundInfo) -> int:
+    def _probe_or(self, current: int, info: RoundInfo, goodput: float) -> int:
         """The next length to probe, if earlier rounds have earned it; else `current`."""
         if info.drafter_version != self._burst_version and self._probe_credit >= BURST_ROUNDS:
             self._is_burst, self._burst_version = True, info.drafter_version
-        place = self.buckets.index(current)
-        others = sorted({0, *self.buckets[max(place - 1, 0) : place + 2], self.buckets[-1]} - {current})
-        if not others:
+        round_s = {t: self.costs.round_s(info.num_rows, t) for t in self._worth_a_probe(current)}
+        # What would lose with every draft accepted is not worth a look.
+        others = [t for t, seconds in round_s.items() if t < current or (t + 1) / seconds > goodput]
+        # The first rounds of a process are its slowest: nothing can be compared with them.
+        if not others or self._num_rounds <= self._patience:
             return current
         probe = others[self._num_probes % len(others)]
         # At least one round, so that probes are bounded in number as well as in seconds.
-        price = max(self.costs.round_s(info.num_rows, probe) / self.costs.round_s(info.num_rows, current), 1.0)
+        price = max(round_s[probe] / self.costs.round_s(info.num_rows, current), 1.0)
         is_affordable = self._probe_credit >= (price if self._is_burst else BURST_ROUNDS + price)
         self._is_burst &= is_affordable
         # Never two in a row: the pace by which a probe is judged is that of the length in use.
@@ -267,6 +269,11 @@ class GoodputLength:
             return probe
         self._probe_credit += self._probe_share
         return current
+
+    def _worth_a_probe(self, current: int) -> list[int]:
+        """No drafts, the neighbours of `current` and the largest T, without `current` itself."""
+        place = self.buckets.index(current)
+        return sorted({0, *self.buckets[max(place - 1, 0) : place + 2], self.buckets[-1]} - {current})
 
     def keep(self, depth: int, confidence_B: Tensor) -> Tensor:
         return torch.ones_like(confidence_B, dtype=torch.bool)

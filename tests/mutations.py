@@ -232,11 +232,13 @@ MUTATIONS = [
         "        self._return", "tests/test_versions.py",
     ),
     Mutation(
-        "noop_published", ONLINE, "if is_turn and self._serves(snapshot.state):", "if False:", "tests/test_versions.py",
+        "noop_published", ONLINE,
+        "if is_turn and self._serves(snapshot.state):", "if False:", "tests/test_versions.py",
     ),
     Mutation(
         "forgotten_in_the_replay_but_not_in_the_batch", ONLINE,
-        "        self._work = None\n        return self.replay.forget", "        return self.replay.forget", TEST_ONLINE,
+        "        self._work = None\n        return self.replay.forget", "        return self.replay.forget",
+        TEST_ONLINE,
     ),
     Mutation(
         "remnants_of_the_forgotten", REPLAY,

@@ -28,7 +28,7 @@ from dvi.verification import count_leading
 
 ONE_ROW = RoundInfo(num_rows=1)
 CHEAP = CostTable(draft_step_s={1: 0.1}, verify_s={1: 1.0, 9: 1.4})
-DEAR = CostTable(draft_step_s={1: 0.9}, verify_s={1: 1.0, 9: 5.0})
+DEAR = CostTable(draft_step_s={1: 0.5}, verify_s={1: 1.0, 9: 2.6})
 
 
 def simulate(policy: GoodputLength, acceptance: float, *, num_rounds: int, seed: int = 0) -> list[int]:
@@ -172,6 +172,13 @@ def test_drafting_that_does_not_pay_is_switched_off_and_probes_cost_at_most_one_
     assert 0 < len(probes) <= 0.01 * len(lengths)
     assert sum(DEAR.round_s(1, length) for length in probes) <= 0.0101 * seconds
     assert set(probes) == {1, 4}  # the neighbour and the largest
+
+
+def test_a_length_that_would_lose_with_every_draft_accepted_is_not_probed():
+    """Catches rounds of ten times the price, in large batches, that no acceptance could repay."""
+    costs = CostTable(draft_step_s={1: 0.1}, verify_s={1: 1.0, 2: 1.2, 9: 12.0})
+    lengths = simulate(GoodputLength((1, 8), costs), 0.0, num_rounds=2000)
+    assert 1 in lengths and 8 not in lengths
 
 
 def test_at_steady_state_at_most_three_percent_of_plain_throughput_is_lost():

@@ -114,8 +114,8 @@ def test_streamed_pieces_join_to_the_whole_answer(client, fake):
     assert chunks[-1]["choices"][0]["finish_reason"] == "length" and "usage" not in chunks[-1]
     assert chunks[-1]["metrics"]["speculative_decoding"]["num_spec_steps"] > 0
     assert "metrics" not in chunks[0]
-    versions = [RequestOutput(1, text="a", drafter_version=4), RequestOutput(1, finish_reason="stop", drafter_version=5)]
-    response = complete(client_of(fake(lambda request: versions)), stream=True)
+    news = [RequestOutput(1, text="a", drafter_version=4), RequestOutput(1, finish_reason="stop", drafter_version=5)]
+    response = complete(client_of(fake(lambda request: news)), stream=True)
     assert response.headers["x-dvi-drafter-version"] == "4"
     assert events(response)[-1]["metrics"]["speculative_decoding"]["drafter_version"] == 5
 
@@ -162,6 +162,23 @@ def test_a_seed_fixes_the_tokens_whatever_is_drafted(client):
     sampled = {"temperature": 1.0, "seed": 11, "max_tokens": 24}
     texts = {text_of(complete(client, **sampled, dvi={"num_draft_tokens": depth})) for depth in (0, 1, 4)}
     assert len(texts) == 1
+
+
+def test_only_a_seeded_sample_pays_for_being_repeatable(fake):
+    """Catches rejection sampling under a seed, and the lower acceptance of shared noise where nobody asked for it."""
+    double = fake()
+    client = client_of(double)
+    for body in ({"temperature": 1, "seed": 3}, {"temperature": 1}, {"seed": 3}, {}):
+        complete(client, **body)
+    assert [request.params.coupling for request in double.requests] == ["gumbel", "rejection", "rejection", "rejection"]
+    assert double.requests[0].params.seed == 3 != double.requests[1].params.seed
+
+
+def test_cached_prompt_tokens_are_counted_once_for_each_prompt(fake):
+    """Catches usage in which n answers make a prompt look n times cached."""
+    double = fake(lambda request: [RequestOutput(request.request_id, finish_reason="stop", num_cached_tokens=3)])
+    usage = complete(client_of(double), prompt=["a", "b"], n=2).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 6
 
 
 def test_answer_i_draws_with_the_seed_plus_i(client):

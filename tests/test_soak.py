@@ -353,7 +353,7 @@ def check_counts(counts: Counter[Any], seen: Seen) -> None:
         assert counts["dvi:tenant_generation_tokens_total", name] >= seen.num_tokens[name]
     assert total("dvi:request_success_total") == total("dvi:tenant_requests_total")
     ends = {key[1] for key in counts if key[0] == "dvi:request_success_total"}
-    assert ends <= {"stop", "length", "cancelled"}, ends
+    assert ends == {"stop", "length", "cancelled"}, ends
     for kind, everything in (
         ("rounds", "spec_decode_num_drafts"), ("draft_tokens", "spec_decode_num_draft_tokens"),
         ("accepted_tokens", "spec_decode_num_accepted_tokens"), ("generation_tokens", "generation_tokens"),

@@ -61,7 +61,7 @@ def invalid(message: str, *, param: str | None = None, status: int = 400) -> Api
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]

@@ -104,7 +104,7 @@ class Reply:
     def _usage(self) -> dict[str, Any]:
         completion_tokens = sum(choice.num_tokens for choice in self._choices)
         # Of each prompt's first answer: the others may find the prompt in the cache because that one is there.
-        cached_tokens = sum(choice.last.num_cached_tokens for choice in self._choices)
+        cached_tokens = sum(choice.last.num_cached_tokens for choice in self._choices[:: self._num_answers])
         return {
             "prompt_tokens": self._prompt_tokens, "completion_tokens": completion_tokens,
             "total_tokens": self._prompt_tokens + completion_tokens,

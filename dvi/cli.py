@@ -190,7 +190,7 @@ def serve(
     access = load_access(settings.serve.keys_file)
     access.check_host(settings.serve.host)
     _quieten()
-    from dvi.serving.server import Server, build_loop, build_speculator, open_socket, run_server, url_of
+    from dvi.serving.server import Server, build_loop, open_socket, run_server, url_of
 
     with open_socket(settings.serve.host, settings.serve.port) as listener:
         if settings.train.enabled:
@@ -198,6 +198,8 @@ def serve(
 
             speculator, learner = build_serving(settings)
         else:
+            from dvi.speculator import build_speculator
+
             speculator, learner = build_speculator(settings), None
         loop = build_loop(settings, speculator, learner)
         server, url = Server(settings, loop, access), url_of(listener)

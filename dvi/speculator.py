@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
+from dvi.config import ServeConfig, TrainConfig
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import DrafterConfig, build_drafter
@@ -338,6 +339,21 @@ class SelfSpeculator:
         save_drafter(
             folder, self.drafter, self.split, base_model=self.model.config.name_or_path, metrics=metrics, config=config
         )
+
+
+def build_speculator(config: TrainConfig | ServeConfig) -> SelfSpeculator:
+    """The speculator of a run's settings, its drafter untrained or as drafter.adapter has it."""
+    model, drafter, draft = config.model, config.drafter, config.draft
+    if model.num_threads:
+        torch.set_num_threads(model.num_threads)
+    shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
+    return SelfSpeculator.from_pretrained(
+        model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
+        device=model.device, adapter=drafter.adapter, mode=model.mode, path=model.path_kind, policy=draft.policy,
+        num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
+        seed=config.train.seed,
+        trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,
+    )
 
 
 def default_split_layer(num_layers: int) -> int:

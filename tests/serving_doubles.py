@@ -19,7 +19,8 @@ from dvi.serving.http_api import build_app
 from dvi.serving.loop import EngineLoop
 from dvi.serving.monitor import Monitor
 from dvi.serving.request import Draining, Request, RequestOutput
-from dvi.serving.server import Server, build_loop, build_speculator, open_socket, url_of
+from dvi.serving.server import Server, build_loop, open_socket, url_of
+from dvi.speculator import build_speculator
 
 STORIES = str(Path(__file__).parent / "stories260k")
 CHAT_TEMPLATE = (

@@ -17,15 +17,13 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from dvi.adapter_store import load_drafter, read_manifest
 from dvi.config import ServeConfig, TrainConfig, load_config, write_provenance
-from dvi.drafter import DrafterConfig
 from dvi.durable import surviving_folder
 from dvi.records import GenerationResult, SamplingParams, Transitions, UpdateReport
-from dvi.speculator import SelfSpeculator
+from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import METRICS_FILE, MetricsWriter, plot_acceptance, read_metrics
 from dvi.traffic import Messages, NoPromptsError, as_text, read_dataset, read_prompts
 from trainers.checkpoint import CheckpointStore
@@ -49,8 +47,6 @@ def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
     Raises ValueError for settings that do not fit together, a bad prompt row, and a folder that already holds a run.
     """
     folder = Path(config.output.folder)
-    if config.model.num_threads:
-        torch.set_num_threads(config.model.num_threads)
     speculator = build_speculator(config)
     with CheckpointStore(folder / CHECKPOINTS) as store:
         saved = store.load_latest()
@@ -68,19 +64,6 @@ def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
         if saved is not None:
             job.load_state_dict(saved[0])
         return job.run()
-
-
-def build_speculator(config: TrainConfig | ServeConfig) -> SelfSpeculator:
-    """The speculator of these settings, its drafter untrained or as drafter.adapter has it."""
-    model, drafter, draft = config.model, config.drafter, config.draft
-    shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
-    return SelfSpeculator.from_pretrained(
-        model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
-        device=model.device, adapter=drafter.adapter, mode=model.mode, path=model.path_kind, policy=draft.policy,
-        num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
-        seed=config.train.seed,
-        trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,
-    )
 
 
 def load_run(folder: str | Path, *, model: str | None = None) -> tuple[SelfSpeculator, dict, dict]:

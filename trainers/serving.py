@@ -16,15 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dvi.config import ServeConfig, write_provenance
 from dvi.records import DrafterVersion, Transitions, UpdateReport
-from dvi.speculator import SelfSpeculator
+from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from trainers.checkpoint import CheckpointStore
-from trainers.job import CHECKPOINTS, build_speculator
+from trainers.job import CHECKPOINTS
 from trainers.ledger import TrafficLedger
 from trainers.online import OnlineTrainer
 
@@ -260,8 +259,6 @@ def build_serving(config: ServeConfig) -> tuple[SelfSpeculator, ServingLearner |
     Raises ValueError when another server holds the folder, when it is a `dvi train` run's, and when what was learnt
     there belongs to another model or drafter; OSError when the folder cannot be written to.
     """
-    if config.model.num_threads:
-        torch.set_num_threads(config.model.num_threads)
     if not config.train.enabled:
         return build_speculator(config), None
     folder, settings = Path(config.output.folder), _drafter_settings(config)

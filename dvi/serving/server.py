@@ -6,7 +6,6 @@ learner it is given.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
 import os
@@ -16,11 +15,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import torch
 import uvicorn
 
 from dvi.config import ServeConfig
-from dvi.drafter import DrafterConfig
 from dvi.records import Learner
 from dvi.serving.access import Access
 from dvi.serving.engine import Engine
@@ -72,20 +69,6 @@ def build_loop(config: ServeConfig, speculator: SelfSpeculator, learner: Learner
     if hasattr(learner, "on_event"):
         learner.on_event = loop.monitor.on_event
     return loop
-
-
-def build_speculator(config: ServeConfig) -> SelfSpeculator:
-    """The speculator of a server that does not learn, its drafter as drafter.adapter has it."""
-    model, drafter, draft = config.model, config.drafter, config.draft
-    if model.num_threads:
-        torch.set_num_threads(model.num_threads)
-    shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
-    return SelfSpeculator.from_pretrained(
-        model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
-        device=model.device, adapter=drafter.adapter, mode=model.mode, path=model.path_kind, policy=draft.policy,
-        num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
-        seed=config.train.seed, trust_remote_code=config.serve.trust_remote_code,
-    )
 
 
 class Server(uvicorn.Server):

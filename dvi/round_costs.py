@@ -95,7 +95,7 @@ class LiveCosts:
         is_due = len(samples) < MAX_SAMPLES or self._num_rounds - self._newest[cell] >= ROUNDS_PER_SAMPLE
         # The first rounds of all have no pace to be measured by, and are the slowest.
         if is_due and len(self._recent) > PACE_ROUNDS // 2:
-            samples.append(relative)
+            samples.append(relative / self.pace)
             self._newest[cell] = self._num_rounds
             if len(samples) >= MIN_SAMPLES:
                 self._medians[cell] = statistics.median(samples)

@@ -20,7 +20,8 @@ DECODING, VERIFICATION, SAMPLING = "dvi/decoding.py", "dvi/verification.py", "dv
 CACHE, DIRECT, DRAFTER = "dvi/kv_cache.py", "dvi/direct.py", "dvi/drafter.py"
 ONLINE, REPLAY = "trainers/online.py", "dvi/replay.py"
 
-TEST_DECODING = "tests/test_decoding.py"
+ENGINE = "dvi/serving/engine.py"
+TEST_DECODING, TEST_ENGINE = "tests/test_decoding.py", "tests/test_engine.py"
 TEST_LAW = "tests/test_sampling_law_engine.py"
 TEST_ONLINE, TEST_FAULTS = "tests/test_online.py", "tests/test_learner_faults.py"
 
@@ -127,11 +128,12 @@ MUTATIONS = [
     ),
     Mutation(
         "moved_row_keeps_the_gaps_cache", DECODING,
-        "self.cache.copy_row(source=last, target=row)", "self.cache.copy_row(source=row, target=row)", TEST_DECODING,
+        "self.cache.copy_row(source=source, target=target)", "self.cache.copy_row(source=target, target=target)",
+        TEST_DECODING,
     ),
     Mutation(
         "moved_row_keeps_the_gaps_anchor", DECODING,
-        "self._anchor_BD[row] = self._anchor_BD[last]", "pass", TEST_DECODING,
+        "self._anchor_BD[target] = self._anchor_BD[source]", "pass", TEST_DECODING,
     ),
     Mutation(
         "version_read_after_the_swap", DECODING,
@@ -207,8 +209,7 @@ MUTATIONS = [
     ),
     Mutation(
         "canary_the_wrong_way_round", ONLINE,
-        "if candidate < best * (1 - self.config.canary_tolerance):",
-        "if candidate > best * (1 - self.config.canary_tolerance):",
+        "candidate < best * (1 - config.canary_tolerance)", "candidate > best * (1 - config.canary_tolerance)",
         TEST_ONLINE,
     ),
     Mutation("budget_not_charged", "trainers/budget.py", "self._credit_s -= seconds", "pass", TEST_ONLINE),
@@ -256,6 +257,55 @@ MUTATIONS = [
     Mutation(
         "replayed_anchor_one_late", REPLAY,
         'fields["target_hidden"][(row_N - 1).clamp_min(0)]', 'fields["target_hidden"][row_N]', "tests/test_replay.py",
+    ),
+    # Serving
+    Mutation(
+        "joined_row_keeps_anothers_anchor", DECODING,
+        "self._anchor_BD[[row, place]] = self._anchor_BD[[place, row]]", "pass", "tests/test_decoding.py",
+    ),
+    Mutation(
+        "resumed_text_without_its_answer", DECODING,
+        "done, text_ids = self.cache.lengths[row], sequence.text_ids",
+        "done, text_ids = self.cache.lengths[row], sequence.prompt_ids", TEST_ENGINE,
+    ),
+    Mutation(
+        "sick_row_not_wiped", DECODING, "            self.cache.wipe_row(row)\n", "            pass\n", TEST_ENGINE,
+    ),
+    Mutation(
+        "logprobs_one_position_late", DECODING,
+        "verified.logits_BUV[row, :num_kept]", "verified.logits_BUV[row, -num_kept:]", TEST_ENGINE,
+    ),
+    Mutation(
+        "prefix_without_salt", "dvi/serving/prefix_cache.py",
+        'hashlib.sha256(len(tenant.encode()).to_bytes(8, "little") + tenant.encode())', "hashlib.sha256()", TEST_ENGINE,
+    ),
+    Mutation(
+        "prefix_past_a_stop", ENGINE,
+        "known = min(batch.cache.lengths[row], len(sequence.text_ids))", "known = batch.cache.lengths[row]",
+        TEST_ENGINE,
+    ),
+    Mutation(
+        "opt_out_forgotten", ENGINE, "teaches=request.may_train, ", "", TEST_ENGINE,
+    ),
+    Mutation(
+        "failed_round_takes_the_oldest", ENGINE,
+        "lane.by_sequence[batch.sequences[-1].request_id]", "lane.by_sequence[batch.sequences[0].request_id]",
+        TEST_ENGINE,
+    ),
+    Mutation(
+        "learner_that_dies_takes_the_loop", "dvi/serving/loop.py",
+        "        try:\n            action()\n        except Exception as error:\n            self.learner_error",
+        "        try:\n            action()\n        except OSError as error:\n            self.learner_error",
+        "tests/test_loop.py",
+    ),
+    Mutation(
+        "pin_without_effect", "dvi/serving/loop.py",
+        "self.learner_error is None and not self.is_pinned", "self.learner_error is None", "tests/test_loop.py",
+    ),
+    Mutation(
+        "n_choices_taken_in_part", "dvi/serving/loop.py",
+        "scheduler.num_waiting + len(requests) > scheduler", "scheduler.num_waiting + 1 > scheduler",
+        "tests/test_loop.py",
     ),
     # Text
     Mutation(

@@ -174,6 +174,12 @@ def test_drafting_that_does_not_pay_is_switched_off_and_probes_cost_at_most_one_
     assert set(probes) == {1, 4}  # the neighbour and the largest
 
 
+def test_probes_look_at_the_neighbours_the_largest_length_and_plain_decoding():
+    """Catches a reference that is never measured: plain decoding is what no round may be slower than."""
+    policy = GoodputLength((1, 2, 4, 8), CHEAP)
+    assert set(simulate(policy, 0.95, num_rounds=4000)[1000:]) == {8, 4, 0}
+
+
 def test_a_length_that_would_lose_with_every_draft_accepted_is_not_probed():
     """Catches rounds of ten times the price, in large batches, that no acceptance could repay."""
     costs = CostTable(draft_step_s={1: 0.1}, verify_s={1: 1.0, 2: 1.2, 9: 12.0})

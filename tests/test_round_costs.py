@@ -54,7 +54,7 @@ def test_a_loaded_machine_makes_the_length_in_use_no_dearer_than_the_others():
     """Catches lengths measured at different times being compared by the clock: the one in use would always lose."""
     costs = LiveCosts(TABLE)
     observe(costs, [(1, 4), (1, 0)] * 40)
-    observe(costs, [(1, 4)] * 30, times=3.0)
+    observe(costs, [(1, 4)] * 6000, times=3.0)
     assert relative(costs, 1, 4) == pytest.approx(1.0)
     assert costs.round_s(1, 4) == pytest.approx(3.0 * TABLE.round_s(1, 4))
 
@@ -66,6 +66,14 @@ def test_interrupted_rounds_do_not_move_a_cost():
         observe(costs, [(1, length)], times=10.0 if chance.random() < 0.05 else chance.uniform(0.95, 1.05))
     assert relative(costs, 1, 4) == pytest.approx(1.0, abs=0.03)
     assert costs.pace == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_first_round_of_a_length_does_not_price_it():
+    """Catches a length judged by one sample, which may hold an interruption or the warm-up of its shapes."""
+    costs = LiveCosts(TABLE)
+    observe(costs, [(1, 4)] * 20)
+    observe(costs, [(1, 0)], times=10.0)
+    assert relative(costs, 1, 4) == pytest.approx(1.0)
 
 
 def test_a_length_in_constant_use_does_not_drift_against_the_probed_ones():

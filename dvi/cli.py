@@ -203,9 +203,13 @@ def serve(
             speculator, learner = build_speculator(settings), None
         loop = build_loop(settings, speculator, learner)
         server, url = Server(settings, loop, access), url_of(listener)
-        server.on_listening = lambda: _say(f"serving {settings.model.path} at {url}, figures at {url}/dashboard")
-        if live:
-            _show_in_background(loop, until=lambda: server.should_exit)
+
+        def announce() -> None:
+            _say(f"serving {settings.model.path} at {url}, figures at {url}/dashboard")
+            if live:
+                _show_in_background(loop, until=lambda: server.should_exit)
+
+        server.on_listening = announce
         run_server(server, loop, listener)
     _finish("serve", url=url, drafter_version=speculator.drafter.version)
 

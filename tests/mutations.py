@@ -280,11 +280,6 @@ MUTATIONS = [
         'hashlib.sha256(len(tenant.encode()).to_bytes(8, "little") + tenant.encode())', "hashlib.sha256()", TEST_ENGINE,
     ),
     Mutation(
-        "prefix_past_a_stop", ENGINE,
-        "known = min(batch.cache.lengths[row], len(sequence.text_ids))", "known = batch.cache.lengths[row]",
-        TEST_ENGINE,
-    ),
-    Mutation(
         "opt_out_forgotten", ENGINE, "teaches=request.may_train, ", "", TEST_ENGINE,
     ),
     Mutation(
@@ -306,6 +301,24 @@ MUTATIONS = [
         "n_choices_taken_in_part", "dvi/serving/loop.py",
         "scheduler.num_waiting + len(requests) > scheduler", "scheduler.num_waiting + 1 > scheduler",
         "tests/test_loop.py",
+    ),
+    # Draft lengths and their costs
+    Mutation(
+        "costs_compared_across_loads", "dvi/round_costs.py",
+        "samples.append(relative / self.pace)", "samples.append(relative)", "tests/test_round_costs.py",
+    ),
+    Mutation(
+        "a_borrowed_cost_unscaled", "dvi/round_costs.py",
+        "known[near, length] * (statistics.median(shared) if shared else 1.0)", "known[near, length]",
+        "tests/test_round_costs.py",
+    ),
+    Mutation(
+        "probes_eat_the_reserve_for_news", "dvi/draft_length.py",
+        "price if self._is_burst else BURST_ROUNDS + price", "price", "tests/test_draft_length.py",
+    ),
+    Mutation(
+        "one_length_for_every_batch", "dvi/draft_length.py",
+        "self._standings.setdefault(info.num_rows", "self._standings.setdefault(0", "tests/test_draft_length.py",
     ),
     # Text
     Mutation(

@@ -15,7 +15,7 @@ from torch import nn
 
 from dvi.decoding import DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, LengthPolicy
-from dvi.records import SamplingParams
+from dvi.records import SamplingParams, Transitions
 from dvi.speculator import PLAIN, SelfSpeculator
 from dvi.verification import RejectionRule
 from tests.drafter_doubles import (
@@ -312,3 +312,44 @@ def test_a_confidence_stop_as_a_mask_gives_what_ending_early_gives(temperature):
     alone = [run([p], [q])[0] for p, q in zip(PROMPTS[:4], params, strict=True)]
     assert [together[i] for i in range(4)] == alone
     assert len({num_drafted for _, num_drafted, _ in alone}) > 1
+
+
+def test_prompts_read_in_turns_join_in_any_order_with_their_own_anchors_and_tokens():
+    """Catches a row that joins with another's anchor: the tokens stay right and only the drafts are worse."""
+    speculator = speculator_of()
+    speculator.drafter = random_drafter(speculator.split, seed=1, scale=0.02)
+    prompts = [[5, 9, 33, 40, 41, 42, 43], [7, 8, 9], [1, 2, 3, 4, 50, 6], [60, 61]]
+
+    def sequence(index: int) -> Sequence:
+        return Sequence(index, prompts[index], greedy(12), lambda _token: None, max_new_tokens=12)
+
+    def drafts(stretches: list[Transitions], index: int) -> list[float]:
+        """How likely the drafter thought its drafts: the anchor is among what that depends on."""
+        own = [s for s in stretches if s.request_id == index and not s.is_prefill]
+        return [p for stretch in own for p in stretch.draft_log_probs_W.tolist()]
+
+    alone, expected = [sequence(index) for index in range(4)], []
+    for index, one in enumerate(alone):
+        batch, stretches = batch_of(speculator, FixedLength(3), max_rows=1), []
+        batch.admit(one)
+        while one.finish_reason is None:
+            stretches += batch.round()
+        expected.append(drafts(stretches, index))
+
+    together, stretches = [sequence(index) for index in range(4)], []
+    batch = batch_of(speculator, FixedLength(3), max_rows=4)
+    for one in together:
+        batch.open(one)
+    batch.prefill(together[0], 3)
+    for index in (2, 1, 3):  # all overtake the first
+        while together[index] in batch.prefilling:
+            batch.prefill(together[index], 4)
+        stretches += batch.round()
+    batch.prefill(together[0], 4)
+    while any(one.finish_reason is None for one in together):
+        stretches += batch.round()
+        batch.take_finished()
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    for index in range(4):
+        assert drafts(stretches, index) == pytest.approx(expected[index], abs=1e-5)
+    assert not batch.sequences and not batch.prefilling

@@ -403,6 +403,13 @@ def test_where_drafting_pays_the_long_run_is_within_five_percent_of_the_best_fix
     assert min(speed_up(world, served, over=length, start=3000) for length in (0, *LENGTHS)) >= 0.95
 
 
+def test_a_drafter_that_pays_a_little_is_not_given_up_in_its_first_bad_stretch():
+    """Catches estimates without hope: three runs in four would decode plainly for thousands of rounds."""
+    world = DRAFTING_IS_BEST["trained drafter"]
+    runs = [serve(world, num_rounds=4000, seed=seed) for seed in range(4)]
+    assert sum(speed_up(world, served, over=3) for served in runs) / len(runs) >= 0.96
+
+
 def test_a_drafter_that_becomes_good_is_used_within_two_bursts():
     """Catches waiting for rare probes: at one in a hundred rounds the old evidence would outlast 5000."""
     world = World(CPU, lambda index, _depth: 0.05 if index < 2000 else 0.8)

@@ -254,9 +254,10 @@ class Engine:
         """Keeps the row's keys and values for other texts that begin as this one does."""
         batch, sequence = active.lane.batch, active.sequence
         row = batch.row_of(sequence)
-        known = min(batch.cache.lengths[row], len(sequence.text_ids))  # past a stop other tokens were committed
+        # All but the newest token are cached; past a stop more is, of tokens that are not part of the text.
+        cached_ids = sequence.text_ids[: batch.cache.lengths[row]]
         self.prefixes.store(
-            active.request.tenant, sequence.text_ids[:known], lambda start, stop: batch.cache.copy_out(row, start, stop)
+            active.request.tenant, cached_ids, lambda start, stop: batch.cache.copy_out(row, start, stop)
         )
 
     def _preempt(self, active: _Active) -> None:

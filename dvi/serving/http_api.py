@@ -85,7 +85,8 @@ class _Api:
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
 
     def on_rejected(self, code: str) -> None:
-        self._loop.monitor.on_rejected(code)
+        if code != "cancelled":  # its client has left, or the server stops: it was let in
+            self._loop.monitor.on_rejected(code)
 
     def routes(self) -> APIRouter:
         router = APIRouter()

@@ -20,7 +20,7 @@ from dvi.adapter_store import load_drafter
 from dvi.records import DrafterVersion, Learner, Transitions
 from dvi.serving.engine import Engine
 from dvi.serving.monitor import Monitor
-from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, Request, RequestOutput
+from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, Request, RequestOutput, StepReport
 
 T = TypeVar("T")
 OnOutput = Callable[[RequestOutput], None]
@@ -58,6 +58,7 @@ class EngineLoop:
     def start(self) -> None:
         """Measures the machine, if nobody has yet, and begins to serve."""
         self.engine.costs()
+        self.monitor.on_step(StepReport(seconds=0.0, drafter_version=self._version))
         self._thread.start()
 
     def stop(self, *, drain_s: float) -> None:

@@ -264,7 +264,8 @@ def test_a_round_that_fails_costs_the_newest_request_alone(monkeypatch):
     monkeypatch.setattr(DecodingBatch, "_on_device", fail_once)
     gathered.run(engine)
     failed = [i for i, last in gathered.last.items() if last.finish_reason == "error"]
-    assert len(failed) == 1 and "out of memory" not in gathered.last[failed[0]].error
+    assert failed == [2], "the newest"
+    assert "out of memory" not in gathered.last[2].error
     for request in requests:
         if request.request_id not in failed:
             assert gathered.token_ids[request.request_id] == alone(request)

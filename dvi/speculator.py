@@ -330,7 +330,8 @@ class SelfSpeculator:
             return ConfidenceStop(self.num_draft_tokens, threshold=self.confidence_threshold)
         if batch_size not in self._goodput:
             buckets = tuple(t for t in GOODPUT_BUCKETS if t <= self.num_draft_tokens)
-            costs = measure_costs(self.passes, self.drafter, buckets=buckets, rows=(batch_size,))
+            rows = (*(r for r in (1, 2, 4, 8, 16) if r < batch_size), batch_size)  # a batch that drains has fewer
+            costs = measure_costs(self.passes, self.drafter, buckets=buckets, rows=rows)
             self._goodput[batch_size] = GoodputLength(buckets, costs)
         return self._goodput[batch_size]
 

@@ -190,8 +190,9 @@ def serve(
     access = load_access(settings.serve.keys_file)
     access.check_host(settings.serve.host)
     _quieten()
-    from dvi.serving.server import Server, build_loop, open_socket, run_server, url_of
+    from dvi.serving.server import Server, build_loop, leave_a_core, open_socket, run_server, url_of
 
+    leave_a_core(settings)
     with open_socket(settings.serve.host, settings.serve.port) as listener:
         if settings.train.enabled:
             from trainers.serving import build_serving

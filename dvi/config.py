@@ -41,7 +41,7 @@ class ModelSettings:
     split_layer  layers 1..split_layer draft, the rest verify; 0 drafts from the embedding; null is one in sixteen.
     mode         "fast", or "exact": token ids equal plain decoding's, in float32 and float64 only.
     path_kind    how the layers are called: "views" (any model), "direct" (lean, Llama-shaped models), "auto" chooses.
-    num_threads  CPU threads of torch, 0 leaves its own choice.
+    num_threads  CPU threads of torch; 0 leaves its own choice, and to a server all cores but one.
     """
 
     path: str = "checkpoints/reference-11m"
@@ -235,7 +235,8 @@ class ServeSettings:
     adapters_folder           saved drafters that admin routes load and save, by name.
     max_rows                  requests that decode together.
     max_positions             cached positions of all running requests together.
-    max_waiting               requests in the queue; more are told to come back later.
+    max_waiting               requests that may wait while all rows are taken; more are told to come back later. As many
+                              as max_rows: nobody then takes more than about twice as long as in a full server.
     prefill_tokens_per_step   prompt tokens read between two rounds, so that a long prompt holds nobody up.
     prefix_cache_positions    cached positions kept of prompts and answers gone by, 0 keeps none.
     max_prompt_tokens         null: as many as the model's context holds; max_new_tokens the same.
@@ -253,7 +254,7 @@ class ServeSettings:
     adapters_folder: str = "runs/serve/adapters"
     max_rows: PositiveCount = 16
     max_positions: PositiveCount = 32768
-    max_waiting: PositiveCount = 64
+    max_waiting: PositiveCount = 16
     prefill_tokens_per_step: PositiveCount = 256
     prefix_cache_positions: Count = 16384
     max_connections: PositiveCount = 1024
@@ -315,7 +316,7 @@ class ServeConfig:
     draft: DraftSettings = field(default_factory=DraftSettings)
     sampling: RequestSettings = field(default_factory=RequestSettings)
     train: LearningSettings = field(
-        default_factory=lambda: LearningSettings(schedule="kl_only", steps_per_publish=32, blocks_per_slice=4)
+        default_factory=lambda: LearningSettings(schedule="kl_only", steps_per_publish=32, blocks_per_slice=16)
     )
     serve: ServeSettings = field(default_factory=ServeSettings)
     output: ServeOutputSettings = field(default_factory=ServeOutputSettings)

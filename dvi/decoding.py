@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from dvi.cuda_graph import RoundGraphs, can_capture
@@ -372,6 +373,7 @@ class DecodingBatch:
     def _account(self, host_rows: list[list[int]], verified: VerifiedRound) -> list[Transitions]:
         """Hands every row its committed tokens and cuts the round into one stretch of experience per row."""
         transitions, self.outcomes = [], []
+        drafts = _drafts_by_position(verified.draft) if self._wants_transitions else None
         for row, (sequence, host_row) in enumerate(zip(self.sequences, host_rows, strict=True)):
             is_finite, next_token, num_accepted, num_drafted = host_row[-4:]
             if not is_finite:
@@ -388,7 +390,7 @@ class DecodingBatch:
             if self._wants_transitions and sequence.teaches:
                 # Columns past a stop were verified but never became text: drop them.
                 transitions.append(_cut(
-                    verified, row, sequence, num_drafted=num_drafted, num_accepted=num_accepted,
+                    verified, drafts, row, sequence, num_drafted=num_drafted, num_accepted=num_accepted,
                     start_position=self.cache.lengths[row] - len(committed), num_kept=num_kept,
                     is_honest=self._rule.is_lossless,
                 ))
@@ -478,23 +480,27 @@ def _logprobs(logits_WV: Tensor, token_ids: list[int], num_top: int) -> list[Tok
     return [TokenLogprobs(*one) for one in zip(token_ids, chosen_W, tops, strict=True)]
 
 
+def _drafts_by_position(draft: Draft) -> tuple[Tensor, Tensor]:
+    """What was drafted at each of the U positions: token ids [B, U], -1 where nothing was, and log-probabilities, 0."""
+    width = draft.token_ids_BT.shape[1] + 1
+    is_drafted_BU = torch.arange(width, device=draft.num_drafted_B.device) < draft.num_drafted_B[:, None]
+    ids_BU = torch.where(is_drafted_BU, F.pad(draft.token_ids_BT, (0, 1)), -1)
+    if draft.log_probs_BT is None:
+        return ids_BU, torch.zeros(ids_BU.shape, device=ids_BU.device)
+    return ids_BU, F.pad(draft.log_probs_BT, (0, 1)) * is_drafted_BU
+
+
 def _cut(
-    verified: VerifiedRound, row: int, sequence: Sequence, *, start_position: int, num_drafted: int, num_accepted: int,
-    num_kept: int, is_honest: bool,
+    verified: VerifiedRound, drafts: tuple[Tensor, Tensor], row: int, sequence: Sequence, *, start_position: int,
+    num_drafted: int, num_accepted: int, num_kept: int, is_honest: bool,
 ) -> Transitions:
-    """One row's committed stretch of a round, as views of the round's tensors."""
-    draft, input_ids_W = verified.draft, verified.input_ids_BU[row, : min(num_accepted + 1, num_kept)]
-    width = len(input_ids_W)
-    draft_ids_W = torch.full_like(input_ids_W, -1)
-    log_probs_W = torch.zeros(width, device=draft_ids_W.device)
-    num_outcomes = min(width, num_drafted)
-    if num_outcomes:
-        draft_ids_W[:num_outcomes] = draft.token_ids_BT[row, :num_outcomes]
-        log_probs_W[:num_outcomes] = draft.log_probs_BT[row, :num_outcomes]
+    """One row's committed stretch of a round, as views of the round's tensors. drafts: of `_drafts_by_position`."""
+    width = min(num_accepted + 1, num_kept)
+    draft_ids_BU, log_probs_BU = drafts
     return Transitions(
-        request_id=sequence.request_id, start_position=start_position, token_ids_W=input_ids_W,
-        hidden_WD=draft.hidden_BUD[row, :width], target_hidden_WD=verified.final_BUD[row, :width],
-        num_drafted=num_drafted, num_accepted=num_accepted, draft_token_ids_W=draft_ids_W,
-        draft_log_probs_W=log_probs_W, drafter_version=draft.drafter_version, is_honest=is_honest,
-        tenant=sequence.tenant,
+        request_id=sequence.request_id, start_position=start_position, token_ids_W=verified.input_ids_BU[row, :width],
+        hidden_WD=verified.draft.hidden_BUD[row, :width], target_hidden_WD=verified.final_BUD[row, :width],
+        num_drafted=num_drafted, num_accepted=num_accepted, draft_token_ids_W=draft_ids_BU[row, :width],
+        draft_log_probs_W=log_probs_BU[row, :width], drafter_version=verified.draft.drafter_version,
+        is_honest=is_honest, tenant=sequence.tenant,
     )

@@ -172,6 +172,11 @@ class DraftHead(nn.Module):
         frozen = F.linear(x.to(weight.dtype), weight, bias).float()
         return self._post_head(frozen + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling)
 
+    def frozen_logits(self, x: Tensor) -> Tensor:
+        """The verifier's own logits of its final hidden states, [..., V] of the draft vocabulary alone."""
+        weight, bias = self._frozen
+        return self._post_head(F.linear(x, weight, bias))
+
     def published(self, x_BD: Tensor) -> Tensor:
         """Logits [B, V] through the published product of head and correction: one call."""
         bias = self._frozen[1]

@@ -12,7 +12,7 @@ sample of everything evicted (algorithm R, Vitter 1985), against forgetting.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby, islice
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -104,6 +104,10 @@ class ReplayBuffer:
         self._tenants = [0] * num_segments
         self._by_tenant = TenantSlots()  # the segments that hold a position a block can start at
         self._open: dict[int, int] = {}
+        # Rows that a call of `add` has given out and not filled yet, and which of its columns go there.
+        self._unwritten_rows: list[int] = []
+        self._unwritten_columns: list[int] = []
+        self._unwritten_slots: set[int] = set()
         self._cursor = 0
         self._ring_used = 0
         self._reservoir_used = 0
@@ -138,23 +142,26 @@ class ReplayBuffer:
 
         Rows whose hidden states or log-probability are not finite are refused: counted, never stored; what follows
         them starts a new segment. A dishonest stretch is kept without its drafts, so that it can never be a reward.
-        One device sync a call, so pass a round's stretches together.
+        One device sync a call, and a cost that is mostly the call's own: pass many stretches together.
         """
         transitions = [stretch for stretch in transitions if len(stretch)]
         if not transitions:
             return
+        columns = self._columns(transitions)
         # The call's one device sync.
-        is_finite = iter(torch.cat([self._checksum_W(stretch) for stretch in transitions]).isfinite().tolist())
+        is_finite = columns["checksum"].isfinite().tolist()
+        offset = 0
         for stretch in transitions:
-            columns = self._columns(stretch)
             first = 0
-            for is_kept, run in groupby(islice(is_finite, len(stretch))):
+            for is_kept, run in groupby(is_finite[offset : offset + len(stretch)]):
                 end = first + sum(1 for _ in run)
                 if is_kept:
-                    self._append(stretch, columns, first, end)
+                    self._place(stretch, columns, offset, first, end)
                 else:
                     self.num_refused += end - first
                 first = end
+            offset += len(stretch)
+        self._write(columns)
 
     def end(self, request_id: int) -> None:
         """Closes the request's open segment; unknown requests are ignored. What it holds stays."""
@@ -190,56 +197,74 @@ class ReplayBuffer:
         for field in self._fields.values():
             field[is_empty_R] = 0
 
-    def _checksum_W(self, stretch: Transitions) -> Tensor:
-        """One number per row, finite only if all of the row is."""
-        # Cast first: a float32 state may be infinite in float16. Sum in float32, where no float16 sum overflows.
-        hidden_W = stretch.hidden_WD.to(self.dtype).sum(1, dtype=torch.float32)
-        target_hidden_W = stretch.target_hidden_WD.to(self.dtype).sum(1, dtype=torch.float32)
-        return hidden_W + target_hidden_W + stretch.draft_log_probs_W
-
-    def _columns(self, stretch: Transitions) -> dict[str, Tensor]:
-        """The stretch as the fields hold it."""
-        token_W = stretch.token_ids_W
-        column_W = torch.arange(len(stretch), device=token_W.device)
-        num_drafted = stretch.num_drafted if stretch.is_honest else 0
-        depth_W = column_W.where(column_W < num_drafted, NOT_DRAFTED)
+    def _columns(self, transitions: list[Transitions]) -> dict[str, Tensor]:
+        """All stretches' positions one after the other, as the fields hold them, and a number for each that is finite
+        only if all of the position is."""
+        hidden_ND, target_hidden_ND = (
+            torch.cat([getattr(stretch, name) for stretch in transitions]).to(self.dtype)
+            for name in ("hidden_WD", "target_hidden_WD")
+        )
+        log_prob_N = torch.cat([stretch.draft_log_probs_W for stretch in transitions])
+        host: list[tuple[int, int, int, int]] = []
+        for stretch in transitions:
+            num_drafted = stretch.num_drafted if stretch.is_honest else 0
+            host += [
+                (
+                    stretch.start_position + column, column if column < num_drafted else NOT_DRAFTED,
+                    int(column < stretch.num_accepted), stretch.drafter_version,
+                )
+                for column in range(len(stretch))
+            ]  # fmt: skip
+        position_N, depth_N, reward_N, version_N = torch.tensor(host, device=self.device).unbind(1)
         facts = {
-            TOKEN: token_W,
-            POSITION: column_W + stretch.start_position,
-            ACTION: stretch.draft_token_ids_W,
-            DEPTH: depth_W,
-            REWARD: (column_W < stretch.num_accepted).long(),
-            VERSION: torch.full_like(column_W, stretch.drafter_version),
-        }
+            TOKEN: torch.cat([stretch.token_ids_W for stretch in transitions]), POSITION: position_N,
+            ACTION: torch.cat([stretch.draft_token_ids_W for stretch in transitions]), DEPTH: depth_N,
+            REWARD: reward_N, VERSION: version_N,
+        }  # fmt: skip
         return {
-            "hidden": stretch.hidden_WD,
-            "target_hidden": stretch.target_hidden_WD,
-            "log_prob": stretch.draft_log_probs_W,
+            "hidden": hidden_ND,
+            "target_hidden": target_hidden_ND,
+            "log_prob": log_prob_N,
             "facts": torch.stack([facts[name] for name in FACTS], 1),
-            "kind": torch.where(depth_W == 0, ROUND_START, ANCHORED),
+            "kind": torch.where(depth_N == 0, ROUND_START, ANCHORED),
+            # In float32, where no float16 sum overflows.
+            "checksum": sum(x_ND.sum(1, dtype=torch.float32) for x_ND in (hidden_ND, target_hidden_ND)) + log_prob_N,
         }
 
-    def _append(self, stretch: Transitions, columns: dict[str, Tensor], first: int, end: int) -> None:
-        """Stores the stretch's columns first..end-1, in as many segments as it takes."""
+    def _place(self, stretch: Transitions, columns: dict[str, Tensor], offset: int, first: int, end: int) -> None:
+        """Finds rows for the stretch's columns first..end-1, in as many segments as it takes; `_write` fills them.
+
+        offset: of the stretch in `columns`.
+        """
         tenant = tenant_id(stretch.tenant)
         while first < end:
             position = stretch.start_position + first
-            slot = self._slot_for(stretch.request_id, tenant, position)
+            slot = self._slot_for(stretch.request_id, tenant, position, columns)
             length = self._lengths[slot]
             take = min(self.segment_len - length, end - first)
             row = slot * self.segment_len + length
-            for name, field in self._fields.items():
-                field[row : row + take] = columns[name][first : first + take]
+            self._unwritten_rows += range(row, row + take)
+            self._unwritten_columns += range(offset + first, offset + first + take)
+            self._unwritten_slots.add(slot)
             if length == 0 and position > 0:
                 # The position before is in another segment. A sequence's own first position has none: it needs none.
-                self._fields["kind"][row] = UNANCHORED
+                columns["kind"][offset + first] = UNANCHORED
             self._lengths[slot] += take
             self._num_positions += take
             first += take
             if self._num_starts(slot) and slot not in self._by_tenant:
                 self._by_tenant.add(slot, tenant)
 
-    def _slot_for(self, request_id: int, tenant: int, position: int) -> int:
+    def _write(self, columns: dict[str, Tensor]) -> None:
+        """Fills the rows found since the last write."""
+        rows_N = torch.tensor(self._unwritten_rows, dtype=torch.int64, device=self.device)
+        columns_N = torch.tensor(self._unwritten_columns, dtype=torch.int64, device=self.device)
+        for name, field in self._fields.items():
+            field[rows_N] = columns[name][columns_N].to(field.dtype)
+        self._unwritten_rows, self._unwritten_columns = [], []
+        self._unwritten_slots = set()
+
+    def _slot_for(self, request_id: int, tenant: int, position: int, columns: dict[str, Tensor]) -> int:
         """The request's open segment if it has room and ends just before this position, else a new one."""
         slot = self._open.get(request_id)
         # Of the same tenant: after a restart another request may come under this number.
@@ -250,6 +275,8 @@ class ReplayBuffer:
         slot = self._cursor
         self._cursor = (slot + 1) % self._num_ring
         self._ring_used = max(self._ring_used, slot + 1)
+        if slot in self._unwritten_slots:
+            self._write(columns)
         if self._lengths[slot]:
             self._evict(slot)
         self._starts[slot] = position

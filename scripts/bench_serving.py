@@ -134,15 +134,15 @@ async def ask(port: int, body: dict) -> Answer:
 class Traffic:
     """Requests from real prompts, the same order for every arm that starts at the same place."""
 
-    def __init__(self, paths: list[Path], *, max_tokens: int, longest_chars: int) -> None:
+    def __init__(self, paths: list[Path], *, model: str, max_tokens: int, longest_chars: int) -> None:
         prompts = [as_text(messages)[:longest_chars] for messages in read_prompts(paths)]
         random.Random(0).shuffle(prompts)
-        self._prompts, self._max_tokens = prompts, max_tokens
+        self._prompts, self._model, self._max_tokens = prompts, model, max_tokens
 
     def bodies(self, start: int, *, drafts: bool) -> Iterator[dict]:
         for index in itertools.count(start):
             body = {
-                "model": "base", "stream": True, "stream_options": {"include_usage": True},
+                "model": self._model, "stream": True, "stream_options": {"include_usage": True},
                 "messages": [{"role": "user", "content": self._prompts[index % len(self._prompts)]}],
                 "max_tokens": self._max_tokens, "temperature": 0, "ignore_eos": True,
             }  # fmt: skip
@@ -179,14 +179,15 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def figures(segments: list[Segment]) -> dict[str, float]:
-    answers = [answer for segment in segments for answer in segment.answers]
+    everybody = [answer for segment in segments for answer in segment.answers]
+    answers = [answer for answer in everybody if answer.status == 200]
     first_s, gaps_s = [a.first_s for a in answers], [gap for a in answers for gap in a.gaps_s]
     return {
         "tokens_per_s": statistics.median(segment.tokens_per_s for segment in segments),
         "first_token_p50_ms": 1e3 * percentile(first_s, 0.5), "first_token_p99_ms": 1e3 * percentile(first_s, 0.99),
         "gap_p50_ms": 1e3 * percentile(gaps_s, 0.5), "gap_p99_ms": 1e3 * percentile(gaps_s, 0.99),
         "mean_accepted_tokens": statistics.mean(a.speculation["mean_acceptance_length"] for a in answers),
-        "num_failed": sum(a.status != 200 for a in answers),
+        "num_failed": len(everybody) - len(answers),
     }  # fmt: skip
 
 
@@ -305,7 +306,6 @@ def main() -> None:
     paths = [Path("configs/demo/prompts.jsonl")] if arguments.data is None else (
         sorted(arguments.data.glob("*.jsonl")) if arguments.data.is_dir() else [arguments.data]
     )
-    traffic = Traffic(paths, max_tokens=arguments.max_tokens, longest_chars=arguments.longest_chars)
     overrides = list(arguments.overrides)
     if arguments.adapter:
         overrides.append(f"drafter.adapter={json.dumps(arguments.adapter)}")
@@ -316,6 +316,10 @@ def main() -> None:
             server = Server(arguments.config, f"{folder}/{name}", [*overrides, f"train.enabled={enabled}"])
             stack.callback(server.close)
             servers.append(server)
+        traffic = Traffic(
+            paths, model=servers[0].ask("/v1/models")["data"][0]["id"], max_tokens=arguments.max_tokens,
+            longest_chars=arguments.longest_chars,
+        )  # fmt: skip
         results = measure(arguments, *servers, traffic)
         flood = overload(arguments, servers[0], traffic) if arguments.overload_seconds else None
     print_tables(results, flood)

@@ -141,8 +141,8 @@ MUTATIONS = [
     ),
     Mutation(
         "reward_column_shifted", DECODING,
-        "draft_ids_W[:num_outcomes] = draft.token_ids_BT[row, :num_outcomes]",
-        "draft_ids_W[:num_outcomes] = draft.token_ids_BT[row].roll(1)[:num_outcomes]",
+        "draft_token_ids_W=draft_ids_BU[row, :width]",
+        "draft_token_ids_W=draft_ids_BU[row].roll(1)[:width]",
         TEST_DECODING,
     ),
     Mutation(
@@ -251,7 +251,7 @@ MUTATIONS = [
     ),
     Mutation(
         "reward_for_the_first_rejection", REPLAY,
-        "(column_W < stretch.num_accepted).long()", "(column_W <= stretch.num_accepted).long()",
+        "int(column < stretch.num_accepted)", "int(column <= stretch.num_accepted)",
         "tests/test_replay.py",
     ),
     Mutation(
@@ -299,7 +299,7 @@ MUTATIONS = [
     ),
     Mutation(
         "n_choices_taken_in_part", "dvi/serving/loop.py",
-        "scheduler.num_waiting + len(requests) > scheduler", "scheduler.num_waiting + 1 > scheduler",
+        "len(self._inbox) + len(requests) > scheduler", "len(self._inbox) + 1 > scheduler",
         "tests/test_loop.py",
     ),
     # Draft lengths and their costs

@@ -207,7 +207,7 @@ def test_idle_time_goes_to_the_learner_until_nothing_is_owed():
 
 def test_a_full_queue_refuses_at_once_and_takes_all_or_none():
     """Catches a queue that grows without end, and n choices of which some are never answered."""
-    engine, client = engine_of(max_rows=1, max_waiting=3), Client()
+    engine, client = engine_of(max_rows=1, max_waiting=2), Client()
     with running(engine) as loop:
         release = threading.Event()
         blocked = loop.call(lambda: release.wait(PATIENCE_S))  # nothing is admitted meanwhile

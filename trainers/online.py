@@ -28,6 +28,7 @@ from trainers.versions import Snapshot, State, VersionHistory
 
 MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the first step: below it, batches repeat
 CANARY_BLOCKS = 256  # fewer, and the score's noise alone looks like a loss of a tenth
+STORED_AT_ONCE = 64  # positions: a call of ReplayBuffer.add costs about as much as a hundred of them
 SETTLED_PART = 0.1  # of the time budget that is still used once acceptance has settled
 
 
@@ -46,7 +47,7 @@ class OnlineTrainer:
         self.config = config = config or LearningSettings()
         self._split, self._live = speculator.split, speculator.drafter
         self._student = Student(self._split, self._live, config)
-        self.replay = ReplayBuffer(
+        self._replay = ReplayBuffer(
             capacity_positions=config.replay_positions, hidden_size=self._split.hidden_size, max_block=config.block_len,
             dtype=self._split.dtype, device=self._split.device, reservoir_fraction=config.reservoir_fraction,
             seed=config.seed,
@@ -62,6 +63,8 @@ class OnlineTrainer:
         self.num_steps = self.num_skipped = self.num_rollbacks = self.num_noop_swaps = 0
         self.train_s = 0.0
         self.last_report: UpdateReport | None = None
+        self._unstored: list[Transitions] = []  # observed, and not in the replay yet
+        self._num_unstored = 0
         self._work: Iterator[UpdateReport | None] | None = None  # the step in progress
         self._work_s = 0.0
         self._unreported: UpdateReport | None = None
@@ -85,18 +88,12 @@ class OnlineTrainer:
     def observe(self, transitions: list[Transitions]) -> None:
         """Stores the experience of one round (or prefill) and follows the acceptance; its time counts as training's."""
         start_s = time.perf_counter()
-        stretches = transitions
-        if not self.config.learn_from_prompts:
-            # The last prompt position stays: it is the anchor of the first round's drafts.
-            stretches = [_tail(s) if s.is_prefill else s for s in transitions]
-        self.replay.add(*stretches)
+        self._unstored += transitions
+        self._num_unstored += sum(len(s) for s in transitions)
+        if self._num_unstored >= STORED_AT_ONCE:
+            self._store()
         num_drafted = sum(s.num_drafted for s in transitions)
         num_accepted = sum(s.num_accepted for s in transitions)
-        for stretch in transitions:
-            if not stretch.is_prefill:
-                # Not bincount: on a GPU it waits for the device.
-                self.token_counts_V.index_add_(0, stretch.token_ids_W, torch.ones_like(stretch.token_ids_W))
-                self._tokens_counted += len(stretch)
         if any(not s.is_prefill for s in transitions):
             self.budget.owe_round()
         self._drafted_since_step += num_drafted
@@ -106,6 +103,26 @@ class OnlineTrainer:
         seconds = time.perf_counter() - start_s
         self.train_s += seconds
         self.budget.charge(seconds)
+
+    @property
+    def replay(self) -> ReplayBuffer:
+        """All experience observed so far."""
+        self._store()
+        return self._replay
+
+    def _store(self) -> None:
+        """Stores what was observed since the last time: its cost is mostly that of the calls, not of the positions."""
+        stretches, self._unstored, self._num_unstored = self._unstored, [], 0
+        generated = [s.token_ids_W for s in stretches if not s.is_prefill]
+        if generated:
+            token_ids_N = torch.cat(generated)
+            # Not bincount: on a GPU it waits for the device.
+            self.token_counts_V.index_add_(0, token_ids_N, torch.ones_like(token_ids_N))
+            self._tokens_counted += len(token_ids_N)
+        if not self.config.learn_from_prompts:
+            # The last prompt position stays: it is the anchor of the first round's drafts.
+            stretches = [_tail(s) if s.is_prefill else s for s in stretches]
+        self._replay.add(*stretches)
 
     def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
         """One piece of an optimizer step, or without slices a whole one, if a step is owed and there is time for it.
@@ -127,7 +144,7 @@ class OnlineTrainer:
     @property
     def is_busy(self) -> bool:
         """Whether a step is in progress, or is owed and there is enough experience for it."""
-        has_data = len(self.replay) >= MIN_POSITIONS_PER_BLOCK * self.config.blocks_per_step
+        has_data = len(self._replay) + self._num_unstored >= MIN_POSITIONS_PER_BLOCK * self.config.blocks_per_step
         return self._work is not None or (has_data and self.budget.is_step_owed)
 
     def versions(self) -> list[DrafterVersion]:
@@ -213,6 +230,7 @@ class OnlineTrainer:
         one go. A step dropped before that was not counted; it may have moved the learner's own copy.
         """
         config, student = self.config, self._student
+        self._store()
         if self._is_trim_due():
             self._trim(self.token_counts_V.topk(self._live.config.draft_vocab_size).indices)
         self.budget.pay_step()
@@ -367,6 +385,7 @@ class OnlineTrainer:
         token_ids_V = state["drafter"].get("draft_head.draft_token_ids_V")
         if token_ids_V is not None and self._live.draft_head.draft_token_ids_V is None:
             self._trim(token_ids_V.to(self._split.device))
+        self._unstored, self._num_unstored = [], 0
         self.token_counts_V.copy_(state["token_counts"])
         self._student.load_state_dict(state)
         self.replay.load_state_dict(state["replay"])

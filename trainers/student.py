@@ -108,7 +108,7 @@ class Student:
 
     @torch.no_grad()
     def _target_logits(self, batch: ReplayBatch) -> Tensor:
-        return self.drafter.draft_head.gather_logits(self._split.head(batch.target_hidden_NTD))
+        return self.drafter.draft_head.frozen_logits(batch.target_hidden_NTD)
 
     # Saving
 

@@ -270,8 +270,9 @@ def check_limits(body: GenerationBody, limits: ServeSettings) -> None:
     if any(len(text) > limits.max_stop_chars for text in stop):
         raise invalid(f"stop: strings must be at most {limits.max_stop_chars} characters long here", param="stop")
     num_answers = num_prompts * body.num_answers
-    if num_answers > limits.max_waiting:
-        raise invalid(f"prompts times n must be at most {limits.max_waiting} here, got {num_answers}", param="n")
+    most = limits.max_rows + limits.max_waiting  # more would find no place even in an empty server
+    if num_answers > most:
+        raise invalid(f"prompts times n must be at most {most} here, got {num_answers}", param="n")
 
 
 def new_tokens(body: GenerationBody, defaults: RequestSettings, *, cap: int | None, room: int) -> int:

@@ -93,7 +93,7 @@ class EngineLoop:
             if self.is_draining or not self.is_alive:
                 raise Draining("the server is stopping and takes no more requests")
             scheduler = self.engine.scheduler
-            if len(self._inbox) + scheduler.num_waiting + len(requests) > scheduler.limits.max_waiting:
+            if len(self._inbox) + len(requests) > scheduler.num_places:
                 raise QueueFull(scheduler.retry_after_s)
             for request in requests:
                 self._on_output[request.request_id] = (request, on_output)

@@ -34,7 +34,7 @@ class SchedulerLimits:
 
     max_rows                 requests that run at once.
     max_positions            cached positions of all running requests together, each with its headroom.
-    max_waiting              requests that wait for their first admission; preempted ones come on top.
+    max_waiting              requests that may be here beyond max_rows: what waits when all rows are taken.
     prefill_tokens_per_step  positions prefilled in a step, all requests together: what a decoding row waits at most.
     headroom                 most positions that a round writes beyond a row's committed ones: the deepest draft + 1.
     """
@@ -142,6 +142,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_places(self) -> int:
+        """Requests that may still be added."""
+        return self.limits.max_rows + self.limits.max_waiting - len(self._entries)
+
+    @property
     def num_positions(self) -> int:
         """Positions that the running requests hold once prefilled, without headroom."""
         return sum(entry.num_positions for entry in self._running.values())
@@ -160,7 +165,7 @@ class Scheduler:
         """Queues all of them, or raises as `add` does and queues none."""
         for request in requests:
             self.limits.check(request)
-        if self.num_waiting + len(requests) > self.limits.max_waiting:
+        if len(requests) > self.num_places:
             raise QueueFull(self.retry_after_s)
         for request in requests:
             self._enqueue(request)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 
 from dvi.config import ServeConfig
@@ -53,6 +54,16 @@ def open_socket(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise ValueError(f"port {port} of {host} is in use; try serve.port={port + 1}") from error
         raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+
+
+def leave_a_core(config: ServeConfig) -> None:
+    """Keeps one core out of torch's hands, unless the settings say how many threads it may have.
+
+    HTTP needs it. Threads of a matrix product wait for each other spinning: where they want every core, each reply
+    written makes a whole round wait. Measured on two cores, four streams: one thread 202 tokens/s, two 148.
+    """
+    if not config.model.num_threads:
+        torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
 
 
 def build_loop(config: ServeConfig, speculator: SelfSpeculator, learner: Learner | None) -> EngineLoop:

@@ -235,8 +235,8 @@ class ServeSettings:
     adapters_folder           saved drafters that admin routes load and save, by name.
     max_rows                  requests that decode together.
     max_positions             cached positions of all running requests together.
-    max_waiting               requests that may wait while all rows are taken; more are told to come back later. As many
-                              as max_rows: nobody then takes more than about twice as long as in a full server.
+    max_waiting               requests that may wait while all rows are taken; more are told to come back later. Half of
+                              max_rows: nobody then takes more than about half as long again as in a full server.
     prefill_tokens_per_step   prompt tokens read between two rounds, so that a long prompt holds nobody up.
     prefix_cache_positions    cached positions kept of prompts and answers gone by, 0 keeps none.
     max_prompt_tokens         null: as many as the model's context holds; max_new_tokens the same.
@@ -254,7 +254,7 @@ class ServeSettings:
     adapters_folder: str = "runs/serve/adapters"
     max_rows: PositiveCount = 16
     max_positions: PositiveCount = 32768
-    max_waiting: PositiveCount = 16
+    max_waiting: PositiveCount = 8
     prefill_tokens_per_step: PositiveCount = 256
     prefix_cache_positions: Count = 16384
     max_connections: PositiveCount = 1024

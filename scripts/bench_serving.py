@@ -2,7 +2,7 @@
 
 Two servers run side by side on the same weights and the same drafter, one frozen and one learning; requests choose
 drafts or none. Every concurrency is measured in turns, A B C D D C B A, by fixed work: so many requests of so many
-tokens, each stream starting its next one when one ends. A server that is not being measured is pinned, so that it does
+tokens, each stream starting its next one when one ends; one turn of every arm goes before, uncounted. A server that is not being measured is pinned, so that it does
 not learn on the others' time. Prints tables and one JSON line last.
 """
 
@@ -212,6 +212,10 @@ def measure(arguments: argparse.Namespace, frozen: Server, learning: Server, tra
     for streams in arguments.streams:
         segments: dict[str, list[Segment]] = {arm: [] for arm in ARMS}
         num_requests, start = max(streams * arguments.rounds, 6), 0
+        for arm, (server, drafts) in arms.items():  # not counted: the length rule first learns what this size costs
+            with only(server, learning):
+                bodies = traffic.bodies(10_000, drafts=drafts)
+                asyncio.run(closed_loop(server.port, bodies, streams=streams, num_requests=num_requests))
         order = [arm for repeat in range(arguments.repeats) for arm in (ARMS if repeat % 2 == 0 else ARMS[::-1])]
         for turn, arm in enumerate(track(order, f"{streams} streams", console=CONSOLE)):
             server, drafts = arms[arm]

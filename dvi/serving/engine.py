@@ -26,6 +26,7 @@ from dvi.text import TextStream
 PREFIX_CHUNK = 5 * EXACT_WIDTH  # positions; a multiple of the fixed width, so that exact mode's passes stay aligned
 FIRST_ROWS = 4  # of a lane's cache, which grows: most lanes never see more
 MEASURED_ROWS = (1, 2, 4, 8, 16)
+MEASURING_S = 4.0
 
 log = logging.getLogger(__name__)
 
@@ -317,11 +318,12 @@ class Engine:
         return GoodputLength(tuple(t for t in GOODPUT_BUCKETS if t <= choice.num_draft_tokens), self.costs())
 
     def costs(self) -> CostTable:
-        """Of a round's parts on this machine, measured at the first call: a second or two."""
+        """Of a round's parts on this machine, measured at the first call: a few seconds."""
         if self._costs is None:
             rows = tuple(r for r in MEASURED_ROWS if r <= self._max_rows)
             self._costs = measure_costs(
-                self.speculator.passes, self.drafters[DEFAULT_DRAFTER], buckets=GOODPUT_BUCKETS, rows=rows
+                self.speculator.passes, self.drafters[DEFAULT_DRAFTER], buckets=GOODPUT_BUCKETS, rows=rows,
+                budget_s=MEASURING_S,
             )
         return self._costs
 

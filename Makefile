@@ -20,6 +20,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench_serving.py
 
 bench-gpu: $(STAMP)
 	$(BIN)/python scripts/bench_gpu.py

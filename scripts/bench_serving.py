@@ -2,7 +2,8 @@
 
 Two servers run side by side on the same weights and the same drafter, one frozen and one learning; requests choose
 drafts or none. Every concurrency is measured in turns, A B C D D C B A, by fixed work: so many requests of so many
-tokens, each stream starting its next one when one ends; one turn of every arm goes before, uncounted. A server that is not being measured is pinned, so that it does
+tokens, each stream starting its next one when one ends; one turn of every arm goes before, uncounted. No prompt comes
+twice to the learning server: it would have learnt the answer. While it is not measured it is pinned, so that it does
 not learn on the others' time. Prints tables and one JSON line last.
 """
 
@@ -139,6 +140,10 @@ class Traffic:
         random.Random(0).shuffle(prompts)
         self._prompts, self._model, self._max_tokens = prompts, model, max_tokens
 
+    def place(self, start: int, arm: str) -> int:
+        """Where an arm's turn begins: the same for all, except that the learning server meets nothing twice."""
+        return start + (len(self._prompts) // 2 if arm == ARMS[1] else 0)
+
     def bodies(self, start: int, *, drafts: bool) -> Iterator[dict]:
         for index in itertools.count(start):
             body = {
@@ -208,24 +213,26 @@ def measure(arguments: argparse.Namespace, frozen: Server, learning: Server, tra
         ARMS[0]: (frozen, False), ARMS[1]: (learning, False), ARMS[2]: (frozen, True), ARMS[3]: (learning, True)
     }  # fmt: skip
     results: dict[int, dict] = {}
+    start = 0
     learning.ask("/admin/pin", {})
     for streams in arguments.streams:
         segments: dict[str, list[Segment]] = {arm: [] for arm in ARMS}
-        num_requests, start = max(streams * arguments.rounds, 6), 0
+        num_requests = max(streams * arguments.rounds, 6)
         for arm, (server, drafts) in arms.items():  # not counted: the length rule first learns what this size costs
             with only(server, learning):
-                bodies = traffic.bodies(10_000, drafts=drafts)
+                bodies = traffic.bodies(traffic.place(start, arm), drafts=drafts)
                 asyncio.run(closed_loop(server.port, bodies, streams=streams, num_requests=num_requests))
         order = [arm for repeat in range(arguments.repeats) for arm in (ARMS if repeat % 2 == 0 else ARMS[::-1])]
         for turn, arm in enumerate(track(order, f"{streams} streams", console=CONSOLE)):
             server, drafts = arms[arm]
             if turn % len(ARMS) == 0:
-                start += num_requests  # new prompts for every turn of all arms: none finds another turn's prefixes
+                start += num_requests
             with only(server, learning):
-                bodies = traffic.bodies(start, drafts=drafts)
+                bodies = traffic.bodies(traffic.place(start, arm), drafts=drafts)
                 segments[arm].append(asyncio.run(closed_loop(
                     server.port, bodies, streams=streams, num_requests=num_requests
                 )))  # fmt: skip
+        start += num_requests
         results[streams] = {arm: figures(segments[arm]) for arm in ARMS}
         # Ratios within a turn, so that a machine that drifts moves both sides.
         for name, arm, base in (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-CREDIT_CAP_S = 0.5  # unused training time that may be saved up: a quiet minute must not buy a stalled one
+CREDIT_CAP_S = 0.2  # unused training time that may be saved up: a quiet minute must not buy a stalled second
 GAP_MEMORY_S = 2.0  # traffic that paused so lately will pause again soon: work waits for that gap
 # Some seconds of catching up after a long busy stretch; more would learn the same buffer over and over.
 MAX_STEPS_OWED = 256

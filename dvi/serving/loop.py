@@ -266,10 +266,10 @@ class EngineLoop:
 
     def _idle(self) -> None:
         """A piece of learning if one is owed; else sleeps until something comes."""
+        self._report_learner()
         if self._may_learn and self.learner.is_busy:
             self._guarded(lambda: self._step_learner(is_idle=True))
             return
-        self._report_learner()
         with self._wake:
             if not (self._inbox or self._cancelled or self._actions or self._is_stopping):
                 self._wake.wait(POLL_S)

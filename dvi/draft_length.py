@@ -31,13 +31,10 @@ class RoundInfo:
 
     num_rows         rows of the batch that take part.
     drafter_version  of the drafter that will draft; None where versions are not told.
-    expected_prefix  accepted tokens to expect of a long draft, as measured apart from serving (a learner's canary);
-                     None where nobody measured.
     """
 
     num_rows: int
     drafter_version: int | None = None
-    expected_prefix: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class AcceptanceEstimate:
         """prior_weight and stale_weight are in observations; a count loses 1 / memory_rounds of itself per round."""
         if not 0 < prior < 1:
             raise ValueError(f"prior must be in (0, 1), got {prior}")
-        self.prior = prior
+        self._prior = prior
         self._prior_weight = prior_weight
         self._keep = 1 - 1 / memory_rounds
         self._stale_weight = stale_weight
@@ -160,7 +157,7 @@ class AcceptanceEstimate:
     def per_depth(self, *, hope: float = 0.0) -> list[float]:
         """The posterior mean at each depth, and `hope` standard deviations more."""
         estimates = []
-        mean = self.prior
+        mean = self._prior
         for reached, accepted in zip(self._reached, self._accepted, strict=True):
             weight = reached + self._prior_weight
             mean = (accepted + self._prior_weight * mean) / weight
@@ -229,10 +226,6 @@ class GoodputLength:
         return {t: expected_tokens[t] / self.costs.round_s(num_rows, t) for t in self.buckets}
 
     def choose(self, info: RoundInfo) -> int:
-        if info.expected_prefix is not None:
-            # The constant acceptance with which endless drafts have that accepted prefix, off 0 and 1: for a figure
-            # from short drafts it is on the low side.
-            self.acceptance.prior = min(max(info.expected_prefix / (1 + info.expected_prefix), 0.01), 0.99)
         goodput = self.goodput(info.num_rows)
         best = max(self.buckets, key=goodput.__getitem__)
         standing = self._standings.setdefault(info.num_rows, _Standing(best))

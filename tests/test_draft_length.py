@@ -258,19 +258,6 @@ def test_without_a_new_version_the_burst_stays_in_reserve():
     assert lengths.count(4) >= 8
 
 
-def test_an_expected_prefix_is_the_prior_of_what_was_not_tried():
-    """Catches the learner's canary being ignored, or outweighing what serving has seen."""
-    costs = CostTable(draft_step_s={1: 0.3}, verify_s={1: 1.0, 5: 1.2})
-    for expected, length in ((0.0, 0), (3.0, 4)):
-        policy = GoodputLength((4,), costs, probe_share=0.0)
-        assert policy.choose(RoundInfo(num_rows=1, expected_prefix=expected)) == length
-    policy = GoodputLength((4,), costs, probe_share=0.0)
-    for _ in range(100):
-        length = policy.choose(RoundInfo(num_rows=1, expected_prefix=3.0))
-        policy.observe(RoundOutcome([length], [0]))
-    assert length == 0
-
-
 def test_each_number_of_rows_keeps_its_own_length():
     """Catches one length for all: with rows that come and go it would never have been beaten long enough."""
     costs = CostTable(draft_step_s={1: 0.1, 8: 0.4}, verify_s={1: 1.0, 8: 1.0, 64: 8.0})

@@ -116,6 +116,9 @@ def test_a_trimmed_vocabulary_maps_its_ids_both_ways_and_drafts_like_the_full_on
     logits_NTV = trimmed(states(2, 3), states(2))
     torch.testing.assert_close(logits_NTV, full_logits_NTV[..., kept_V])
     assert torch.equal(head.gather_logits(full_logits_NTV), full_logits_NTV[..., kept_V])
+    for drafter in (trimmed, full):  # what a learner distils: the verifier's own logits, of what can be drafted
+        target_logits_NTV = drafter.draft_head.gather_logits(split.head(states(2, 3)))
+        torch.testing.assert_close(drafter.draft_head.frozen_logits(states(2, 3)), target_logits_NTV)
     scattered_NTV = head.scatter_logits(logits_NTV, VOCAB_SIZE)
     assert torch.equal(scattered_NTV[..., kept_V], logits_NTV)
     assert torch.isneginf(scattered_NTV).sum() == (VOCAB_SIZE - 5) * 6

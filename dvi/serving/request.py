@@ -118,7 +118,7 @@ class StepReport:
 
 
 class QueueFull(Exception):
-    """The queue holds as many requests as it may; `retry_after_s` is a guess of when one will leave."""
+    """The server holds as many requests as it may; `retry_after_s` is a guess of when those that wait will be gone."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the server is overloaded; try again in {math.ceil(retry_after_s)} s")

@@ -38,6 +38,7 @@ class Sequence:
     teaches        False: no transitions are cut from its rounds. tenant is copied into those that are.
     finish_reason  "stop", "length", or "error": the verifier's state was not finite, and its last round is not kept.
     started_s      when it began what it does, prefilling or decoding.
+    kept_per_round tokens that each of its rounds gave it.
     """
 
     request_id: int
@@ -50,6 +51,7 @@ class Sequence:
     tenant: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    kept_per_round: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stats: RoundStats = field(default_factory=RoundStats)
     started_s: float = 0.0
@@ -383,6 +385,7 @@ class DecodingBatch:
             num_kept = sequence.extend(committed)
             sequence.stats.count_round(num_drafted=num_drafted, num_accepted=num_accepted)
             sequence.stats.new_tokens += num_kept
+            sequence.kept_per_round.append(num_kept)
             self.outcomes.append((sequence, num_drafted, num_accepted, num_kept))
             if sequence.num_logprobs is not None:
                 logits_WV = verified.logits_BUV[row, :num_kept]

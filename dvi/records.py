@@ -274,7 +274,10 @@ class TokenLogprobs:
 
 @dataclass
 class GenerationResult:
-    """One finished request. token_ids are the new tokens only; text is without stop strings and special tokens."""
+    """One finished request. token_ids are the new tokens only; text is without stop strings and special tokens.
+
+    accept_lengths: tokens that each round gave, recovered or bonus token included; they sum to len(token_ids).
+    """
 
     index: int
     request_id: int
@@ -284,6 +287,7 @@ class GenerationResult:
     stats: RoundStats
     drafter_version: int
     level: str
+    accept_lengths: list[int] = field(default_factory=list)
     transitions: list[Transitions] = field(default_factory=list)
 
 

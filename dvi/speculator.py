@@ -279,7 +279,7 @@ class SelfSpeculator:
             index=index, request_id=sequence.request_id, text="" if stream is None else stream.text,
             token_ids=sequence.token_ids, finish_reason=sequence.finish_reason, stats=sequence.stats,
             drafter_version=self.drafter.version, level=self.mode if self.rule.is_lossless else "lossy",
-            transitions=kept,
+            accept_lengths=sequence.kept_per_round, transitions=kept,
         )
 
     def stream(

@@ -34,6 +34,15 @@ def test_streamed_pieces_are_the_text_that_generate_returns(speculator, stop_str
     assert not any(stop in result.text for stop in stop_strings)
 
 
+def test_accept_lengths_count_every_token_once_and_every_round(speculator):
+    """Catches tokens beyond a stop that are counted, and rounds that are not."""
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    for result in speculator.generate(PROMPTS, params, batch_size=2):
+        assert sum(result.accept_lengths) == len(result.token_ids) == 10
+        assert len(result.accept_lengths) == result.stats.num_rounds
+        assert min(result.accept_lengths) >= 1
+
+
 def test_prompt_i_draws_with_seed_plus_i_in_any_batch(speculator):
     """Catches requests that share their draws, and draws that depend on the row or on batch mates."""
     params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=5)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -28,6 +25,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dvi import SamplingParams, SelfSpeculator
 from dvi.autotune import measure_costs
+from dvi.bench.machine import describe_machine
+from dvi.bench.rivals import layer_calls
+from dvi.bench.statistics import median_interval
 from dvi.config import load_config
 from dvi.draft_length import FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import DrafterConfig
@@ -93,23 +93,6 @@ def hugging_face(model, max_new_tokens: int, **options: object) -> Callable:
     return run
 
 
-def layer_calls(model, run: Callable, ids: list[int]) -> list[int]:
-    """How often each layer's forward ran while decoding one prompt."""
-    counts = [0] * len(model.model.layers)
-
-    def counter(index: int) -> Callable:
-        def hook(*_: object) -> None:
-            counts[index] += 1
-
-        return hook
-
-    handles = [layer.register_forward_hook(counter(i)) for i, layer in enumerate(model.model.layers)]
-    run(ids)
-    for handle in handles:
-        handle.remove()
-    return counts
-
-
 def train(
     speculator: SelfSpeculator, prompts: list, *, minutes: float, max_new_tokens: int, batch_size: int,
     settings: list[str],
@@ -143,11 +126,9 @@ def train(
 
 def ratio(runs: dict[str, list[Run]], over: str, under: str, *, of: str) -> dict:
     """Median of the per-prompt speed ratios with a bootstrap 95 % interval."""
-    ratios = np.array([getattr(a, of) / getattr(b, of) for a, b in zip(runs[over], runs[under], strict=True)])
-    generator = np.random.default_rng(0)
-    medians = np.median(generator.choice(ratios, (2000, len(ratios))), axis=1)
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return {"ratio": round(float(np.median(ratios)), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+    ratios = [getattr(a, of) / getattr(b, of) for a, b in zip(runs[over], runs[under], strict=True)]
+    found = median_interval(ratios)
+    return {"ratio": round(found.value, 3), "low": round(found.low, 3), "high": round(found.high, 3)}
 
 
 def compare(arms: dict[str, Callable], prompts: list[list[int]], label: str) -> tuple[dict[str, list[Run]], int]:
@@ -201,15 +182,6 @@ def cold_help_s() -> float:
     return round(statistics.median(times), 3)
 
 
-def machine() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-        "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="checkpoints/reference-11m")
@@ -232,7 +204,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    report: dict = {"machine": machine(), "args": vars(args)}
+    report: dict = {"machine": describe_machine(), "args": vars(args)}
 
     options: dict = {"adapter": args.adapter}
     if not args.adapter:
@@ -270,7 +242,7 @@ def main() -> None:
         "hf_generate": hugging_face(speculator.model, args.max_new_tokens),
         "hf_early_exit": early_exit,
     }
-    counts = layer_calls(speculator.model, early_exit, held_out[0])
+    counts = layer_calls(speculator.model, lambda: early_exit(held_out[0]))
     report["early_exit_layer_calls"] = counts
     runs, report["mismatched_prompts"] = compare(arms, held_out, "comparing")
     report["compared_prompts"] = len(runs["plain"])

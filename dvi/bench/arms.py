@@ -1,0 +1,192 @@
+"""Our arms of a benchmark: plain, padded, speculative, and learning while they answer, all over one loaded model.
+
+Knows speculators, drafters and draft lengths; knows nothing of questions and clocks, nor how a drafter learns: whoever
+runs the benchmark passes in what makes a learner.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dvi.adapter_store import load_drafter
+from dvi.autotune import measure_costs
+from dvi.bench.records import Arm, ArmAnswer, ArmPlan
+from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
+from dvi.drafter import DrafterConfig, build_drafter
+from dvi.exact import ExactSplit
+from dvi.records import Learner, SamplingParams
+from dvi.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, POLICIES, SelfSpeculator
+
+OUR_ARMS = ("plain", "plain_padded", "speculative", "online", "online_untrained")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmOptions:
+    """What all arms of a run have in common, ours and the rivals'.
+
+    max_new_tokens    hard limit of an answer; prompt and answer together end at the model's context.
+    temperature       0 is greedy; no other filter is on.
+    num_draft_tokens  T, the most tokens drafted in a round.
+    policy            how our arms choose up to T: a name of `dvi.speculator.POLICIES`.
+    batch_size        the most prompts answered together; the goodput rule measures its costs for as many.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    num_draft_tokens: int = 4
+    policy: str = "fixed"
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_draft_tokens <= GOODPUT_BUCKETS[-1]:
+            raise ValueError(
+                f"num_draft_tokens must be in 1..{GOODPUT_BUCKETS[-1]}, got {self.num_draft_tokens}; try 4"
+            )
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        self.sampling(seed=0)  # checks the other two
+
+    def sampling(self, *, seed: int) -> SamplingParams:
+        return SamplingParams(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
+
+
+class PausedLearner(Learner, Protocol):
+    """A learner whose arm answers only now and then."""
+
+    def restart_clock(self) -> None:
+        """Forgets training time saved up while other arms answered."""
+
+
+MakeLearner = Callable[[SelfSpeculator], PausedLearner]
+
+
+class OurArm:
+    """A speculator with a fixed rule for draft lengths, and perhaps a learner: its work falls inside `answer`."""
+
+    def __init__(
+        self, speculator: SelfSpeculator, policy: LengthPolicy, options: ArmOptions,
+        *, learner: PausedLearner | None = None,
+    ) -> None:
+        self.speculator, self.learner = speculator, learner
+        self._policy, self._options = policy, options
+
+    def answer(self, prompts: list[list[int]], *, seed: int) -> list[ArmAnswer]:
+        """See `Arm.answer`; prompt i draws with seed + i."""
+        if self.learner is not None:
+            self.learner.restart_clock()
+        results = self.speculator.generate(
+            prompts, self._options.sampling(seed=seed), batch_size=len(prompts), learner=self.learner,
+            policy=self._policy, keep_transitions=False,
+        )
+        in_order = sorted(results, key=lambda result: result.index)
+        return [ArmAnswer(r.token_ids, r.accept_lengths, r.stats) for r in in_order]
+
+
+def plans_of_ours(
+    speculator: SelfSpeculator, options: ArmOptions, *, adapter: str | Path | None = None,
+    make_learner: MakeLearner | None = None, names: Iterable[str] = OUR_ARMS,
+) -> list[ArmPlan]:
+    """Plans of the named arms, in the order named. All share the speculator's model and split, with no second copy.
+
+    adapter       saved drafter that `speculative` and `online` begin with; None is the speculator's own, as it is now.
+    make_learner  a learner for a speculator whose drafter it may change; without, the arms that learn are n/a.
+    The speculator's own drafter never changes. Raises ValueError for unknown names and an adapter that does not fit.
+    """
+    drafter = speculator.drafter if adapter is None else load_drafter(adapter, speculator.split)
+    drafter.requires_grad_(False)
+    facts = {
+        "drafter": drafter.config.kind, "drafter_version": drafter.version, "adapter": adapter and str(adapter),
+        "split_layer": speculator.split.split_layer, "policy": options.policy,
+        "num_draft_tokens": options.num_draft_tokens,
+    }
+    label = f"{drafter.config.kind} drafter, T = {options.num_draft_tokens}"
+
+    def plan(
+        name: str, title: str, make_drafter: Callable[[], nn.Module], *, is_learning: bool, **other_facts: object
+    ) -> ArmPlan:
+        def build() -> Arm:
+            twin = _twin(speculator, drafter=make_drafter())
+            learner = make_learner(twin) if is_learning else None
+            return OurArm(twin, _length_policy(twin, options), options, learner=learner)
+
+        found = ArmPlan(name, f"{title}, {label}", build, is_learning=is_learning, facts=facts | other_facts)
+        if is_learning and make_learner is None:
+            return dataclasses.replace(found, build=None, na_reason="no learner given")
+        return found
+
+    makers: dict[str, Callable[[], ArmPlan]] = {
+        "plain": lambda: ArmPlan("plain", "DVI plain", lambda: OurArm(_twin(speculator), PLAIN, options)),
+        "plain_padded": lambda: _padded_plan(speculator, options),
+        "speculative": lambda: plan("speculative", "DVI speculative", lambda: drafter, is_learning=False),
+        "online": lambda: plan("online", "DVI online", lambda: _copy(drafter, speculator), is_learning=True),
+        "online_untrained": lambda: plan(
+            "online_untrained", "DVI online from an untrained drafter", lambda: _untrained(drafter.config, speculator),
+            is_learning=True, drafter_version=0, adapter=None,
+        ),
+    }
+    return [makers[name]() for name in checked_names(names, OUR_ARMS)]
+
+
+def checked_names(names: Iterable[str], choices: tuple[str, ...]) -> list[str]:
+    """The names as a list. Raises ValueError for one that is not among the choices."""
+    names = list(names)
+    unknown = [name for name in names if name not in choices]
+    if unknown:
+        raise ValueError(f"arms must be among {', '.join(choices)}, got {unknown[0]!r}")
+    return names
+
+
+def _padded_plan(speculator: SelfSpeculator, options: ArmOptions) -> ArmPlan:
+    """Plain decoding with every pass in one fixed shape, where the machine allows it."""
+    title = f"DVI plain, passes padded to {EXACT_WIDTH} positions"
+    try:
+        padded = _twin(speculator, passes=ExactSplit(speculator.split, width=EXACT_WIDTH), mode="exact")
+    except ValueError as refusal:
+        return ArmPlan("plain_padded", title, None, na_reason=str(refusal))
+    return ArmPlan("plain_padded", title, lambda: OurArm(padded, PLAIN, options), facts={"width": EXACT_WIDTH})
+
+
+def _twin(speculator: SelfSpeculator, **changed: object) -> SelfSpeculator:
+    """The speculator with other attributes. A second SplitModel would hold the weights a second time."""
+    twin = copy.copy(speculator)
+    for name, value in changed.items():
+        setattr(twin, name, value)
+    return twin
+
+
+def _copy(drafter: nn.Module, speculator: SelfSpeculator) -> nn.Module:
+    """A published copy beside the same frozen head; `copy.deepcopy` would copy the head too."""
+    copied = build_drafter(
+        speculator.split, drafter.config, draft_token_ids_V=drafter.draft_head.draft_token_ids_V
+    ).requires_grad_(False)
+    copied.publish(drafter, drafter.version)
+    return copied
+
+
+def _untrained(config: DrafterConfig, speculator: SelfSpeculator) -> nn.Module:
+    """The drafter that a speculator without an adapter begins with, seed 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        drafter = build_drafter(speculator.split, config).requires_grad_(False)
+    drafter.publish(drafter, version=0)
+    return drafter
+
+
+def _length_policy(speculator: SelfSpeculator, options: ArmOptions) -> LengthPolicy:
+    """A rule of the arm's own, its costs measured now: the speculator's own rule would measure at the first answer."""
+    if options.policy == "fixed" or (options.policy == "auto" and options.temperature > 0):
+        return FixedLength(options.num_draft_tokens)
+    if options.policy == "confidence":
+        return ConfidenceStop(options.num_draft_tokens, threshold=speculator.confidence_threshold)
+    buckets = tuple(t for t in GOODPUT_BUCKETS if t <= options.num_draft_tokens)
+    rows = tuple(sorted({r for r in (1, 2, 4, 8, 16) if r < options.batch_size} | {options.batch_size}))
+    return GoodputLength(buckets, measure_costs(speculator.passes, speculator.drafter, buckets=buckets, rows=rows))

@@ -1,0 +1,224 @@
+"""The `dvi bench` verbs: spec-bench, report, ablation, drift, sweep, paper.
+
+Knows arguments; every verb imports what it needs when it runs. Training comes in here, as functions that are passed
+down: nothing else under `dvi.bench` knows of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dvi.config import DraftSettings, PaperConfig, load_config
+from dvi.terminal import finish, make_console, quieten_transformers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dvi.records import Learner
+    from dvi.speculator import SelfSpeculator
+
+RIVALS = ("hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle")
+MODES = ("frozen", "online", "online_untrained")
+
+app = typer.Typer(
+    no_args_is_help=True, help="Find out how fast it is, against whom, and whether learning helps.",
+    rich_markup_mode=None, pretty_exceptions_enable=False,
+)
+
+OutputOption = Annotated[Path, typer.Option(help="Folder of the results; a second start in it goes on.")]
+ConfigArgument = Annotated[Path, typer.Argument(help="A YAML file of the run's settings, see configs/bench.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.lr=1e-4 or model.num_threads=1.")
+]
+SpecBenchDirOption = Annotated[
+    Path | None, typer.Option(help="A Spec-Bench checkout, whose own speed.py is then run too.")
+]
+TrainingLengthOption = Annotated[
+    int | None, typer.Option(help="Tokens of the model's training texts, shown beside the prompts' lengths.")
+]
+
+
+@app.command("spec-bench")
+def spec_bench(
+    output: OutputOption,
+    model: Annotated[str, typer.Option(help="A Hugging Face model folder or hub id.")],
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
+    modes: Annotated[
+        str, typer.Option(help=f"How the drafter runs, a list of {', '.join(MODES)}; online learns across questions.")
+    ] = "frozen",
+    rivals: Annotated[str, typer.Option(help=f"A list of {', '.join(RIVALS)}, or all.")] = "",
+    plain_padded: Annotated[
+        bool, typer.Option("--plain-padded", help="Also plain decoding with every pass in one fixed shape.")
+    ] = False,
+    overrides: OverridesArgument = None,
+    template: Annotated[
+        Literal["auto", "vicuna", "chat"],
+        typer.Option(help="vicuna: as the harness prompts every model; auto: the model's own chat template if any."),
+    ] = "auto",
+    limit: Annotated[int, typer.Option(help="Questions of each task, 0 takes all 80.")] = 0,
+    repetitions: int = 3,
+    max_new_tokens: int = 1024,
+    temperature: Annotated[float, typer.Option(help="0 is greedy, and then outputs are compared.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Questions that are decoded together.")] = 1,
+    num_draft_tokens: Annotated[int, typer.Option(help="The most tokens drafted in a round.")] = (
+        DraftSettings().num_draft_tokens
+    ),
+    policy: Annotated[Literal["auto", "fixed", "confidence", "goodput"], typer.Option()] = "fixed",
+    split_layer: Annotated[int | None, typer.Option(help="Without an adapter; default one layer in sixteen.")] = None,
+    draft_checkpoint: Annotated[
+        Path | None, typer.Option(help="A draft model for hf_assistant, from dvi export --standalone.")
+    ] = None,
+    questions: Annotated[Path | None, typer.Option(help="Another question.jsonl; default the bundled 480.")] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], typer.Option()] = "auto",
+    device: str = "auto",
+    num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
+    spec_bench_dir: SpecBenchDirOption = None,
+    training_length: TrainingLengthOption = None,
+) -> None:
+    """Spec-Bench's questions in its own format, with plain decoding and rivals in the same process.
+
+    KEY=VALUE: settings of the learner of the online modes, such as train.schedule=kl_only or train.budget=0.2.
+    """
+    quieten_transformers()
+    from dvi.bench.session import SpecBenchRequest, run_session
+
+    learning = load_config(None, overrides or ()).train
+    request = SpecBenchRequest(
+        model=model, adapter=adapter, modes=_listed(modes, MODES, "--modes"),
+        rivals=RIVALS if rivals == "all" else _listed(rivals, RIVALS, "--rivals"), plain_padded=plain_padded,
+        template=template, limit=limit,
+        repetitions=repetitions, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
+        num_draft_tokens=num_draft_tokens, policy=policy, split_layer=split_layer, draft_checkpoint=draft_checkpoint,
+        questions=questions, dtype=dtype, device=device, num_threads=num_threads,
+    )
+    report = run_session(
+        request, output, make_learner=_learner_maker(learning), console=make_console(),
+        spec_bench_dir=spec_bench_dir, training_length=training_length,
+    )
+    finish("bench spec-bench", **report)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The --output of dvi bench spec-bench.")],
+    spec_bench_dir: SpecBenchDirOption = None,
+    training_length: TrainingLengthOption = None,
+) -> None:
+    """Compute the tables and pictures of a finished, or unfinished, run anew."""
+    quieten_transformers()
+    from dvi.bench.session import report_session
+
+    found = report_session(
+        folder, console=make_console(), spec_bench_dir=spec_bench_dir, training_length=training_length
+    )
+    finish("bench report", **found)
+
+
+@app.command()
+def ablation(
+    config: ConfigArgument,
+    output: OutputOption,
+    overrides: OverridesArgument = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME, or NAME:key=value,... with learning settings; may be given again. Default: all."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="A list of seeds.")] = "0,1,2",
+) -> None:
+    """Does learning help: loss schedules against each other and against learning offline from the same data."""
+    quieten_transformers()
+    from trainers.experiments.ablation import DEFAULT_ARMS, run_ablation
+
+    found = run_ablation(
+        load_config(config, overrides or ()), arms=list(arm or DEFAULT_ARMS), seeds=_numbers(seeds, "--seeds"),
+        folder=output, console=make_console(),
+    )
+    finish("bench ablation", **found)
+
+
+@app.command()
+def drift(
+    config: ConfigArgument,
+    output: OutputOption,
+    overrides: OverridesArgument = None,
+    stream: Annotated[
+        list[str] | None, typer.Option(help="Domains in turn, such as math,medical,math, or mixed; may be given again.")
+    ] = None,
+    variants: Annotated[str, typer.Option(help="A list of full, no_reservoir, no_wakeup.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Folder of DOMAIN.jsonl files besides the bundled ones.")] = None,
+) -> None:
+    """When the traffic changes: how soon the drafter follows, and what it forgets."""
+    quieten_transformers()
+    from trainers.experiments.domain_shift import DEFAULT_STREAMS, VARIANTS, run_drift
+
+    found = run_drift(
+        load_config(config, overrides or ()), streams=list(stream or DEFAULT_STREAMS),
+        variants=list(_listed(variants, VARIANTS, "--variants") or VARIANTS), folder=output, data=data,
+        console=make_console(),
+    )
+    finish("bench drift", **found)
+
+
+@app.command()
+def sweep(
+    config: ConfigArgument,
+    output: OutputOption,
+    overrides: OverridesArgument = None,
+    split_layers: str = "0,1,2",
+    draft_lengths: str = "2,4,6",
+    ranks: str = "8,32",
+    draft_vocabs: Annotated[str, typer.Option(help="Sizes of the draft vocabulary, 0 is the whole.")] = "0,1024",
+) -> None:
+    """Which split layer, draft length, rank and draft vocabulary: acceptance, cost and speed against the speed law."""
+    quieten_transformers()
+    from trainers.experiments.sweep import run_sweep
+
+    found = run_sweep(
+        load_config(config, overrides or ()), split_layers=_numbers(split_layers, "--split-layers"),
+        draft_lengths=_numbers(draft_lengths, "--draft-lengths"), ranks=_numbers(ranks, "--ranks"),
+        draft_vocab_sizes=_numbers(draft_vocabs, "--draft-vocabs"), folder=output, console=make_console(),
+    )
+    finish("bench sweep", **found)
+
+
+@app.command()
+def paper(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train online from a stream of prompts, export the drafter and run Spec-Bench with it: the paper's experiment."""
+    quieten_transformers()
+    from dvi.bench.session import bench_paper
+    from trainers.paper_run import run_paper
+
+    console = make_console()
+
+    def run_bench(settings: PaperConfig, adapter: Path) -> dict[str, object]:
+        return bench_paper(settings, adapter, make_learner=_learner_maker(settings.train), console=console)
+
+    finish("bench paper", **run_paper(load_config(config, overrides or (), schema=PaperConfig), run_bench=run_bench,
+                                      console=console))
+
+
+def _learner_maker(learning: Any) -> Callable[[SelfSpeculator], Learner]:
+    def make_learner(speculator: SelfSpeculator) -> Learner:
+        from trainers.online import OnlineTrainer
+
+        return OnlineTrainer(speculator, learning)
+
+    return make_learner
+
+
+def _listed(text: str, choices: tuple[str, ...], option: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.replace(" ", "").split(",") if name)
+    for name in names:
+        if name not in choices:
+            raise ValueError(f"{option} must list some of {', '.join(choices)}, got {name!r}")
+    return names
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between them, got {text!r}; try 0,1,2") from None

@@ -1,0 +1,38 @@
+"""What every verb of the command line does alike: words for people to stderr, one JSON object as stdout's last line.
+
+Imports nothing heavy, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    print(text, file=sys.stderr)
+
+
+def finish(command: str, **facts: Any) -> None:
+    """The last line of stdout."""
+    print(json.dumps({"command": command, **facts}, allow_nan=False), flush=True)
+
+
+def make_console() -> Console:
+    """Where tables and progress bars go."""
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, highlight=False)  # a path may hold [brackets]
+
+
+def quieten_transformers() -> None:
+    """No loading bars and no advice from transformers: errors only."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The `dvi` command: generate, train, serve, top, verify, export, inspect, doctor.
+"""The `dvi` command: generate, train, warmup, serve, top, verify, export, inspect, doctor, bench.
 
 Knows arguments, streams and exit codes; every verb imports what it needs when it runs, so that `--help` is instant.
 What is for people goes to stderr (generated text, which is the product, to stdout); the last line of stdout is one JSON
@@ -8,7 +8,6 @@ object. Exit codes: 0, 1 when `verify` or `doctor` found something wrong, 2 for 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +16,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from dvi.config import DrafterSettings, DraftSettings, SamplingSettings, ServeConfig, load_config, to_yaml
+from dvi.bench.commands import app as bench_app
+from dvi.config import (
+    DrafterSettings,
+    DraftSettings,
+    SamplingSettings,
+    ServeConfig,
+    WarmupConfig,
+    load_config,
+    to_yaml,
+)
+from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from dvi.serving.loop import EngineLoop
     from dvi.speculator import Prompt, SelfSpeculator
 
 USER_ERROR = 2
 FOUND_WRONG = 1
-SIGNAL_BASE = 128
 SIGINT = 2
 DEBUG = "--debug"
 
@@ -45,13 +51,13 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say("interrupted")
+            say("interrupted")
             raise typer.Exit(SIGNAL_BASE + SIGINT) from None
         except (ValueError, OSError) as error:
             if ctx.meta[DEBUG]:
                 raise
             lines = (line.strip() for line in str(error).splitlines())
-            _say(f"error: {'; '.join(line for line in lines if line)}")
+            say(f"error: {'; '.join(line for line in lines if line)}")
             raise typer.Exit(USER_ERROR) from None
 
 
@@ -60,6 +66,8 @@ app = typer.Typer(
     help="Draft, Verify, & Improve: self-speculative decoding whose drafter learns while it serves.",
     epilog="--debug, anywhere, shows the traceback of an error.",
 )
+
+app.add_typer(bench_app, name="bench")
 
 ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face model folder or hub id.", show_default=False)]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")]
@@ -134,7 +142,7 @@ def generate(
     seconds = time.perf_counter() - start_s
     for result in results:
         stats.add(result.stats)
-    _finish(
+    finish(
         "generate", prompts=len(results), prompt_tokens=stats.prompt_tokens, new_tokens=stats.new_tokens,
         rounds=stats.num_rounds, drafted=stats.num_drafted, accepted=stats.num_accepted,
         accepted_per_depth=stats.accepted_per_depth, acceptance=stats.acceptance_rate,
@@ -159,11 +167,35 @@ def train(
     if print_config:
         print(to_yaml(settings), end="")  # and no JSON after it: what is printed is a configuration file
         return
-    _quieten()
+    quieten_transformers()
     from trainers.job import run_training
 
-    summary = run_training(settings, console=_console())
-    _finish("train", **summary)
+    summary = run_training(settings, console=make_console())
+    finish("train", **summary)
+    if summary["signal"] is not None:
+        raise typer.Exit(SIGNAL_BASE + summary["signal"])
+
+
+@app.command()
+def warmup(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/warmup/reference.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as warmup.source=texts.")
+    ] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+) -> None:
+    """Train a drafter on a corpus before it serves."""
+    overrides = [*(overrides or ()), *(["output.resume=true"] if resume else ())]
+    settings = load_config(config, overrides, schema=WarmupConfig)
+    if print_config:
+        print(to_yaml(settings), end="")
+        return
+    quieten_transformers()
+    from trainers.warmup import run_warmup
+
+    summary = run_warmup(settings, console=make_console())
+    finish("warmup", **summary)
     if summary["signal"] is not None:
         raise typer.Exit(SIGNAL_BASE + summary["signal"])
 
@@ -189,7 +221,7 @@ def serve(
 
     access = load_access(settings.serve.keys_file)
     access.check_host(settings.serve.host)
-    _quieten()
+    quieten_transformers()
     from dvi.serving.server import Server, build_loop, leave_a_core, open_socket, run_server, url_of
 
     leave_a_core(settings)
@@ -206,13 +238,13 @@ def serve(
         server, url = Server(settings, loop, access), url_of(listener)
 
         def announce() -> None:
-            _say(f"serving {settings.model.path} at {url}, figures at {url}/dashboard")
+            say(f"serving {settings.model.path} at {url}, figures at {url}/dashboard")
             if live:
                 _show_in_background(loop, until=lambda: server.should_exit)
 
         server.on_listening = announce
         run_server(server, loop, listener)
-    _finish("serve", url=url, drafter_version=speculator.drafter.version)
+    finish("serve", url=url, drafter_version=speculator.drafter.version)
 
 
 @app.command()
@@ -225,7 +257,7 @@ def top(
     from dvi.serving.access import API_KEY_VARIABLE
     from dvi.serving.live import fetch_from, show
 
-    show(fetch_from(url, os.environ.get(API_KEY_VARIABLE)), console=_console(), until=lambda: False)
+    show(fetch_from(url, os.environ.get(API_KEY_VARIABLE)), console=make_console(), until=lambda: False)
 
 
 @app.command()
@@ -262,7 +294,7 @@ def verify(
     room = speculator.max_positions - max_new_tokens - 1
     ids = [speculator.encode(p, max_tokens=max(room, 1)) for p in _as_prompts(speculator, messages, None)]
     report = audit(speculator, ids, max_new_tokens=max_new_tokens, against_huggingface=against_hf)
-    console = _console()
+    console = make_console()
     console.print(
         f"{report.num_matches} of {report.num_prompts} prompts match plain decoding token for token "
         f"({report.num_tokens} tokens, {report.num_drafted} drafted, {report.num_accepted} accepted); "
@@ -270,7 +302,7 @@ def verify(
     )
     if report.divergences:
         console.print(divergence_table(report.divergences))
-    _finish(
+    finish(
         "verify", **dataclasses.asdict(report), num_explained=report.num_explained,
         num_unexplained=report.num_unexplained,
     )
@@ -300,9 +332,9 @@ def export(
     if server is not None:
         if standalone or model is not None:
             raise ValueError("--standalone and --model go with --run and --adapter; a server saves an adapter as it is")
-        _finish("export", **_ask_to_save(server, str(folder)))
+        finish("export", **_ask_to_save(server, str(folder)))
         return
-    _quieten()
+    quieten_transformers()
     if run is not None:
         from trainers.job import load_run
 
@@ -322,7 +354,7 @@ def export(
         export_standalone(folder, speculator.drafter, speculator.split, tokenizer=speculator.tokenizer)
     else:
         speculator.save_drafter(folder, metrics=metrics, config=config)
-    _finish(
+    finish(
         "export", folder=str(folder), standalone=standalone, kind=speculator.drafter.config.kind,
         drafter_version=speculator.drafter.version, base_model=speculator.model.config.name_or_path,
     )
@@ -340,29 +372,29 @@ def inspect(
     if is_adapter(path):
         facts = describe_adapter(path)
     else:
-        _quieten()
+        quieten_transformers()
         facts = describe_model(path, split_layer=split_layer, dtype=dtype)
     # A run's settings are long, and in config.yaml beside it; the JSON line has them.
-    _console().print(facts_table({name: facts[name] for name in facts if name != "config"}, title=path))
-    _finish("inspect", source=path, **facts)
+    make_console().print(facts_table({name: facts[name] for name in facts if name != "config"}, title=path))
+    finish("inspect", source=path, **facts)
 
 
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, devices, precisions, exact mode, and what is missing."""
-    _quieten()
+    quieten_transformers()
     from dvi.inspection import describe_machine, facts_table
 
     facts = describe_machine()
-    _console().print(facts_table(facts, title="this machine"))
-    _finish("doctor", **facts)
+    make_console().print(facts_table(facts, title="this machine"))
+    finish("doctor", **facts)
     if facts["problems"]:
         raise typer.Exit(FOUND_WRONG)
 
 
 def _load(model: str, **options: Any) -> SelfSpeculator:
     """The speculator, with the libraries' own progress bars and notes turned off."""
-    _quieten()
+    quieten_transformers()
     from dvi.speculator import SelfSpeculator
 
     return SelfSpeculator.from_pretrained(model, **options)
@@ -375,7 +407,7 @@ def _show_in_background(loop: EngineLoop, *, until: Callable[[], bool]) -> None:
     from dvi.serving.dashboard import status
     from dvi.serving.live import show
 
-    arguments = {"console": _console(), "until": until}
+    arguments = {"console": make_console(), "until": until}
     threading.Thread(target=show, args=(lambda: status(loop),), kwargs=arguments, name="live", daemon=True).start()
 
 
@@ -421,28 +453,6 @@ def _print_stream(pieces: Any) -> Any:
         except StopIteration as end:
             print()
             return end.value
-
-
-def _quieten() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, markup=False, highlight=False)  # a path may hold [brackets]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _finish(command: str, **facts: Any) -> None:
-    """The last line of stdout."""
-    print(json.dumps({"command": command, **facts}, allow_nan=False), flush=True)
 
 
 def main() -> None:

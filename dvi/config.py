@@ -1,4 +1,4 @@
-"""The settings of `dvi train` and `dvi serve`: frozen dataclasses < a YAML file < `key=value` on the command line.
+"""The settings of the verbs that take a file: frozen dataclasses < that YAML file < `key=value` on the command line.
 
 Knows names, types, bounds and defaults; knows nothing of models or training, and imports neither torch nor
 transformers, so that `dvi --help` and `--print-config` answer at once. Each default stands here and nowhere else.
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -30,6 +30,7 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Seed = Annotated[int, Ge(0), Lt(2**62)]
 Port = Annotated[int, Ge(0), Le(65535)]
+Rival = Literal["hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle"]
 Schema = TypeVar("Schema")
 
 
@@ -126,6 +127,8 @@ class DataSettings:
     split          keep only these rows of `prompts`.
     limit          requests of one epoch, 0 takes all.
     shuffle_seed   null keeps the order of the files.
+    template       how a prompt is put to the model: "auto" by its own chat template, or as bare text where it has none;
+                   "vicuna" as vicuna_v1.1.
     """
 
     prompts: tuple[str, ...] = ()
@@ -138,6 +141,7 @@ class DataSettings:
     batch_size: PositiveCount = 1
     shuffle_seed: Seed | None = 0
     epochs: PositiveCount = 1
+    template: Literal["auto", "vicuna"] = "auto"
 
     def __post_init__(self) -> None:
         if self.prompts and self.dataset is not None:
@@ -163,8 +167,11 @@ class LearningSettings:
     schedule            preset of the loss weights, see docs/training.md.
     warmup_steps        optimizer steps of pure KL before the ramp of ramp_steps to the reward terms.
     switch_by           the warm-up ends by "steps", or by "acceptance" once it no longer rises.
+    normalise_advantage the policy gradient's advantages are divided by their standard deviation in the batch.
     replay_positions    positions the replay buffer holds, of which reservoir_fraction are a sample of all traffic.
     canary_tolerance    the best drafter comes back when acceptance falls below its own by more than this.
+    settle_rounds       rounds without a rise in acceptance after which only a tenth of the steps is made; 0: never.
+    drift_wakeup        a learner that has settled wakes when acceptance falls, or rises; false: it stays settled.
     blocks_per_slice    a step is worked on in pieces of so many blocks, one between two rounds, so that nobody waits
                         for a whole step; 0 makes it in one piece.
     max_tenant_share    of a step's blocks that one API key's experience may fill, while others have some too.
@@ -187,9 +194,12 @@ class LearningSettings:
     warmup_steps: Count = 400
     ramp_steps: Count = 600
     switch_by: Literal["steps", "acceptance"] = "steps"
+    normalise_advantage: bool = False
     replay_positions: PositiveCount = 16384
     reservoir_fraction: Share = 0.3
     canary_tolerance: Share = 0.1
+    settle_rounds: Count = 2000
+    drift_wakeup: bool = True
     blocks_per_slice: Count = 0
     max_tenant_share: Share = 0.2
     seed: Seed = 0
@@ -322,6 +332,85 @@ class ServeConfig:
     output: ServeOutputSettings = field(default_factory=ServeOutputSettings)
 
 
+@dataclass(frozen=True)
+class WarmupSettings:
+    """What a drafter learns from before it serves.
+
+    source              "answers": the model's own greedy answers to the prompts, which is what serving will meet,
+                        decoded data.batch_size at a time; "texts": the texts that the data hold, without decoding.
+    answer_field        for "texts": the column of data.dataset with the answer to data.text_field; null where that
+                        column holds the answer too, as whole texts or as conversations.
+    max_new_tokens      of a decoded answer.
+    text_positions      the most positions of a text, its prompt included; a longer one loses its beginning.
+    positions_per_step  answer positions for every optimizer step.
+    """
+
+    source: Literal["answers", "texts"] = "answers"
+    answer_field: str | None = None
+    max_new_tokens: PositiveCount = 128
+    text_positions: Annotated[int, Ge(2)] = 1024
+    positions_per_step: PositiveCount = 8
+
+    def __post_init__(self) -> None:
+        if self.source == "answers" and self.text_positions <= self.max_new_tokens:
+            raise ValueError(
+                f"text_positions must be above max_new_tokens = {self.max_new_tokens}, got {self.text_positions}; "
+                "try 1024"
+            )
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """All settings of `dvi warmup`; `draft` is how held-out requests are measured before and after.
+
+    Nobody waits for this learner, so it publishes seldom and has no budget of time.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    drafter: DrafterSettings = field(default_factory=lambda: DrafterSettings(draft_vocab_size=1024))
+    draft: DraftSettings = field(default_factory=DraftSettings)
+    data: DataSettings = field(default_factory=lambda: DataSettings(batch_size=8))
+    warmup: WarmupSettings = field(default_factory=WarmupSettings)
+    train: LearningSettings = field(
+        default_factory=lambda: LearningSettings(schedule="kl_only", budget=1.0, steps_per_publish=32)
+    )
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    output: OutputSettings = field(default_factory=lambda: OutputSettings(folder="runs/warmup"))
+
+
+@dataclass(frozen=True)
+class BenchSection:
+    """Spec-Bench at the end of `dvi bench paper`, with what was learnt.
+
+    limit        questions of each task, 0 takes all 80.
+    template     "vicuna" prompts every model as the harness does, "chat" by its own chat template; "auto" by its own
+                 if it has one.
+    rivals       other decoders of the same weights beside ours.
+    temperature  0 is greedy, and then outputs are compared.
+    """
+
+    max_new_tokens: PositiveCount = 1024
+    limit: Count = 0
+    repetitions: PositiveCount = 3
+    template: Literal["auto", "vicuna", "chat"] = "auto"
+    rivals: tuple[Rival, ...] = ()
+    temperature: NonNegative = 0.0
+
+
+@dataclass(frozen=True)
+class PaperConfig(TrainConfig):
+    """All settings of `dvi bench paper`: those of `dvi train`, and of Spec-Bench afterwards."""
+
+    bench: BenchSection = field(default_factory=BenchSection)
+
+    @property
+    def training(self) -> TrainConfig:
+        """The settings of `dvi train` alone."""
+        return TrainConfig(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(TrainConfig)})
+
+
 def load_config(
     path: str | Path | None = None, overrides: Iterable[str] = (), *, schema: type[Schema] = TrainConfig
 ) -> Schema:
@@ -338,12 +427,12 @@ def load_config(
     return _validate(settings, schema)
 
 
-def to_yaml(config: TrainConfig | ServeConfig) -> str:
+def to_yaml(config: TrainConfig | ServeConfig | WarmupConfig) -> str:
     """Every key with its value, as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def write_provenance(folder: str | Path, config: TrainConfig | ServeConfig) -> None:
+def write_provenance(folder: str | Path, config: TrainConfig | ServeConfig | WarmupConfig) -> None:
     """Writes what is needed to repeat a run: config.yaml, and provenance.json (argv, versions, git SHA, date).
 
     git_sha is of the checkout that holds this package, with "-dirty" after it when files differ; null outside one.
@@ -412,7 +501,7 @@ def _merge(settings: dict[str, Any], new: Any, *, source: str, schema: type) -> 
                 raise ValueError(f"unknown key {key!r} in {source}; did you mean {_nearest_key(key, schema)!r}?")
             if dataclasses.is_dataclass(hints[name]):
                 merge(settings[name], value, hints[name], f"{key}.")
-            elif hints[name] == tuple[str, ...] and isinstance(value, str):
+            elif get_origin(hints[name]) is tuple and isinstance(value, str):
                 settings[name] = [value]
             else:
                 settings[name] = value

@@ -17,6 +17,7 @@ from dvi.records import LossWeights, ReplayBatch
 
 LK_DECAY = 3.0  # eta of arXiv 2602.23881, its best setting
 RATIO_CLIP = (0.8, 1.2)
+MIN_ADVANTAGE_STD = 0.05  # where all rewards of a batch are as usual, their noise must not be blown up
 # What a token that the verifier rules out costs the reverse KL, in nats. The true cost is infinite; e^-100 is at the
 # edge of what float32 can hold, and the gradient stays bounded.
 TARGET_FLOOR_NATS = -100.0
@@ -125,6 +126,7 @@ def compute(
     weights: LossWeights,
     baseline_T: Tensor,
     target_temperature: float = 1.0,
+    normalise_advantage: bool = False,
     whole: ReplayBatch | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the loss terms, and each computed term's unweighted mean by its name in LossWeights.
@@ -139,6 +141,8 @@ def compute(
                         the actions first.
     baseline_T          usual reward per depth, at least T long.
     target_temperature  the target is softmax(logits / temperature).
+    normalise_advantage the policy gradient's advantages are divided by their standard deviation over `whole`, 0.05 at
+                        least: where nearly all drafts are accepted, or nearly none, it would fade otherwise.
     whole               the batch that `batch` is a slice of: sums are then divided by its counts, so that what the
                         slices give, gradients too, adds up to what the whole gives. Only the lambda of lk_hybrid
                         remains the slice's own.
@@ -151,7 +155,9 @@ def compute(
     reward_NT = batch.reward_NT.to(draft_NTV.dtype)
 
     def policy_gradient_NT() -> Tensor:
-        return policy_gradient(
+        # Scaling the loss is scaling the advantage: of that it uses the sign alone besides.
+        scale = 1 / _advantage_std(whole or batch, baseline_T) if normalise_advantage else 1.0
+        return scale * policy_gradient(
             draft_NTV,
             batch.action_NT,
             reward_NT,
@@ -219,6 +225,15 @@ class RewardBaseline:
             raise ValueError(f"baseline state holds {len(state['values'])} depths, expected {len(self.values_T)}")
         self.values_T.copy_(state["values"])
         self._is_seen_T.copy_(state["is_seen"])
+
+
+def _advantage_std(batch: ReplayBatch, baseline_T: Tensor) -> Tensor:
+    """Over the positions with a reward, around their mean; MIN_ADVANTAGE_STD at least. No device sync."""
+    advantage_NT = batch.reward_NT - baseline_T[: batch.reward_NT.shape[1]]
+    count = batch.has_reward_NT.sum().clamp_min(1)
+    mean = advantage_NT.where(batch.has_reward_NT, 0).sum() / count
+    variance = (advantage_NT - mean).square().where(batch.has_reward_NT, 0).sum() / count
+    return variance.sqrt().clamp_min(MIN_ADVANTAGE_STD)
 
 
 def _at(log_probs_MV: Tensor, action_M: Tensor) -> Tensor:

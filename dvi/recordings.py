@@ -86,7 +86,8 @@ def replay_rounds(drafter: nn.Module, texts: Iterable[RecordedText], *, num_draf
     stats = RoundStats()
     for text in texts:
         ids_S = torch.tensor(text.token_ids, device=text.hidden_SD.device)
-        start_N = torch.arange(text.prompt_len - 1, len(ids_S) - 1 - num_draft_tokens, device=ids_S.device)
+        first, end = text.prompt_len - 1, len(ids_S) - 1 - num_draft_tokens
+        start_N = torch.arange(first, max(first, end), device=ids_S.device)
         accepted = [
             count for chunk_N in start_N.split(ROUNDS_AT_ONCE)
             for count in _accepted_from(drafter, text, ids_S, chunk_N, num_draft_tokens)

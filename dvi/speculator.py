@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
-from dvi.config import ServeConfig, TrainConfig
+from dvi.chat_templates import VICUNA_TEMPLATE
+from dvi.config import ServeConfig, TrainConfig, WarmupConfig
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import DrafterConfig, build_drafter
@@ -23,6 +24,7 @@ from dvi.exact import ExactSplit
 from dvi.records import GenerationResult, Learner, SamplingParams
 from dvi.split import SplitModel
 from dvi.text import TextStream
+from dvi.traffic import Messages, as_text
 from dvi.verification import RejectionRule, VerifyRule
 
 Prompt = str | list[int] | list[dict[str, str]]
@@ -158,6 +160,21 @@ class SelfSpeculator:
         if len(ids) >= limit:
             raise ValueError(f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}")
         return ids
+
+    def encode_request(self, messages: Messages, *, max_new_tokens: int) -> tuple[list[int], bool]:
+        """Token ids of chat messages with room for an answer, and whether they lost their beginning for it.
+
+        Without a chat template the messages' bare text. Raises ValueError when the answer alone fills the context.
+        """
+        room = self.max_positions - max_new_tokens - 1
+        if room < 1:
+            raise ValueError(
+                f"max_new_tokens, of answers and of eval, must be at most {self.max_positions - 2} for the model's "
+                f"context of {self.max_positions}, got {max_new_tokens}; try {self.max_positions // 2}"
+            )
+        prompt = messages if self._need_tokenizer("chat messages").chat_template is not None else as_text(messages)
+        ids = self.encode(prompt, max_tokens=room + 1)  # one more tells a longer prompt from one that fits
+        return ids[-room:], len(ids) > room
 
     @property
     def max_positions(self) -> int:
@@ -342,19 +359,22 @@ class SelfSpeculator:
         )
 
 
-def build_speculator(config: TrainConfig | ServeConfig) -> SelfSpeculator:
+def build_speculator(config: TrainConfig | ServeConfig | WarmupConfig) -> SelfSpeculator:
     """The speculator of a run's settings, its drafter untrained or as drafter.adapter has it."""
     model, drafter, draft = config.model, config.drafter, config.draft
     if model.num_threads:
         torch.set_num_threads(model.num_threads)
     shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
-    return SelfSpeculator.from_pretrained(
+    speculator = SelfSpeculator.from_pretrained(
         model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
         device=model.device, adapter=drafter.adapter, mode=model.mode, path=model.path_kind, policy=draft.policy,
         num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
         seed=config.train.seed,
         trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,
     )
+    if not isinstance(config, ServeConfig) and config.data.template == "vicuna":
+        speculator.tokenizer.chat_template = VICUNA_TEMPLATE
+    return speculator
 
 
 def default_split_layer(num_layers: int) -> int:

@@ -9,6 +9,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+SIGNAL_BASE = 128  # exit code of what a signal ended: this and the signal's number
+
 if TYPE_CHECKING:
     from rich.console import Console
 

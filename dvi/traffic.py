@@ -9,14 +9,21 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Messages = list[dict[str, str]]
+Parsed = TypeVar("Parsed")
 
 DEFAULT_SPLIT = "traffic"
 SHUFFLE_BUFFER = 1000  # rows of a streamed dataset that are shuffled at a time
+_PROMPT_KEYS = ("turns", "prompt", "messages", "conversations")
+# Who speaks in rows as ShareGPT has them, {"from": ..., "value": ...}; its data name several assistants.
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
+    ("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"
+)
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -24,44 +31,56 @@ class NoPromptsError(ValueError):
     """The files are sound, but no row of them was asked for."""
 
 
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """A prompt with the answer that the data give to it. Without messages the answer is a text that stands alone."""
+
+    messages: Messages
+    answer: str
+
+
 def read_prompts(
     paths: Iterable[str | Path],
     *,
+    parse: Callable[..., Parsed] | None = None,
     split: str | None = None,
     domains: Iterable[str] = (),
     limit: int = 0,
     shuffle_seed: int | None = None,
     epochs: int = 1,
-) -> list[Messages]:
-    """The chosen rows of JSONL files as chat messages, each epoch in an order of its own.
+) -> list[Parsed]:
+    """The chosen rows of JSONL files, by default as chat messages, each epoch in an order of its own.
 
-    A row is {"turns": [...]}, {"prompt": ...} or {"messages": [...]}, optionally with "split" and "domain". Of turns
-    the first is asked: the later ones need an answer to it. Of messages those after the user's last are left out.
+    A row holds what `parse` takes, optionally with "split" and "domain".
 
+    parse         `as_messages`, the default, or `as_answered`.
     split         keep only its rows; None keeps all. A row that names none is traffic.
     domains       keep only these; empty keeps all.
-    limit         rows of one epoch, the files' first ones; 0 takes all.
+    limit         rows of one epoch, the first ones of each file in equal parts as far as they go; 0 takes all.
     shuffle_seed  None keeps the order of the files.
     Raises ValueError naming file and line for a bad row, NoPromptsError when no row is left, and FileNotFoundError.
     """
+    parse = parse or as_messages
     domains, seen_splits, seen_domains = set(domains), set(), set()
-    prompts: list[Messages] = []
     paths = [Path(path) for path in paths]
+    files: list[list[Parsed]] = []
     for path in paths:
+        files.append([])
         for where, row in _rows(path):
-            messages = as_messages(row, where=where)
+            prompt = parse(row, where=where)
             row_split, domain = row.get("split", DEFAULT_SPLIT), row.get("domain")
             seen_splits.add(row_split)
             seen_domains.add(domain)
             if split in (None, row_split) and (not domains or domain in domains):
-                prompts.append(messages)
-    if not prompts:
+                files[-1].append(prompt)
+    if not any(files):
         raise NoPromptsError(
             f"{', '.join(map(str, paths))} must hold a row of split {split or 'any'} and domain "
             f"{' or '.join(sorted(domains)) or 'any'}; there are splits {sorted(map(str, seen_splits))} and domains "
             f"{sorted(map(str, seen_domains))}"
         )
-    return list(itertools.chain.from_iterable(_epochs(prompts[: limit or None], shuffle_seed, epochs)))
+    prompts = list(itertools.chain.from_iterable(_first_of_each(files, limit) if limit else files))
+    return list(itertools.chain.from_iterable(_epochs(prompts, shuffle_seed, epochs)))
 
 
 def read_dataset(
@@ -69,19 +88,25 @@ def read_dataset(
     *,
     split: str,
     field: str,
+    answer_field: str | None = None,
+    parse: Callable[..., Parsed] | None = None,
     skip: int = 0,
     limit: int = 0,
     shuffle_seed: int | None = None,
     epochs: int = 1,
-) -> Iterator[Messages]:
-    """Chat messages from a hub dataset, or a local file or folder, streamed: nothing is read before it is needed.
+) -> Iterator[Parsed]:
+    """The rows of a hub dataset, or of a local file or folder, streamed: nothing is read before it is needed.
 
-    field   the column that holds the prompt: text, a list of turns, or chat messages.
-    skip    rows left out at the start, as held out; then `limit` rows make an epoch, 0 takes all.
-    Raises ValueError for rows without the field, and what `datasets` raises for unknown names.
+    field         the column that holds the prompt: text, a list of turns, or messages in either form.
+    answer_field  the column that holds its answer, for `as_answered`. Without one a text of `field` stands alone.
+    parse         `as_messages`, the default, or `as_answered`.
+    skip          rows left out at the start, as held out; then `limit` rows make an epoch, 0 takes all.
+    Raises ValueError for rows without these fields, and what `datasets` raises for unknown names.
     """
     import datasets  # seconds to import
 
+    parse = parse or as_messages
+    text_key = "text" if parse is as_answered and answer_field is None else "prompt"
     builder = _FORMATS.get(Path(name).suffix.lower())
     if builder is not None and not Path(name).is_file():
         raise FileNotFoundError(f"no file {name}; give a dataset's name, a file or a folder")
@@ -96,13 +121,19 @@ def read_dataset(
             ordered = rows.shuffle(seed=shuffle_seed + epoch, buffer_size=SHUFFLE_BUFFER)
         for index, row in enumerate(ordered):
             where = f"{name}, row {index}"
-            if field not in row:
-                raise ValueError(f"{where}: no column {field!r}; there are {', '.join(sorted(row))}")
-            yield as_messages({_key_for(row[field]): row[field]}, where=where)
+            for column in (field, answer_field):
+                if column is not None and column not in row:
+                    raise ValueError(f"{where}: no column {column!r}; there are {', '.join(sorted(row))}")
+            answer = {} if answer_field is None else {"answer": row[answer_field]}
+            yield parse({_key_for(row[field], text_key): row[field]} | answer, where=where)
 
 
 def as_messages(row: Mapping[str, Any], *, where: str) -> Messages:
-    """The chat messages of one row; `where` names it in errors. Raises ValueError saying what is wrong."""
+    """The chat messages of one row; `where` names it in errors. Raises ValueError saying what is wrong.
+
+    A row is {"turns": [...]}, {"prompt": ...}, {"messages": [...]} or ShareGPT's {"conversations": [...]}. Of turns the
+    first is asked: the later ones need an answer to it. Of messages those after the user's last are left out.
+    """
     if "turns" in row:
         turns = row["turns"]
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
@@ -112,15 +143,36 @@ def as_messages(row: Mapping[str, Any], *, where: str) -> Messages:
         if not isinstance(row["prompt"], str) or not row["prompt"]:
             raise ValueError(f"{where}: prompt must be a text, got {_short(row['prompt'])}")
         return [{"role": "user", "content": row["prompt"]}]
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-            raise ValueError(f"{where}: messages must be a list of texts with role and content, got {_short(messages)}")
-        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
-        if last is None:
-            raise ValueError(f"{where}: messages must hold one by the user, got {_short(messages)}")
-        return [{"role": message["role"], "content": message["content"]} for message in messages[: last + 1]]
-    raise ValueError(f"{where}: a row needs one of turns, prompt, messages; got {', '.join(sorted(row)) or 'nothing'}")
+    messages = _messages_of(row, where=where)
+    if messages is None:
+        raise ValueError(
+            f"{where}: a row needs one of {', '.join(_PROMPT_KEYS)}; got {', '.join(sorted(row)) or 'nothing'}"
+        )
+    return _up_to_last("user", messages, where=where)
+
+
+def as_answered(row: Mapping[str, Any], *, where: str) -> AnsweredPrompt:
+    """The prompt of one row and its answer; `where` names it in errors. Raises ValueError saying what is wrong.
+
+    A row is what `as_messages` reads, with the answer under "answer" or "text"; or messages, in either form, of which
+    the assistant's last is the answer and those after it are left out; or a "text" alone.
+    """
+    key = "answer" if "answer" in row else "text"
+    if key in row:
+        if not isinstance(row[key], str) or not row[key]:
+            raise ValueError(f"{where}: {key} must be a text, got {_short(row[key])}")
+        has_prompt = key == "answer" or any(name in row for name in _PROMPT_KEYS)
+        return AnsweredPrompt(as_messages(row, where=where) if has_prompt else [], row[key])
+    messages = _messages_of(row, where=where)
+    if messages is None:
+        raise ValueError(
+            f"{where}: a row needs an answer, a text, or messages that hold one; got "
+            f"{', '.join(sorted(row)) or 'nothing'}; warmup.source=answers has the model answer"
+        )
+    *prompt, answer = _up_to_last("assistant", messages, where=where)
+    if not any(message["role"] == "user" for message in prompt):
+        raise ValueError(f"{where}: an answer needs one by the user before it, got {_short(messages)}")
+    return AnsweredPrompt(prompt, answer["content"])
 
 
 def as_text(messages: Messages) -> str:
@@ -149,7 +201,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _epochs(prompts: list[Messages], shuffle_seed: int | None, epochs: int) -> Iterator[list[Messages]]:
+def _first_of_each(files: list[list[Parsed]], limit: int) -> list[list[Parsed]]:
+    """The files' first rows, `limit` in all: one of each file, then the second of each, and so on."""
+    ranks = sorted((row, file) for file, rows in enumerate(files) for row in range(len(rows)))[:limit]
+    return [rows[: sum(of == file for _, of in ranks)] for file, rows in enumerate(files)]
+
+
+def _epochs(prompts: list[Parsed], shuffle_seed: int | None, epochs: int) -> Iterator[list[Parsed]]:
     for epoch in range(epochs):
         order = list(prompts)
         if shuffle_seed is not None:
@@ -157,11 +215,42 @@ def _epochs(prompts: list[Messages], shuffle_seed: int | None, epochs: int) -> I
         yield order
 
 
-def _key_for(value: object) -> str:
+def _key_for(value: object, text_key: str) -> str:
     """What a dataset's column holds, as the key that a row of ours would have it under."""
     if not isinstance(value, list):
-        return "prompt"
-    return "messages" if value and isinstance(value[0], dict) else "turns"
+        return text_key
+    if not value or not isinstance(value[0], dict):
+        return "turns"
+    return "conversations" if "from" in value[0] else "messages"
+
+
+def _messages_of(row: Mapping[str, Any], *, where: str) -> Messages | None:
+    """The messages of a row that holds a conversation, in either form; None of one that does not."""
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+            raise ValueError(f"{where}: messages must be a list of texts with role and content, got {_short(messages)}")
+        return [{"role": message["role"], "content": message["content"]} for message in messages]
+    if "conversations" not in row:
+        return None
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not all(_is_sharegpt_turn(turn) for turn in turns):
+        raise ValueError(
+            f"{where}: conversations must be a list of texts with value and from, one of "
+            f"{', '.join(_SHAREGPT_ROLES)}; got {_short(turns)}"
+        )
+    return [{"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+
+
+def _up_to_last(role: str, messages: Messages, *, where: str) -> Messages:
+    last = max((i for i, message in enumerate(messages) if message["role"] == role), default=None)
+    if last is None:
+        raise ValueError(f"{where}: messages must hold one by the {role}, got {_short(messages)}")
+    return messages[: last + 1]
+
+
+def _is_sharegpt_turn(turn: object) -> bool:
+    return isinstance(turn, dict) and turn.get("from") in _SHAREGPT_ROLES and isinstance(turn.get("value"), str)
 
 
 def _is_message(message: object) -> bool:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from rich.console import Console
@@ -20,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dvi.autotune import measure_costs
 from dvi.config import LearningSettings, load_config
-from dvi.decoding import PREFILL_CHUNK
 from dvi.drafter import DrafterConfig, build_drafter
-from dvi.records import RoundStats, SamplingParams, Transitions
-from dvi.speculator import PLAIN, SelfSpeculator
+from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
+from dvi.speculator import SelfSpeculator
 from dvi.split import SplitModel
 from trainers import OnlineTrainer
+from trainers.warmup import RecordingLearner
 
-TOKENS_PER_STEP = 8  # committed tokens between optimizer steps: 4 rounds at two tokens a round, the trainer's default
+POSITIONS_PER_STEP = 8  # answer positions for each optimizer step: 4 rounds at two tokens a round, as online
 
 
 def read_chats(path: Path, split: str, limit: int) -> list[list[dict[str, str]]]:
@@ -40,60 +42,17 @@ def decode_texts(
     speculator: SelfSpeculator, chats: list, max_new_tokens: int, label: str
 ) -> list[tuple[list[int], int]]:
     """(all token ids, prompt length) of each greedy answer, in prompt order."""
-    params = SamplingParams(max_new_tokens=max_new_tokens)
-    prompts = [speculator.encode(chat)[-512:] for chat in chats]
-    texts: list = [None] * len(prompts)
+    prompts = [speculator.encode(chat, max_tokens=512) for chat in chats]
     with Progress(console=Console(stderr=True)) as progress:
-        for result in progress.track(
-            speculator.generate(prompts, params, batch_size=8, policy=PLAIN, keep_transitions=False),
-            total=len(prompts), description=label,
-        ):
-            prompt = prompts[result.index]
-            texts[result.index] = (prompt + result.token_ids, len(prompt))
-    return texts
+        task = progress.add_task(label, total=len(prompts))
+        return decode_answers(
+            speculator, prompts, max_new_tokens=max_new_tokens, on_answer=lambda: progress.advance(task)
+        )
 
 
-@torch.no_grad()
-def states(split: SplitModel, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """h_k and h_L [S, D] of every position of a text."""
-    ids_1S = torch.tensor([ids])
-    cache = split.make_cache(1, len(ids))
-    hidden, final = [], []
-    for chunk in ids_1S.split(PREFILL_CHUNK, dim=1):
-        placement = cache.place(offset=0, width=chunk.shape[1])
-        hidden.append(split.shallow(chunk, cache, placement))
-        final.append(split.deep(hidden[-1], chunk, cache, placement))
-        cache.commit([chunk.shape[1]])
-    return torch.cat(hidden, 1)[0], torch.cat(final, 1)[0]
-
-
-@torch.no_grad()
-def replay_rounds(split: SplitModel, drafter, texts: list, num_draft_tokens: int) -> RoundStats:
-    """The rounds that greedy speculative decoding of these texts would make with this drafter."""
-    stats = RoundStats()
-    for ids, prompt_len in texts:
-        hidden_SD, final_SD = states(split, ids)
-        last = len(ids) - 1 - num_draft_tokens
-        if last < prompt_len:
-            continue
-        start_N = torch.arange(prompt_len - 1, last)
-        block_NT = start_N[:, None] + torch.arange(num_draft_tokens)
-        anchor_ND = final_SD[start_N - 1]
-        drafted_NT = drafter.draft_head.to_token_ids(drafter(hidden_SD[block_NT], anchor_ND).argmax(-1))
-        agrees_NT = drafted_NT == torch.tensor(ids)[block_NT + 1]
-        accepted_N = agrees_NT.long().cumprod(1).sum(1).tolist()
-        position = 0
-        while position < len(accepted_N):
-            stats.count_round(num_drafted=num_draft_tokens, num_accepted=accepted_N[position])
-            position += accepted_N[position] + 1
-    return stats
-
-
-class _Parts:
-    """What OnlineTrainer asks of a speculator."""
-
-    def __init__(self, split: SplitModel, drafter) -> None:
-        self.split, self.drafter = split, drafter
+def recordings(split: SplitModel, texts: list[tuple[list[int], int]]) -> Iterator[RecordedText]:
+    """One at a time: the states of all of them would fill the memory."""
+    return (record(split, ids, prompt_len=prompt_len) for ids, prompt_len in texts)
 
 
 def train_and_score(
@@ -103,23 +62,16 @@ def train_and_score(
     torch.manual_seed(learning.seed)
     drafter = build_drafter(split, config)
     drafter.publish(drafter, version=0)
-    trainer = OnlineTrainer(_Parts(split, drafter), learning)
-    scores, owed, start_s = {}, 0.0, time.perf_counter()
-    for index, (ids, prompt_len) in enumerate(progress.track(texts, description=label), start=1):
-        hidden_SD, final_SD = states(split, ids)
-        first = 0 if learning.learn_from_prompts else max(prompt_len - 2, 0)
-        count = len(ids) - first
-        trainer.replay.add(Transitions(
-            request_id=index, start_position=first, token_ids_W=torch.tensor(ids[first:]), hidden_WD=hidden_SD[first:],
-            target_hidden_WD=final_SD[first:], num_drafted=0, num_accepted=0,
-            draft_token_ids_W=torch.full((count,), -1), draft_log_probs_W=torch.zeros(count), drafter_version=0,
-        ))
-        owed += (len(ids) - prompt_len) / TOKENS_PER_STEP
-        while owed >= 1 and len(trainer.replay) >= 2 * learning.blocks_per_step:
-            trainer.step()
-            owed -= 1
+    trainer = OnlineTrainer(SimpleNamespace(split=split, drafter=drafter), learning)
+    learner = RecordingLearner(trainer, positions_per_step=POSITIONS_PER_STEP)
+    scores, start_s = {}, time.perf_counter()
+    recorded = progress.track(recordings(split, texts), total=len(texts), description=label)
+    for index, text in enumerate(recorded, start=1):
+        for _ in learner.learn(text):
+            pass
         if index in checkpoints or index == len(texts):
-            stats = replay_rounds(split, trainer._drafter, held_out, num_draft_tokens)
+            held_out_texts = recordings(split, held_out)
+            stats = replay_rounds(trainer.drafter, held_out_texts, num_draft_tokens=num_draft_tokens)
             scores[index] = {
                 "mean_accepted_tokens": round(stats.mean_accepted_tokens, 3),
                 "acceptance_per_depth": [round(a, 3) for a in stats.acceptance_per_depth],

@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 from dvi.bench.questions import (
     BUNDLED_QUESTIONS,
     TASKS,
-    VICUNA_SYSTEM,
     Conversation,
     answer_text,
     load_questions,
@@ -17,6 +16,7 @@ from dvi.bench.questions import (
     task_of,
     vicuna_prompt,
 )
+from dvi.chat_templates import VICUNA_SYSTEM, VICUNA_TEMPLATE
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
@@ -171,3 +171,14 @@ def test_an_answer_is_cut_at_the_stop_string_unless_it_begins_with_it(tokenizer)
     assert answer_text(tokenizer, [*one, eos, *two], "</s>") == "Once"
     assert answer_text(tokenizer, [eos, *two], "</s>") == "upon"
     assert answer_text(tokenizer, [*one, eos, bos, *two], None).split() == ["Once", "upon"]
+
+
+def test_the_chat_template_of_vicuna_writes_what_the_harness_writes(tokenizer):
+    """Catches a drafter that learns from prompts of another form than it will be asked in."""
+    tokenizer.chat_template = VICUNA_TEMPLATE
+    messages = [
+        {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "And?"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "So?"},
+    ]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == tokenizer.bos_token + vicuna_prompt(("Hi?", "And?", "So?"), ["Yes.", ""])

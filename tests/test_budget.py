@@ -71,6 +71,18 @@ def test_rounds_owe_steps_up_to_a_bound():
     assert budget.rounds_owed == 3 * MAX_STEPS_OWED
 
 
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_rounds_of_which_a_part_is_wanted_owe_that_part_of_the_steps(share):
+    """Catches a settled learner that works on where there is no time to be saved: idle, or without a limit."""
+    budget, num_steps = TimeBudget(share, rounds_per_step=2, now_s=0.0), 0
+    for _ in range(1000):
+        budget.owe_round(part=0.1)
+        if budget.is_step_owed:
+            budget.pay_step()
+            num_steps += 1
+    assert num_steps in (49, 50)  # a tenth is no binary fraction
+
+
 def test_without_a_limit_at_most_one_step_is_owed():
     """Catches steps that depend on when data came rather than on rounds."""
     budget = TimeBudget(1.0, rounds_per_step=3, now_s=0.0)

@@ -15,7 +15,7 @@ import dvi.cli
 
 ROOT = Path(__file__).parents[1]
 STORIES = str(ROOT / "tests/stories260k")
-VERBS = ("generate", "train", "serve", "top", "verify", "export", "inspect", "doctor")
+VERBS = ("generate", "train", "warmup", "serve", "top", "verify", "export", "inspect", "doctor")
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %} Once upon a"
 FAST = ("--policy", "fixed", "--max-new-tokens", "12")
 
@@ -121,6 +121,25 @@ def test_a_trained_adapter_is_served_inspected_and_exported(run_folder, tmp_path
         assert code == 0 and facts["drafter_version"] == manifest["drafter_version"]
         for name in ("adapter_model.safetensors", "drafter_extra.safetensors"):
             assert (tmp_path / option / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_a_warm_up_leaves_an_adapter_that_generate_takes(tmp_path):
+    """Catches a verb that reads another verb's settings, and JSON that does not say where the drafter is."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Once upon a time", "answer": ", there was a little girl."}\n' * 2, encoding="utf-8")
+    (tmp_path / "job.yaml").write_text(f"model: {{path: {STORIES}, split_layer: 1}}\n", encoding="utf-8")
+    code, facts, _, stderr = dvi_command(
+        "warmup", tmp_path / "job.yaml", f"data.prompts={rows}", f"output.folder={tmp_path / 'run'}",
+        "output.tensorboard=false", "warmup.source=texts", "warmup.positions_per_step=2", "train.blocks_per_step=2",
+        "drafter.anchor_hidden=16", "drafter.draft_vocab_size=0", "eval.limit=0",
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert (facts["command"], facts["status"], facts["texts"]) == ("warmup", "done", 2)
+    assert "reloaded, it drafts the same" in stderr
+    _, generated, _, _ = dvi_command("generate", STORIES, "Once upon a time", *FAST, "--adapter", facts["drafter"])
+    assert generated["drafter_version"] == facts["drafter_version"] > 0
+    code, _, _, stderr = dvi_command("warmup", tmp_path / "job.yaml", f"data.prompts={rows}", "sampling.seed=1")
+    assert code == 2 and "unknown key 'sampling" in stderr
 
 
 def test_a_lora_head_drafter_is_exported_as_a_model_of_its_own(run_folder, tmp_path):
@@ -249,6 +268,7 @@ def test_a_frozen_server_imports_nothing_of_the_trainers():
         (["train", "configs/demo/demo.yaml", "train.lrr=1"], "did you mean 'train.lr'?"),
         (["train", "configs/demo/demo.yaml", "train.lr=-1", "train.budget=2"], "train.lr must be greater than 0"),
         (["train", "configs/demo/demo.yaml", "data.prompts=./absent.jsonl"], "no prompts file absent.jsonl"),
+        (["warmup", "configs/warmup/reference.yaml", "train.schedule=pg_only"], "train.schedule must be kl_only or lk"),
         (["export", "out"], "one of --run, --server and --adapter must be given, got none"),
         (["export", "out", "--run", "a", "--server", "b"], "must be given, got 2"),
         (["export", "out", "--server", "b"], "must begin with http:// or https://, got 'b'"),

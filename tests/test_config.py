@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dvi.config import SamplingSettings, ServeConfig, TrainConfig, load_config, to_yaml, write_provenance
+from dvi.config import SamplingSettings, ServeConfig, TrainConfig, WarmupConfig, load_config, to_yaml, write_provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,8 +44,13 @@ def test_printed_yaml_reads_back_to_the_same_config(tmp_path):
     """Catches tuples, nulls, tiny numbers or odd characters that do not survive --print-config."""
     stop_strings = r'sampling.stop_strings=["\n\n", "é: #"]'
     overrides = ["train.lr=1e-5", "model.path='007'", stop_strings]
-    for schema, own in ((TrainConfig, "data.shuffle_seed=null"), (ServeConfig, "serve.keys_file=keys.yaml")):
-        config = load_config(None, [*overrides, own], schema=schema)
+    schemas = {
+        TrainConfig: "data.shuffle_seed=null", ServeConfig: "serve.keys_file=keys.yaml",
+        WarmupConfig: "warmup.answer_field=answer",
+    }  # fmt: skip
+    for schema, own in schemas.items():
+        given = overrides if schema is not WarmupConfig else overrides[:2]  # it has no sampling
+        config = load_config(None, [*given, own], schema=schema)
         assert load_config(write_yaml(tmp_path, to_yaml(config)), schema=schema) == config != schema()
 
 
@@ -198,6 +203,33 @@ def test_the_servers_configuration_names_every_key_and_its_default():
     }
     assert load_config(path, schema=ServeConfig) == ServeConfig()
     assert (ROOT / ServeConfig().model.path / "config.json").is_file() and ServeConfig().serve.host == "127.0.0.1"
+
+
+def test_the_warm_ups_configuration_names_every_key_and_files_that_exist():
+    """Catches a key added or tuned in one place only, and a warm-up that cannot run as it stands."""
+    import yaml
+
+    path = ROOT / "configs/warmup/reference.yaml"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {section: list(keys) for section, keys in written.items()} == {
+        section: list(keys) for section, keys in dataclasses.asdict(WarmupConfig()).items()
+    }
+    config, defaults = load_config(path, schema=WarmupConfig), WarmupConfig()
+    assert config == dataclasses.replace(
+        defaults,
+        data=dataclasses.replace(defaults.data, prompts=config.data.prompts, limit=config.data.limit),
+        warmup=dataclasses.replace(defaults.warmup, max_new_tokens=config.warmup.max_new_tokens),
+        output=dataclasses.replace(defaults.output, folder=config.output.folder),
+    )
+    assert config.data.split == "traffic" and all((ROOT / prompts).is_file() for prompts in config.data.prompts)
+
+
+def test_a_warm_up_needs_room_for_a_prompt_beside_the_answer():
+    """Catches texts that would be all answer, noticed only when they are cut."""
+    narrow = ["warmup.max_new_tokens=64", "warmup.text_positions=64"]
+    with pytest.raises(ValueError, match=r"^warmup\.text_positions must be above max_new_tokens = 64, got 64"):
+        load_config(None, narrow, schema=WarmupConfig)
+    assert load_config(None, [*narrow, "warmup.source=texts"], schema=WarmupConfig).warmup.text_positions == 64
 
 
 def test_a_server_and_a_run_have_their_own_keys_and_defaults():

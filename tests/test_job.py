@@ -154,7 +154,7 @@ def test_long_prompts_lose_their_beginning_and_are_counted(settings, tmp_path):
 
 def test_an_answer_longer_than_the_context_is_refused(settings):
     """Catches a slice that keeps no prompt at all, or all of it."""
-    with pytest.raises(ValueError, match=r"max_new_tokens, of sampling and of eval, must be at most 510"):
+    with pytest.raises(ValueError, match=r"max_new_tokens, of answers and of eval, must be at most 510"):
         run(settings(sampling__max_new_tokens=511))
 
 

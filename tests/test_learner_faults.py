@@ -49,14 +49,14 @@ def bad_gradient(trainer: OnlineTrainer, value: float, dice: random.Random, patc
     clip = trainer._student.clip_gradient
 
     def spoilt_clip() -> float:
-        spoil(dice.choice([p.grad for p in trainer._drafter.parameters() if p.grad is not None]), value, dice)
+        spoil(dice.choice([p.grad for p in trainer.drafter.parameters() if p.grad is not None]), value, dice)
         return clip()
 
     patch.setattr(trainer._student, "clip_gradient", spoilt_clip)
 
 
 def bad_weights(trainer: OnlineTrainer, value: float, dice: random.Random, patch: pytest.MonkeyPatch) -> None:
-    spoil(dice.choice(list(trainer._drafter.parameters())), value, dice)
+    spoil(dice.choice(list(trainer.drafter.parameters())), value, dice)
 
 
 def bad_moments(trainer: OnlineTrainer, value: float, dice: random.Random, patch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_weights_spoilt_after_the_canary_has_begun_are_not_published():
         assert trainer.step_if_due() is None
     assert trainer._student.optimizer.state and trainer.num_steps == 1
     with torch.no_grad():
-        trainer._drafter.draft_head.lora_A[0, 0] = torch.nan
+        trainer.drafter.draft_head.lora_A[0, 0] = torch.nan
     assert trainer.step().skipped_reason is not None
     assert speculator.drafter.version == 0 and is_finite(speculator.drafter)
 
@@ -160,13 +160,13 @@ def test_a_bad_update_is_stopped_by_the_canary_and_the_best_weights_come_back(sp
         best, num_rollbacks = [t.clone() for t in trainer._history.best.state.values()], trainer.num_rollbacks
         served.clear()
         with torch.no_grad():
-            spoil_weights(trainer._drafter)
+            spoil_weights(trainer.drafter)
         trainer.step()
         report = trainer.step()
         assert not report.published and report.skipped_reason is None
         assert trainer.num_rollbacks == num_rollbacks + 1
         # If anything was published it was the best there is.
-        for state in [*served, list(trainer._drafter.state_dict().values())]:
+        for state in [*served, list(trainer.drafter.state_dict().values())]:
             assert all(torch.equal(a, b) for a, b in zip(state, best, strict=True))
         for _ in range(4):
             trainer.step()

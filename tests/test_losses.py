@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 
 from dvi import losses
 from dvi.records import LossWeights, ReplayBatch
+from tests.random_traffic import serving, trainer_of
 
 HALF_HALF = torch.tensor([[0.5, 0.5]]).log()
 QUARTER = torch.tensor([[0.25, 0.75]]).log()
@@ -284,6 +285,50 @@ def test_each_term_is_averaged_over_its_own_positions():
     )
 
 
+def test_normalised_advantages_have_a_spread_of_one():
+    # Catches a division by the spread of the rewards alone, and positions without a reward counted in it.
+    draft, target = random_logits(0, 3, 2, 5), random_logits(1, 3, 2, 5)
+    has_reward = torch.tensor([[True, True], [True, False], [False, False]])
+    reward = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    behaviour = losses.log_probs(draft)[..., 0]
+    batch = make_batch(3, 2, has_reward_NT=has_reward, reward_NT=reward, behaviour_log_probs_NT=behaviour)
+    options = {"weights": LossWeights(policy_gradient=1.0), "baseline_T": torch.tensor([0.75, 0.5])}
+    (plain, _), (normalised, _) = (
+        losses.compute(draft, target, batch, normalise_advantage=is_on, **options) for is_on in (False, True)
+    )
+    advantages = torch.tensor([0.25, -0.5, -0.75])
+    torch.testing.assert_close(normalised, plain / advantages.std(correction=0))
+
+
+def test_normalised_advantages_of_slices_add_up_to_those_of_the_batch():
+    # Catches a spread taken over each slice: pieces of a step would have another gradient than the whole.
+    draft, target = random_logits(0, 2, 2, 5), random_logits(1, 2, 2, 5)
+    batch = make_batch(2, 2, reward_NT=torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    options = {
+        "weights": LossWeights(policy_gradient=1.0), "baseline_T": torch.full((2,), 0.5), "normalise_advantage": True,
+    }  # fmt: skip
+    total, _ = losses.compute(draft, target, batch, **options)
+    parts = [
+        losses.compute(
+            draft[i : i + 1], target[i : i + 1],
+            ReplayBatch(**{name: tensor[i : i + 1] for name, tensor in vars(batch).items()}), whole=batch, **options,
+        )[0]
+        for i in range(2)
+    ]  # fmt: skip
+    torch.testing.assert_close(sum(parts), total)
+
+
+def test_equal_advantages_are_not_blown_up():
+    # Catches a division by zero where every draft of a batch was accepted.
+    draft, target = random_logits(0, 2, 2, 5), random_logits(1, 2, 2, 5)
+    total, _ = losses.compute(
+        draft, target, make_batch(2, 2), weights=LossWeights(policy_gradient=1.0), baseline_T=torch.full((2,), 0.5),
+        normalise_advantage=True,
+    )
+    plain, _ = compute(draft, target, make_batch(2, 2), policy_gradient=1.0)
+    torch.testing.assert_close(total, plain / losses.MIN_ADVANTAGE_STD)
+
+
 def test_total_is_the_weighted_sum_and_the_entropy_is_a_bonus():
     # Catches a weight applied twice or to the wrong term, and an entropy penalty.
     draft, target, batch = random_logits(0, 2, 2, 5), random_logits(1, 2, 2, 5), make_batch(2, 2)
@@ -372,3 +417,12 @@ def test_baseline_continues_bit_for_bit_from_its_state():
     assert first.values_T.equal(second.values_T)
     with pytest.raises(ValueError, match="2 depths"):
         losses.RewardBaseline(3).load_state_dict(first.state_dict())
+
+
+def test_a_learner_told_to_normalise_its_advantages_does():
+    # Catches a setting that is read and not passed on.
+    (plain, normalised) = (
+        trainer_of(serving(), schedule="pg_only", normalise_advantage=is_on).step().losses["policy_gradient"]
+        for is_on in (False, True)
+    )
+    assert abs(normalised) >= 2 * abs(plain) > 0  # rewards of 0 and 1 spread by 0.5 at most

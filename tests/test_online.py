@@ -61,7 +61,7 @@ def test_the_loss_falls_and_versions_are_published(kind, draft_vocab_size):
     hidden_NTD, anchor_ND = stretch(1).hidden_WD[None], stretch(2).hidden_WD[:1]
     state = speculator.drafter.begin(anchor_ND)
     torch.testing.assert_close(
-        speculator.drafter.step(hidden_NTD[:, 0], state, 0), trainer._drafter(hidden_NTD, anchor_ND)[:, 0].detach(),
+        speculator.drafter.step(hidden_NTD[:, 0], state, 0), trainer.drafter(hidden_NTD, anchor_ND)[:, 0].detach(),
         rtol=1e-4, atol=1e-4,
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ def test_a_step_in_pieces_has_the_gradient_of_a_whole_one(kind, schedule):
         clip = trainer._student.clip_gradient
 
         def clip_gradient(trainer: OnlineTrainer = trainer, clip: Callable[[], float] = clip) -> float:
-            gradients.append([p.grad.clone() for p in trainer._drafter.parameters() if p.grad is not None])
+            gradients.append([p.grad.clone() for p in trainer.drafter.parameters() if p.grad is not None])
             return clip()
 
         trainer._student.clip_gradient = clip_gradient
@@ -152,8 +152,8 @@ def test_a_call_does_one_piece_and_nothing_that_serves_moves_before_the_last():
     trainer = trainer_of(speculator, blocks_per_slice=4, steps_per_publish=1, steps_per_canary=2)
     before = state_of(speculator.drafter)
     sizes = []
-    forward = trainer._drafter.forward
-    trainer._drafter.forward = lambda hidden, anchor: sizes.append(len(hidden)) or forward(hidden, anchor)
+    forward = trainer.drafter.forward
+    trainer.drafter.forward = lambda hidden, anchor: sizes.append(len(hidden)) or forward(hidden, anchor)
     num_slices = SETTINGS.blocks_per_step // 4
     num_calls = 0
     while trainer.step_if_due() is None:
@@ -183,7 +183,7 @@ def test_a_step_in_progress_is_finished_before_it_is_saved_and_still_reported():
             trainer.observe([stretch(50 + i)])
             trainer.step_if_due()
     assert straight.num_steps == resumed.num_steps > 2
-    assert_same(list(resumed._drafter.state_dict().values()), list(straight._drafter.state_dict().values()))
+    assert_same(list(resumed.drafter.state_dict().values()), list(straight.drafter.state_dict().values()))
     assert_same(state_of(resumed._live), state_of(straight._live))
 
 
@@ -247,7 +247,7 @@ def poison_loss(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
 
 def poison_gradient(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
     compute = trainers.student.losses.compute
-    weight = trainer._drafter.draft_head.lora_A
+    weight = trainer.drafter.draft_head.lora_A
     # sqrt at 0: a finite loss whose gradient is infinite.
     patch.setattr(
         trainers.student.losses, "compute",
@@ -258,7 +258,7 @@ def poison_gradient(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
 def poison_weights(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
     def step() -> None:
         with torch.no_grad():
-            trainer._drafter.draft_head.lora_B[0, 0] = torch.inf
+            trainer.drafter.draft_head.lora_B[0, 0] = torch.inf
 
     patch.setattr(trainer._student.optimizer, "step", step)
 
@@ -313,7 +313,7 @@ def test_the_canary_returns_to_the_best_drafter_when_the_learner_got_worse():
     reports = [trainer.step() for _ in range(10)]
     assert trainer.num_rollbacks == 1 and all(r.skipped_reason is None for r in reports)
     assert_same(list(speculator.drafter.state_dict().values()), best)
-    assert_same(list(trainer._drafter.state_dict().values()), best)
+    assert_same(list(trainer.drafter.state_dict().values()), best)
     assert speculator.drafter.version == trainer._version
 
 
@@ -328,7 +328,7 @@ def test_a_resumed_learner_goes_on_bit_for_bit(kind, draft_vocab_size, tmp_path)
         for i in range(25):
             trainer.observe([stretch(60 + i, num_accepted=i % WIDTH)])
             trainer.step_if_due()
-        return [*state_of(trainer._live), *trainer._drafter.state_dict().values(), trainer.baseline.values_T]
+        return [*state_of(trainer._live), *trainer.drafter.state_dict().values(), trainer.baseline.values_T]
 
     changes = {"steps_per_canary": 7, "tokens_before_trim": 170, "schedule": "kl_rl"}
     straight = trainer_of(serving(kind, draft_vocab_size=draft_vocab_size), **changes)
@@ -361,6 +361,45 @@ def test_a_settled_trend_wakes_when_acceptance_falls():
     assert observe(0.3, 1500) == 0 and trend.is_settled
 
 
+def test_lucky_first_rounds_do_not_settle_a_trend_that_rises():
+    """Catches a best that the first round set and no average can reach: learning would stop while it helps."""
+    trend = AcceptanceTrend(patience=300)
+    trend.observe(4, 4)
+    for i in range(2000):
+        trend.observe(10_000, 1_000 + i)
+        assert not trend.is_settled
+
+
+def test_a_patience_of_0_never_settles():
+    trend = AcceptanceTrend(patience=0)
+    for _ in range(3000):
+        trend.observe(8, 4)
+    assert not trend.is_settled
+
+
+@pytest.mark.parametrize("is_asleep", [False, True])
+def test_a_settled_learner_makes_a_tenth_of_the_steps_until_it_wakes(is_asleep):
+    """Catches a wake-up that changes nothing without a time limit, and a drift_wakeup of false that wakes."""
+    settings = dataclasses.replace(
+        SETTINGS, rounds_per_step=10, blocks_per_step=2, settle_rounds=300, drift_wakeup=not is_asleep
+    )
+    trainer = OnlineTrainer(serving(), settings)
+
+    def steps(num_accepted: int, rounds: int) -> int:
+        before, one = trainer.num_steps, stretch(0, num_accepted=num_accepted)
+        for _ in range(rounds):
+            trainer.observe([one])
+            trainer.step_if_due()
+        return trainer.num_steps - before
+
+    assert steps(WIDTH - 1, 750) >= 50 and trainer.trend.is_settled
+    assert steps(WIDTH - 1, 300) in (2, 3, 4)
+    assert steps(0, 500) < 7 if is_asleep else steps(0, 500) > 10
+    assert trainer.trend.is_settled == is_asleep == (trainer.trend.num_drifts == 0)
+    if is_asleep:
+        assert steps(WIDTH, 800) < 10 and trainer.trend.is_settled  # nor does a rise wake it
+
+
 def test_drift_takes_the_schedule_back_to_its_warm_up():
     trainer = trainer_of(serving(), warmup_steps=3, ramp_steps=3)
     for _ in range(10):
@@ -384,13 +423,33 @@ def test_the_head_is_trimmed_to_the_traffics_tokens_once_and_a_resume_trims_alik
     version = speculator.drafter.version
     reports = [trainer.step() for _ in range(4)]
     ids_V = speculator.drafter.draft_head.draft_token_ids_V
-    assert len(ids_V) == VOCAB_SIZE // 2 == trainer._drafter.draft_head.vocab_size
+    assert len(ids_V) == VOCAB_SIZE // 2 == trainer.drafter.draft_head.vocab_size
     assert speculator.drafter.version > version
     assert torch.isin(trainer.token_counts_V.nonzero()[:, 0], ids_V).all()
     assert all(report.skipped_reason is None for report in reports)
     resumed = trainer_of(serving(draft_vocab_size=VOCAB_SIZE // 2))
     resumed.load_state_dict(trainer.state_dict())
     assert_same(state_of(resumed._live), state_of(speculator.drafter))
+
+
+@pytest.mark.parametrize("steps_in_pieces", [0, 4])
+def test_what_was_learnt_since_the_last_publish_serves_when_asked(steps_in_pieces):
+    """Catches a last publish that never comes, one of weights that serve already, and a step cut off in the middle."""
+    speculator = serving()
+    trainer = trainer_of(speculator, steps_per_publish=1000, blocks_per_slice=steps_in_pieces)
+    for _ in range(3):
+        trainer.step()
+    if steps_in_pieces:
+        trainer.observe([stretch(50)])
+        assert trainer.step_if_due() is None and trainer.is_busy
+    assert speculator.drafter.version == 0
+    version = trainer.publish_now()
+    assert (version.version, version.step, version.source) == (1, 3 + (steps_in_pieces > 0), "learner")
+    assert version == trainer.versions()[-1] and version.is_live and speculator.drafter.version == 1
+    assert_same(list(speculator.drafter.state_dict().values()), list(trainer.drafter.state_dict().values()))
+    assert trainer.publish_now().version == 1
+    if steps_in_pieces:
+        assert trainer.step_if_due().step == 4
 
 
 # In service

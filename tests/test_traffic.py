@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dvi.traffic import NoPromptsError, as_text, read_dataset, read_prompts
+from dvi.traffic import AnsweredPrompt, NoPromptsError, as_answered, as_text, read_dataset, read_prompts
 
 ROWS = [
     {"id": "a", "domain": "math", "split": "traffic", "turns": ["one", "later"]},
@@ -52,17 +52,76 @@ def test_epochs_hold_the_same_rows_each_in_its_own_repeatable_order(tmp_path):
     assert first != second and read() == first + second
 
 
+def test_a_limit_takes_alike_from_all_files_and_keeps_their_order(tmp_path):
+    """Catches several domains of which only the first is learnt, or measured."""
+    paths = [
+        write_rows(tmp_path / name, [{"prompt": f"{name}{i}"} for i in range(count)])
+        for name, count in (("a", 5), ("b", 1), ("c", 5))
+    ]
+    assert texts(read_prompts(paths, limit=7)) == ["a0", "a1", "a2", "b0", "c0", "c1", "c2"]
+    assert texts(read_prompts(paths, limit=2)) == ["a0", "b0"]
+    assert len(read_prompts(paths, limit=100)) == len(read_prompts(paths)) == 11
+
+
+def test_conversations_as_sharegpt_has_them_are_chat_messages(tmp_path):
+    """Catches the commonest chat data refused, or its speakers taken for each other."""
+    turns = [("system", "be brief"), ("human", "hi"), ("gpt", "ho"), ("human", "and?"), ("gpt", "no more")]
+    row = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    expected = [
+        {"role": role, "content": text}
+        for role, (_, text) in zip(("system", "user", "assistant", "user"), turns, strict=False)
+    ]
+    assert read_prompts([path]) == [expected]
+    assert list(read_dataset(str(path), split="train", field="conversations")) == [expected]
+
+
+def test_an_answer_is_kept_beside_its_prompt_in_every_kind_of_row():
+    """Catches an answer that is dropped as in traffic, or one that is part of its own prompt."""
+    hi = [{"role": "user", "content": "hi"}]
+    for row in (
+        {"turns": ["hi"], "answer": "ho"},
+        {"turns": ["hi"], "text": "ho"},
+        {"prompt": "hi", "answer": "ho"},
+        {"messages": [*hi, {"role": "assistant", "content": "ho"}]},
+        {"messages": [*hi, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "thanks"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+    ):
+        assert as_answered(row, where="here") == AnsweredPrompt(hi, "ho"), row
+    assert as_answered({"text": "once"}, where="here") == AnsweredPrompt([], "once")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "hi"}, "a row needs an answer, a text, or messages that hold one; got prompt; warmup.source="),
+        ({"prompt": "hi", "answer": ""}, "answer must be a text, got ''"),
+        ({"answer": "ho"}, "a row needs one of turns, prompt, messages, conversations; got answer"),
+        ({"text": None}, "text must be a text, got None"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages must hold one by the assistant"),
+        ({"messages": [{"role": "assistant", "content": "ho"}]}, "an answer needs one by the user before it"),
+    ],
+)
+def test_a_row_without_an_answer_is_refused_where_one_is_needed(row, reason):
+    """Catches rows dropped in silence, and errors that do not say what to do."""
+    with pytest.raises(ValueError) as caught:
+        as_answered(row, where="a.jsonl, line 3")
+    assert str(caught.value).startswith(f"a.jsonl, line 3: {reason}")
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("{", "not JSON"),
         ("[1]", "a row must be an object, got [1]"),
-        ("{}", "a row needs one of turns, prompt, messages; got nothing"),
+        ("{}", "a row needs one of turns, prompt, messages, conversations; got nothing"),
         ('{"turns": []}', "turns must be a list of texts, got []"),
         ('{"turns": [3]}', "turns must be a list of texts, got [3]"),
         ('{"prompt": ""}', "prompt must be a text, got ''"),
         ('{"messages": [{"role": "user"}]}', "messages must be a list of texts with role and content"),
         ('{"messages": [{"role": "system", "content": "x"}]}', "messages must hold one by the user"),
+        ('{"conversations": [{"from": "tool", "value": "x"}]}', "conversations must be a list of texts with value and"),
+        ('{"conversations": []}', "messages must hold one by the user, got []"),
     ],
 )
 def test_a_bad_row_is_refused_with_file_line_and_reason(tmp_path, line, reason):
@@ -109,6 +168,17 @@ def test_a_dataset_column_may_hold_turns_or_messages(tmp_path):
     path = str(write_rows(tmp_path / "rows.jsonl", [{"a": ["hi"], "b": [{"role": "user", "content": "ho"}]}]))
     assert texts(read_dataset(path, split="train", field="a")) == ["hi"]
     assert texts(read_dataset(path, split="train", field="b")) == ["ho"]
+
+
+def test_a_dataset_gives_answers_from_their_own_column_or_whole_texts(tmp_path):
+    """Catches the prompt's column taken for the answer's, and a missing answer noticed only by what is learnt."""
+    path = str(write_rows(tmp_path / "rows.jsonl", [{"ask": "hi", "reply": "ho"}]))
+    options = {"split": "train", "parse": as_answered}
+    hi = [{"role": "user", "content": "hi"}]
+    assert list(read_dataset(path, field="ask", answer_field="reply", **options)) == [AnsweredPrompt(hi, "ho")]
+    assert list(read_dataset(path, field="ask", **options)) == [AnsweredPrompt([], "hi")]
+    with pytest.raises(ValueError, match="no column 'answer'; there are ask, reply"):
+        next(read_dataset(path, field="ask", answer_field="answer", **options))
 
 
 def test_a_dataset_without_the_column_is_refused_with_its_columns(tmp_path):

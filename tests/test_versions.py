@@ -38,7 +38,7 @@ def test_a_rollback_serves_the_old_weights_and_learning_goes_on_from_them():
     assert (restored.version, restored.source, restored.step, restored.is_live) == (7, "rollback", 6, True)
     assert restored.canary_score is not None
     assert_same(state_of(speculator.drafter), states[3])
-    assert_same(list(trainer._drafter.state_dict().values()), list(speculator.drafter.state_dict().values()))
+    assert_same(list(trainer.drafter.state_dict().values()), list(speculator.drafter.state_dict().values()))
     assert not trainer._student.optimizer.state and not trainer.is_busy
     with pytest.raises(ValueError, match="other weights than the live version 7, got 3"):
         trainer.rollback(3)
@@ -47,7 +47,7 @@ def test_a_rollback_serves_the_old_weights_and_learning_goes_on_from_them():
     while trainer.num_rollbacks == 1:
         trainer.step()
     # What the canary brings back is not version 6, from which we fled.
-    assert_same(list(trainer._drafter.state_dict().values()), states[3][:-1])
+    assert_same(list(trainer.drafter.state_dict().values()), states[3][:-1])
 
 
 def test_the_weights_of_the_last_versions_and_of_the_best_are_kept():

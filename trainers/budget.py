@@ -28,7 +28,7 @@ class TimeBudget:
     def __init__(self, share: float, *, rounds_per_step: int, now_s: float) -> None:
         self.share = share
         self.rounds_per_step = rounds_per_step
-        self.rounds_owed = 0
+        self.rounds_owed = 0.0
         self.restart(now_s)
 
     def restart(self, now_s: float) -> None:
@@ -39,12 +39,13 @@ class TimeBudget:
     def has_limit(self) -> bool:
         return self.share < 1
 
-    def owe_round(self) -> None:
+    def owe_round(self, *, part: float = 1.0) -> None:
+        """part: how much of a round is to be learnt from, in 0..1."""
         most = MAX_STEPS_OWED if self.has_limit else 1
-        self.rounds_owed = min(self.rounds_owed + 1, most * self.rounds_per_step)
+        self.rounds_owed = min(self.rounds_owed + part, most * self.rounds_per_step)
 
     def pay_step(self) -> None:
-        self.rounds_owed = max(self.rounds_owed - self.rounds_per_step, 0)
+        self.rounds_owed = max(self.rounds_owed - self.rounds_per_step, 0.0)
 
     @property
     def is_step_owed(self) -> bool:

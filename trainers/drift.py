@@ -17,12 +17,14 @@ RISE = 0.005
 class AcceptanceTrend:
     """Two moving averages of the acceptance rate and what their gap says.
 
-    is_settled  True once the fast average has not beaten its best by 0.005 for `patience` observations.
+    is_settled  True once the fast average has not beaten its best by 0.005 for `patience` observations; 0: never.
     A fall of the fast average to less than (1 - drop) of the slow one is drift: it unsettles and counts in num_drifts.
+    wakes       False: settled once is settled for good, and there is no drift.
     """
 
     patience: int = 2000
     drop: float = 0.3
+    wakes: bool = True
     fast: float = 0.0
     slow: float = 0.0
     best: float = 0.0
@@ -40,12 +42,15 @@ class AcceptanceTrend:
         # Until a window has been seen, plain means: an average that starts at 0 would look like a rise.
         self.fast += max(FAST_RATE, 1 / self.num_seen) * (rate - self.fast)
         self.slow += max(SLOW_RATE, 1 / self.num_seen) * (rate - self.slow)
-        if self.fast > self.best + RISE:
+        # The mean of a few rounds may be anything: as a best it could stand for ever.
+        is_young = self.num_seen <= 1 / FAST_RATE
+        if is_young or self.fast > self.best + RISE:
             self.best, self.num_since_best = self.fast, 0
         else:
             self.num_since_best += 1
-        self.is_settled = self.num_since_best >= self.patience
-        is_drift = self.num_seen > 1 / FAST_RATE and self.fast < (1 - self.drop) * self.slow
+        is_flat = 0 < self.patience <= self.num_since_best
+        self.is_settled = is_flat or (self.is_settled and not self.wakes)
+        is_drift = self.wakes and not is_young and self.fast < (1 - self.drop) * self.slow
         if is_drift:
             self.num_drifts += 1
             self.is_settled = False
@@ -53,8 +58,12 @@ class AcceptanceTrend:
         return is_drift
 
     def state_dict(self) -> dict[str, float | int | bool]:
-        return asdict(self)
+        """What it has seen; its settings are the run's."""
+        return {name: value for name, value in asdict(self).items() if name not in _SETTINGS}
 
     def load_state_dict(self, state: dict[str, float | int | bool]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+_SETTINGS = ("patience", "drop", "wakes")

@@ -106,9 +106,14 @@ class SpeedProbe:
     Now and then a few tokens of the newest prompts are decoded plainly, in a batch as wide as serving's.
     """
 
-    def __init__(self, speculator: SelfSpeculator, params: SamplingParams, *, batch_size: int) -> None:
+    def __init__(
+        self, speculator: SelfSpeculator, params: SamplingParams, *, batch_size: int,
+        requests_per_probe: int | None = None, probe_tokens: int = PROBE_TOKENS,
+    ) -> None:
+        """requests_per_probe: default REQUESTS_PER_PROBE for each row. probe_tokens: plain ones, of each row."""
         self._speculator = speculator
-        self._params = replace(params, max_new_tokens=PROBE_TOKENS, ignore_eos=True, stop_strings=())
+        self._params = replace(params, max_new_tokens=probe_tokens, ignore_eos=True, stop_strings=())
+        self._requests_per_probe = requests_per_probe or REQUESTS_PER_PROBE * batch_size
         self._prompts: deque[list[int]] = deque(maxlen=batch_size)
         self._ratios: deque[float] = deque(maxlen=NUM_PROBES_KEPT)
         self._restart()
@@ -118,16 +123,22 @@ class SpeedProbe:
         """Median of the newest probes; None before the first."""
         return statistics.median(self._ratios) if self._ratios else None
 
-    def observe(self, prompt: list[int], result: GenerationResult) -> None:
-        """Counts one finished request, and probes when it is time."""
+    def leave_out(self, seconds: float) -> None:
+        """Takes time off serving's: a pause in which nothing was served."""
+        self._start_s += seconds
+
+    def observe(self, prompt: list[int], result: GenerationResult) -> float | None:
+        """Counts one finished request, and probes when it is time: then returns the ratio since the last probe."""
         self._prompts.append(prompt)
         self._num_requests += 1
         self._num_tokens += result.stats.new_tokens
         self._prefill_s += result.stats.prefill_s
-        if self._num_requests >= REQUESTS_PER_PROBE * self._prompts.maxlen:
-            decode_s = time.perf_counter() - self._start_s - self._prefill_s
-            self._ratios.append(self._num_tokens / decode_s / self._plain_tokens_per_s())
-            self._restart()
+        if self._num_requests < self._requests_per_probe:
+            return None
+        decode_s = time.perf_counter() - self._start_s - self._prefill_s
+        self._ratios.append(self._num_tokens / decode_s / self._plain_tokens_per_s())
+        self._restart()
+        return self._ratios[-1]
 
     def _plain_tokens_per_s(self) -> float:
         results = list(self._speculator.generate(

@@ -14,18 +14,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 
 from dvi.adapter_store import load_drafter, read_manifest
-from dvi.config import ServeConfig, TrainConfig, load_config, write_provenance
+from dvi.config import ServeConfig, TrainConfig, WarmupConfig, load_config, write_provenance
 from dvi.durable import surviving_folder
 from dvi.records import GenerationResult, SamplingParams, Transitions, UpdateReport
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import METRICS_FILE, MetricsWriter, plot_acceptance, read_metrics
-from dvi.traffic import Messages, NoPromptsError, as_text, read_dataset, read_prompts
+from dvi.traffic import Messages, NoPromptsError, as_messages, read_dataset, read_prompts
 from trainers.checkpoint import CheckpointStore
 from trainers.evaluation import Measurement, SpeedProbe, drafts_alike, measure
 from trainers.online import OnlineTrainer
@@ -49,28 +49,37 @@ def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
     folder = Path(config.output.folder)
     speculator = build_speculator(config)
     with CheckpointStore(folder / CHECKPOINTS) as store:
-        saved = store.load_latest()
-        if saved is not None and not config.output.resume:
-            raise ValueError(
-                f"output.folder {folder} already holds a run; output.resume=true continues it, another folder "
-                "starts afresh"
-            )
-        if saved is not None:
-            _check_same_run(config, folder)
-        elif config.output.resume:
-            console.print(f"nothing to resume in {folder}: starting afresh")
-        write_provenance(folder, config)
-        job = _Job(config, speculator, store, console)
-        if saved is not None:
-            job.load_state_dict(saved[0])
-        return job.run()
+        traffic, held_out = read_traffic(config)
+        params = SamplingParams(**dataclasses.asdict(config.sampling))
+        job = _ServingJob(config, speculator, store, console, params=params, traffic=traffic, held_out=held_out)
+        return resume_job(job, sections=("model", "drafter", "data"))
+
+
+def resume_job(job: Job, *, sections: Iterable[str]) -> dict[str, object]:
+    """Runs the job, from where its folder's checkpoint has it if output.resume says so; its summary.
+
+    sections: the settings that must be those of the earlier run.
+    """
+    config, folder, saved = job.config, job.folder, job.store.load_latest()
+    if saved is not None and not config.output.resume:
+        raise ValueError(
+            f"output.folder {folder} already holds a run; output.resume=true continues it, another folder starts afresh"
+        )
+    if saved is not None:
+        _check_same_run(config, folder, sections)
+    elif config.output.resume:
+        job.console.print(f"nothing to resume in {folder}: starting afresh")
+    write_provenance(folder, config)
+    if saved is not None:
+        job.load_state_dict(saved[0])
+    return job.run()
 
 
 def load_run(folder: str | Path, *, model: str | None = None) -> tuple[SelfSpeculator, dict, dict]:
     """The speculator of a run with its final drafter, or its newest checkpoint's; the drafter's metrics; the settings.
 
-    The run is `dvi train`'s or a server's that has ended; a server's metrics say how its drafter came about.
-    model: another path of the base model. Raises ValueError when the folder holds neither.
+    The run is one of `dvi train` or `dvi warmup`, or a server's that has ended; a server's metrics say how its drafter
+    came about. model: another path of the base model. Raises ValueError when the folder holds neither.
     """
     folder = Path(folder)
     config = _run_config(folder, [] if model is None else [f"model.path={json.dumps(model)}"])
@@ -89,11 +98,13 @@ def load_run(folder: str | Path, *, model: str | None = None) -> tuple[SelfSpecu
     return speculator, saved[0].get("provenance", {}), settings
 
 
-def _run_config(folder: Path, overrides: Iterable[str] = ()) -> TrainConfig | ServeConfig:
+def _run_config(folder: Path, overrides: Iterable[str] = ()) -> TrainConfig | ServeConfig | WarmupConfig:
     """The settings that a run left in its folder."""
     path = folder / "config.yaml"
-    is_server = path.is_file() and "\nserve:\n" in path.read_text(encoding="utf-8")
-    return load_config(path, overrides, schema=ServeConfig if is_server else TrainConfig)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    schemas = {"serve": ServeConfig, "warmup": WarmupConfig}
+    schema = next((schema for section, schema in schemas.items() if f"\n{section}:\n" in text), TrainConfig)
+    return load_config(path, overrides, schema=schema)
 
 
 class TrafficPosition:
@@ -127,21 +138,38 @@ class Request:
     is_cut: bool
 
 
-class _Job:
+class Job:
+    """A learner's way through some traffic: measured before and after, saved on the way, resumed where it stopped.
+
+    A subclass goes the way in `_work` and says in `_facts` what came of it. noun: what its traffic is made of; counts:
+    the attributes, plain numbers, that a resumed run must have.
+    """
+
+    noun: str
+    counts: tuple[str, ...] = ("num_tokens", "num_cut", "num_metrics_bytes")
+
     def __init__(
-        self, config: TrainConfig, speculator: SelfSpeculator, store: CheckpointStore, console: Console
+        self, config: TrainConfig | WarmupConfig, speculator: SelfSpeculator, store: CheckpointStore, console: Console,
+        *, params: SamplingParams, traffic: Iterable, held_out: list,
     ) -> None:
         self.config, self.speculator, self.store, self.console = config, speculator, store, console
         self.folder = Path(config.output.folder)
-        self.params = SamplingParams(**dataclasses.asdict(config.sampling))
-        self.eval_params = dataclasses.replace(self.params, max_new_tokens=config.eval.max_new_tokens)
+        self.params = params
+        self.eval_params = dataclasses.replace(params, max_new_tokens=config.eval.max_new_tokens)
         self.trainer = OnlineTrainer(speculator, config.train) if config.train.enabled else None
-        self.traffic, held_out = read_traffic(config)
-        self.held_out = [self._request(0, messages).token_ids for messages in held_out]
+        self.traffic = traffic
+        self.held_out = [self._request(0, prompt).token_ids for prompt in held_out]
         self.position = TrafficPosition()
         self.before: Measurement | None = None
         self.num_tokens = self.num_cut = self.num_metrics_bytes = 0
-        self.serving_s = 0.0
+
+    def _work(self, metrics: MetricsWriter, signals: Signals) -> None:
+        """Goes through what is left of the traffic; raises Interrupted soon after a signal."""
+        raise NotImplementedError
+
+    def _facts(self) -> dict[str, object]:
+        """For the summary."""
+        raise NotImplementedError
 
     # Saving
 
@@ -152,7 +180,7 @@ class _Job:
             "first_open": self.position.first_open,
             "done_ahead": sorted(self.position.done_ahead),
             "before": None if self.before is None else dataclasses.asdict(self.before),
-            "counts": {name: getattr(self, name) for name in _COUNTS},
+            "counts": {name: getattr(self, name) for name in self.counts},
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -162,7 +190,7 @@ class _Job:
         self.before = None if state["before"] is None else Measurement(**state["before"])
         for name, value in state["counts"].items():
             setattr(self, name, value)
-        # Events after the checkpoint belong to requests that will be served again.
+        # Events after the checkpoint belong to what will be done again.
         os.truncate(self.folder / METRICS_FILE, self.num_metrics_bytes)
 
     def _save(self) -> Path:
@@ -172,7 +200,7 @@ class _Job:
     # Running
 
     def run(self) -> dict[str, object]:
-        """Measures, serves, saves, and if nobody interrupted it measures again and saves the drafter."""
+        """Measures, works, saves, and if nobody interrupted it measures again and saves the drafter."""
         start_s, interruption = time.perf_counter(), None
         metrics = MetricsWriter(self.folder, tensorboard=self.config.output.tensorboard)
         try:
@@ -181,7 +209,7 @@ class _Job:
                     self.console.print(f"measuring the drafter as it is on {len(self.held_out)} held-out requests")
                     self.before = self._measure()
                 try:
-                    self._serve(metrics, signals)
+                    self._work(metrics, signals)
                 except Interrupted:
                     interruption = signals.received
                 checkpoint = self._save()
@@ -190,8 +218,8 @@ class _Job:
         summary: dict[str, object] = {
             "status": "done" if interruption is None else "interrupted", "signal": interruption,
             "folder": str(self.folder), "checkpoint": str(checkpoint), "level": self.config.model.mode,
-            "requests": self.position.num_done, "cut_prompts": self.num_cut, "tokens": self.num_tokens,
-            "serving_s": round(self.serving_s, 2), "drafter_version": self.speculator.drafter.version,
+            self.noun: self.position.num_done, "tokens": self.num_tokens, **self._facts(),
+            "drafter_version": self.speculator.drafter.version,
             "before": None if self.before is None else dataclasses.asdict(self.before),
         }  # fmt: skip
         if self.trainer is not None:
@@ -199,12 +227,58 @@ class _Job:
         if interruption is None:
             summary |= self._conclude()
         else:
-            self.console.print(f"interrupted after {self.position.num_done} requests; output.resume=true goes on")
+            self.console.print(f"interrupted after {self.position.num_done} {self.noun}; output.resume=true goes on")
         summary["seconds"] = round(time.perf_counter() - start_s, 2)
         (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return summary
 
-    def _serve(self, metrics: MetricsWriter, signals: Signals) -> None:
+    def _conclude(self) -> dict[str, object]:
+        """Measures, draws, saves the drafter and reloads it."""
+        after = None
+        if self.before is not None:
+            after = self._measure()
+            self.console.print(comparison_table(self.before, after))
+        events = [event for event in read_metrics(self.folder / METRICS_FILE) if event["event"] == "request"]
+        picture = self.folder / PICTURE if events else None
+        if picture is not None:
+            plot_acceptance(events, picture)
+        metrics = None if after is None else dataclasses.asdict(after)
+        self.speculator.save_drafter(self.folder / DRAFTER, metrics=metrics, config=dataclasses.asdict(self.config))
+        reloaded = load_drafter(self.folder / DRAFTER, self.speculator.split)
+        traffic = (self._request(0, messages).token_ids for messages in self.traffic)
+        is_alike = drafts_alike(
+            self.speculator, reloaded, list(itertools.islice(self.held_out or traffic, NUM_RELOAD_PROMPTS)),
+            self.eval_params, num_draft_tokens=max(self.config.draft.num_draft_tokens, 1),
+        )
+        verdict = "drafts the same" if is_alike else "DRAFTS OTHERWISE"
+        self.console.print(f"drafter saved in {self.folder / DRAFTER}; reloaded, it {verdict}")
+        return {
+            "after": metrics, "drafter": str(self.folder / DRAFTER), "reloads_alike": is_alike,
+            "picture": picture and str(picture),
+        }  # fmt: skip
+
+    def _measure(self) -> Measurement:
+        return measure(
+            self.speculator, self.held_out, self.eval_params, num_draft_tokens=self.config.draft.num_draft_tokens
+        )
+
+    def _request(self, index: int, messages: Messages) -> Request:
+        """The prompt's last tokens, as many as leave room for an answer."""
+        longest = max(self.params.max_new_tokens, self.eval_params.max_new_tokens)
+        return Request(index, *self.speculator.encode_request(messages, max_new_tokens=longest))
+
+
+class _ServingJob(Job):
+    """Serves the traffic, and learns from it beside that."""
+
+    noun = "requests"
+    counts = (*Job.counts, "serving_s")
+    serving_s = 0.0
+
+    def _facts(self) -> dict[str, object]:
+        return {"cut_prompts": self.num_cut, "serving_s": round(self.serving_s, 2)}
+
+    def _work(self, metrics: MetricsWriter, signals: Signals) -> None:
         batch_size = self.config.data.batch_size
         num_requests = len(self.traffic) if isinstance(self.traffic, list) else None
         learner = JobLearner(self.trainer, metrics, signals)
@@ -247,50 +321,6 @@ class _Job:
             mean_accepted_tokens=stats.mean_accepted_tokens, tokens_per_s=stats.decode_tokens_per_s,
             drafter_version=result.drafter_version, finish_reason=result.finish_reason, level=result.level,
         )  # fmt: skip
-
-    def _conclude(self) -> dict[str, object]:
-        """Measures, draws, saves the drafter and reloads it."""
-        after = None
-        if self.before is not None:
-            after = self._measure()
-            self.console.print(comparison_table(self.before, after))
-        plot_acceptance(read_metrics(self.folder / METRICS_FILE), self.folder / PICTURE)
-        metrics = None if after is None else dataclasses.asdict(after)
-        self.speculator.save_drafter(self.folder / DRAFTER, metrics=metrics, config=dataclasses.asdict(self.config))
-        reloaded = load_drafter(self.folder / DRAFTER, self.speculator.split)
-        traffic = (self._request(0, messages).token_ids for messages in self.traffic)
-        is_alike = drafts_alike(
-            self.speculator, reloaded, list(itertools.islice(self.held_out or traffic, NUM_RELOAD_PROMPTS)),
-            self.eval_params, num_draft_tokens=max(self.config.draft.num_draft_tokens, 1),
-        )
-        verdict = "drafts the same" if is_alike else "DRAFTS OTHERWISE"
-        self.console.print(f"drafter saved in {self.folder / DRAFTER}; reloaded, it {verdict}")
-        return {
-            "after": metrics, "drafter": str(self.folder / DRAFTER), "reloads_alike": is_alike,
-            "picture": str(self.folder / PICTURE),
-        }  # fmt: skip
-
-    def _measure(self) -> Measurement:
-        return measure(
-            self.speculator, self.held_out, self.eval_params, num_draft_tokens=self.config.draft.num_draft_tokens
-        )
-
-    def _request(self, index: int, messages: Messages) -> Request:
-        """The prompt's last tokens, as many as leave room for an answer."""
-        tokenizer, context = self.speculator.tokenizer, self.speculator.max_positions
-        longest = max(self.params.max_new_tokens, self.eval_params.max_new_tokens)
-        room = context - longest - 1
-        if room < 1:
-            raise ValueError(
-                f"max_new_tokens, of sampling and of eval, must be at most {context - 2} for the model's context of "
-                f"{context}, got {longest}; try {context // 2}"
-            )
-        prompt = messages if tokenizer.chat_template is not None else as_text(messages)
-        ids = self.speculator.encode(prompt, max_tokens=room + 1)  # one more tells a longer prompt from one that fits
-        return Request(index, ids[-room:], is_cut=len(ids) > room)
-
-
-_COUNTS = ("num_tokens", "num_cut", "num_metrics_bytes", "serving_s")
 
 
 class JobLearner:
@@ -336,24 +366,28 @@ class Signals:
         self.__exit__()
 
 
-def read_traffic(config: TrainConfig) -> tuple[Iterable[Messages], list[Messages]]:
-    """The requests to serve (a list where their number is known) and the held-out ones.
+def read_traffic(
+    config: TrainConfig | WarmupConfig, *, answer_field: str | None = None, parse: Callable = as_messages
+) -> tuple[Iterable, list]:
+    """The requests to serve (a list where their number is known) and the held-out ones, as `parse` gives them.
 
+    answer_field, parse: see `dvi.traffic.read_dataset`.
     Raises ValueError when no traffic is named, or what `dvi.traffic` raises.
     """
     data, limit = config.data, config.eval.limit
     order = {"shuffle_seed": data.shuffle_seed, "epochs": data.epochs}
+    form = {"parse": parse}
     if data.dataset is not None:
-        source = {"split": data.dataset_split, "field": data.text_field}
+        source = {"split": data.dataset_split, "field": data.text_field, "answer_field": answer_field} | form
         held_out = list(read_dataset(data.dataset, limit=limit, **source)) if limit else []
         return DatasetTraffic(data.dataset, {"skip": limit, "limit": data.limit} | source | order), held_out
     if not data.prompts:
         raise ValueError("data.prompts or data.dataset must name the traffic, such as configs/demo/prompts.jsonl")
-    traffic = read_prompts(data.prompts, split=data.split, domains=data.domains, limit=data.limit, **order)
+    traffic = read_prompts(data.prompts, split=data.split, domains=data.domains, limit=data.limit, **order, **form)
     if not limit or data.split == "eval":
         return traffic, []
     try:
-        return traffic, read_prompts(data.prompts, split="eval", domains=data.domains, limit=limit)
+        return traffic, read_prompts(data.prompts, split="eval", domains=data.domains, limit=limit, **form)
     except NoPromptsError:
         return traffic, []
 
@@ -364,14 +398,14 @@ class DatasetTraffic:
     def __init__(self, name: str, options: dict[str, object]) -> None:
         self._name, self._options = name, options
 
-    def __iter__(self) -> Iterator[Messages]:
+    def __iter__(self) -> Iterator:
         return read_dataset(self._name, **self._options)
 
 
-def _check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raises ValueError when the run in the folder had another model, drafter or traffic."""
-    earlier = load_config(folder / "config.yaml")
-    for section in ("model", "drafter", "data"):
+def _check_same_run(config: TrainConfig | WarmupConfig, folder: Path, sections: Iterable[str]) -> None:
+    """Raises ValueError when the run in the folder had other settings in one of these sections."""
+    earlier = load_config(folder / "config.yaml", schema=type(config))
+    for section in sections:
         now, then = (dataclasses.asdict(getattr(c, section)) for c in (config, earlier))
         for key in now.keys() - {"device", "num_threads"}:
             if now[key] != then[key]:

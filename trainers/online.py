@@ -29,7 +29,7 @@ from trainers.versions import Snapshot, State, VersionHistory
 MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the first step: below it, batches repeat
 CANARY_BLOCKS = 256  # fewer, and the score's noise alone looks like a loss of a tenth
 STORED_AT_ONCE = 64  # positions: a call of ReplayBuffer.add costs about as much as a hundred of them
-SETTLED_PART = 0.1  # of the time budget that is still used once acceptance has settled
+SETTLED_PART = 0.1  # of the steps, and of the time for them, that remains once acceptance has settled
 
 
 class OnlineTrainer:
@@ -56,7 +56,7 @@ class OnlineTrainer:
             config.schedule, by=config.switch_by, warmup_steps=config.warmup_steps, ramp_steps=config.ramp_steps
         )
         self.baseline = RewardBaseline(MAX_DEPTH, device=self._split.device)
-        self.trend = AcceptanceTrend()
+        self.trend = AcceptanceTrend(patience=config.settle_rounds, wakes=config.drift_wakeup)
         self.budget = TimeBudget(config.budget, rounds_per_step=config.rounds_per_step, now_s=time.perf_counter())
         self.token_counts_V = torch.zeros(self._split.vocab_size, dtype=torch.int64, device=self._split.device)
         self._generator = torch.Generator().manual_seed(config.seed)
@@ -79,8 +79,8 @@ class OnlineTrainer:
         self.budget.restart(time.perf_counter())
 
     @property
-    def _drafter(self) -> nn.Module:
-        """The learner's copy."""
+    def drafter(self) -> nn.Module:
+        """The learner's copy, ahead of the one that serves. Another one once the head is trimmed."""
         return self._student.drafter
 
     # Learner protocol
@@ -95,7 +95,7 @@ class OnlineTrainer:
         num_drafted = sum(s.num_drafted for s in transitions)
         num_accepted = sum(s.num_accepted for s in transitions)
         if any(not s.is_prefill for s in transitions):
-            self.budget.owe_round()
+            self.budget.owe_round(part=self._wanted_part)
         self._drafted_since_step += num_drafted
         self._accepted_since_step += num_accepted
         if self.trend.observe(num_drafted, num_accepted):
@@ -129,9 +129,7 @@ class OnlineTrainer:
 
         Returns the report of the step that this call finished. While is_idle the time costs nothing, see TimeBudget.
         """
-        has_time = self.budget.allows(
-            time.perf_counter(), is_idle=is_idle, part=SETTLED_PART if self.trend.is_settled else 1.0
-        )
+        has_time = self.budget.allows(time.perf_counter(), is_idle=is_idle, part=self._wanted_part)
         report, self._unreported = self._unreported, None
         if has_time and self.is_busy:
             before_s = self.train_s
@@ -140,6 +138,11 @@ class OnlineTrainer:
             if not is_idle:
                 self.budget.charge(self.train_s - before_s)
         return report
+
+    @property
+    def _wanted_part(self) -> float:
+        """How much of the learning that there could be is worth its time now, in 0..1."""
+        return SETTLED_PART if self.trend.is_settled else 1.0
 
     @property
     def is_busy(self) -> bool:
@@ -168,6 +171,18 @@ class OnlineTrainer:
         self._history.best = snapshot
         self._return_to_best()
         self._publish(snapshot, "rollback")
+        return self.versions()[-1]
+
+    def publish_now(self) -> DrafterVersion:
+        """Publishes the learner's weights out of turn, unless they serve already; the version that is live then.
+
+        Finishes the step in progress; the next `step_if_due` reports it.
+        """
+        if self._work is not None:
+            self._unreported = self.step()
+        snapshot = Snapshot(self._student.copy_state(), self.num_steps)
+        if not self._serves(snapshot.state):
+            self._publish(snapshot, "learner")
         return self.versions()[-1]
 
     def forget(self, tenant: str) -> int:
@@ -347,7 +362,7 @@ class OnlineTrainer:
     def _publish(self, snapshot: Snapshot, source: str) -> None:
         """Makes the learner's weights serve under a new number. snapshot: a copy of them."""
         self._version += 1
-        self._live.publish(self._drafter, self._version)
+        self._live.publish(self.drafter, self._version)
         self._history.add(self._version, snapshot, source)
 
     def _return_to_best(self) -> None:

@@ -20,15 +20,21 @@ WINDOW = 50  # newest requests that the shown acceptance is of
 
 
 class RunDisplay:
-    """Context manager around a run's traffic. num_requests is None when nobody knows how many will come."""
+    """Context manager around a run's traffic. num_requests is None when nobody knows how many will come.
 
-    def __init__(self, console: Console, *, num_requests: int | None, num_done: int) -> None:
-        self._console = console
+    doing, noun: what is done, and to what.
+    """
+
+    def __init__(
+        self, console: Console, *, num_requests: int | None, num_done: int, doing: str = "serving",
+        noun: str = "requests",
+    ) -> None:
+        self._console, self._noun = console, noun
         self._window: deque[RoundStats] = deque(maxlen=WINDOW)
         self._num_requests, self._num_done, self._num_tokens = num_requests, num_done, 0
         self._last_line_s = time.monotonic()
         self._progress = Progress(
-            TextColumn("serving"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn(doing), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"), console=console, disable=not console.is_terminal, transient=True,
         )
         self._task = self._progress.add_task("", total=num_requests, completed=num_done, figures="")
@@ -66,7 +72,7 @@ class RunDisplay:
         if not self._console.is_terminal and time.monotonic() - self._last_line_s >= SECONDS_PER_LINE:
             self._last_line_s = time.monotonic()
             of = "" if self._num_requests is None else f"/{self._num_requests}"
-            self._console.print(f"{self._num_done}{of} requests, {text}", soft_wrap=True)
+            self._console.print(f"{self._num_done}{of} {self._noun}, {text}", soft_wrap=True)
 
 
 def comparison_table(before: Measurement, after: Measurement) -> Table:

@@ -80,7 +80,8 @@ class Student:
         """Adds the gradient of the batch's part in the loss of `whole`; that part and its terms, detached."""
         total, values = losses.compute(
             self._model(batch.hidden_NTD, batch.anchor_ND), self._target_logits(batch), batch, weights=weights,
-            baseline_T=baseline.values_T, target_temperature=self._config.target_temperature, whole=whole,
+            baseline_T=baseline.values_T, target_temperature=self._config.target_temperature,
+            normalise_advantage=self._config.normalise_advantage, whole=whole,
         )
         self._accelerator.backward(total)
         return total.detach(), values

@@ -7,12 +7,12 @@ down: nothing else under `dvi.bench` knows of it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from dvi.config import DraftSettings, PaperConfig, load_config
-from dvi.terminal import finish, make_console, quieten_transformers
+from dvi.config import DraftSettings, PaperConfig, Rival, load_config
+from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dvi.records import Learner
     from dvi.speculator import SelfSpeculator
 
-RIVALS = ("hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle")
+RIVALS = get_args(Rival)
 MODES = ("frozen", "online", "online_untrained")
 
 app = typer.Typer(
@@ -147,7 +147,7 @@ def drift(
     stream: Annotated[
         list[str] | None, typer.Option(help="Domains in turn, such as math,medical,math, or mixed; may be given again.")
     ] = None,
-    variants: Annotated[str, typer.Option(help="A list of full, no_reservoir, no_wakeup.")] = "",
+    variants: Annotated[str, typer.Option(help="A list of full, no_reservoir, no_wakeup, full_auto.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of DOMAIN.jsonl files besides the bundled ones.")] = None,
 ) -> None:
     """When the traffic changes: how soon the drafter follows, and what it forgets."""
@@ -196,8 +196,12 @@ def paper(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     def run_bench(settings: PaperConfig, adapter: Path) -> dict[str, object]:
         return bench_paper(settings, adapter, make_learner=_learner_maker(settings.train), console=console)
 
-    finish("bench paper", **run_paper(load_config(config, overrides or (), schema=PaperConfig), run_bench=run_bench,
-                                      console=console))
+    summary = run_paper(
+        load_config(config, overrides or (), schema=PaperConfig), run_bench=run_bench, console=console
+    )
+    finish("bench paper", **summary)
+    if summary["status"] == "interrupted":
+        raise typer.Exit(SIGNAL_BASE + summary["training"]["signal"])
 
 
 def _learner_maker(learning: Any) -> Callable[[SelfSpeculator], Learner]:

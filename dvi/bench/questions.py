@@ -13,17 +13,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from dvi.chat_templates import VICUNA_STOP, VICUNA_SYSTEM
+
 BUNDLED_QUESTIONS = Path(__file__).with_name("data") / "spec_bench" / "question.jsonl"
 
 TASKS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")  # in the harness's order
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 TEMPLATES = ("vicuna", "chat")
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-VICUNA_STOP = "</s>"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Questions about learning, asked of real runs: does it help, what does it forget, which settings pay."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+_LOG = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 Parsed = TypeVar("Parsed")
@@ -25,6 +28,10 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.f
     ("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"
 )
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+class NothingAskedError(ValueError):
+    """A conversation in which nobody asks anything, or nobody answers where an answer is wanted."""
 
 
 class NoPromptsError(ValueError):
@@ -101,6 +108,7 @@ def read_dataset(
     answer_field  the column that holds its answer, for `as_answered`. Without one a text of `field` stands alone.
     parse         `as_messages`, the default, or `as_answered`.
     skip          rows left out at the start, as held out; then `limit` rows make an epoch, 0 takes all.
+    Public conversations hold some in which nobody asks anything: such a row is passed over with a warning.
     Raises ValueError for rows without these fields, and what `datasets` raises for unknown names.
     """
     import datasets  # seconds to import
@@ -125,7 +133,12 @@ def read_dataset(
                 if column is not None and column not in row:
                     raise ValueError(f"{where}: no column {column!r}; there are {', '.join(sorted(row))}")
             answer = {} if answer_field is None else {"answer": row[answer_field]}
-            yield parse({_key_for(row[field], text_key): row[field]} | answer, where=where)
+            try:
+                parsed = parse({_key_for(row[field], text_key): row[field]} | answer, where=where)
+            except NothingAskedError as nothing:
+                _LOG.warning("%s: passed over", nothing)
+                continue
+            yield parsed
 
 
 def as_messages(row: Mapping[str, Any], *, where: str) -> Messages:
@@ -219,7 +232,9 @@ def _key_for(value: object, text_key: str) -> str:
     """What a dataset's column holds, as the key that a row of ours would have it under."""
     if not isinstance(value, list):
         return text_key
-    if not value or not isinstance(value[0], dict):
+    if not value:
+        return "messages"
+    if not isinstance(value[0], dict):
         return "turns"
     return "conversations" if "from" in value[0] else "messages"
 
@@ -245,7 +260,7 @@ def _messages_of(row: Mapping[str, Any], *, where: str) -> Messages | None:
 def _up_to_last(role: str, messages: Messages, *, where: str) -> Messages:
     last = max((i for i, message in enumerate(messages) if message["role"] == role), default=None)
     if last is None:
-        raise ValueError(f"{where}: messages must hold one by the {role}, got {_short(messages)}")
+        raise NothingAskedError(f"{where}: messages must hold one by the {role}, got {_short(messages)}")
     return messages[: last + 1]
 
 

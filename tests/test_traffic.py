@@ -76,6 +76,16 @@ def test_conversations_as_sharegpt_has_them_are_chat_messages(tmp_path):
     assert list(read_dataset(str(path), split="train", field="conversations")) == [expected]
 
 
+def test_a_datasets_conversation_without_a_question_is_passed_over_and_told(tmp_path, caplog):
+    """Catches a run over public chat data that ends at its first empty row, and rows that vanish unseen."""
+    asked, told = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}
+    path = write_rows(tmp_path / "rows.jsonl", [{"c": turns} for turns in ([asked], [told], [], [asked])])
+    assert texts(read_dataset(str(path), split="train", field="c")) == ["hi", "hi"]
+    assert caplog.text.count("passed over") == 2
+    with pytest.raises(ValueError, match="line 1: messages must hold one by the user"):
+        read_prompts([write_rows(tmp_path / "own.jsonl", [{"conversations": [told]}])])
+
+
 def test_an_answer_is_kept_beside_its_prompt_in_every_kind_of_row():
     """Catches an answer that is dropped as in traffic, or one that is part of its own prompt."""
     hi = [{"role": "user", "content": "hi"}]

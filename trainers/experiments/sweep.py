@@ -28,7 +28,6 @@ from dvi.drafter import MAX_DEPTH, DrafterConfig
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import GenerationResult, SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator, build_speculator
-from dvi.traffic import Messages
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.sweep_report import make_report, write_report
 from trainers.job import read_traffic

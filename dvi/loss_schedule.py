@@ -26,6 +26,7 @@ PRESETS: dict[str, tuple[LossWeights, LossWeights]] = {
         LossWeights(forward_kl=KL_FLOOR, reverse_kl=0.1, accepted_ce=0.5, policy_gradient=0.2),
     ),
     "kl_ce": (_KL_WARMUP, LossWeights(forward_kl=KL_FLOOR, reverse_kl=0.1, accepted_ce=0.5)),
+    "kl_pg": (_KL_ONLY, LossWeights(forward_kl=1.0, policy_gradient=0.2)),
     "kl_only": (_KL_ONLY, _KL_ONLY),
     "pg_only": (_PG_ONLY, _PG_ONLY),
     "ce_only": (_CE_ONLY, _CE_ONLY),
@@ -45,7 +46,8 @@ class LossSchedule:
     These are the weights of the DVI authors' later code with two changes: the forward KL ends at a floor instead of 0,
     and the CE ramps from 0 instead of standing at 0.5, so that the warm-up is pure KL.
 
-    preset        one of PRESETS. kl_rl is the default; kl_ce is the same without the policy gradient; kl_only, lk,
+    preset        one of PRESETS. kl_rl is the default; kl_ce is the same without the policy gradient; kl_pg
+                  adds it to a KL that stays whole, which isolates what the reward term is worth; kl_only, lk,
                   pg_only, ce_only are one term for ever (the last two are ablations: from scratch they collapse).
     by            "steps": switch = warmup_steps after the start. "acceptance": switch = the first step, at least
                   warmup_steps after the start, at which the acceptance's moving average is above 0.5 and has not

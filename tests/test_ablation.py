@@ -189,7 +189,7 @@ def test_an_arm_changes_the_settings_that_it_names_and_its_schedule():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("kl", "kl_only, pg_only, ce_only, kl_ce, kl_rl, lk, offline_one_pass, offline_epochs"),
+        ("kl", "kl_only, kl_pg, pg_only, ce_only, kl_ce, kl_rl, lk, offline_one_pass, offline_epochs"),
         ("kl_rl:block=8", "did you mean 'train.block_len'"),
         ("kl_rl:lr=-1", "train.lr must be greater than 0"),
         ("kl_rl:budget=0.1", "must leave enabled, schedule, budget, seed alone"),

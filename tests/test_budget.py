@@ -91,3 +91,15 @@ def test_without_a_limit_at_most_one_step_is_owed():
     assert budget.is_step_owed and budget.allows(0.0, is_idle=False)
     budget.pay_step()
     assert budget.rounds_owed == 0
+
+
+def test_a_restart_forgets_what_was_saved_and_not_what_was_taken():
+    """Catches a learner beside pauses that takes more than its share: each pause would forgive the last overdraft."""
+    budget = TimeBudget(0.1, rounds_per_step=1, now_s=0.0)
+    budget.allows(1.0, is_idle=False)  # 0.1 s saved
+    budget.restart(1.0)
+    assert not budget.allows(1.0, is_idle=False)
+    budget.charge(0.05)
+    budget.restart(100.0)
+    assert not budget.allows(100.4, is_idle=False)
+    assert budget.allows(100.6, is_idle=False)

@@ -20,7 +20,7 @@ def test_default_weights_follow_the_documented_formula():
     assert schedule.weights(300) == schedule.weights(10**6) == end
 
 
-@pytest.mark.parametrize("preset", ["kl_rl", "kl_ce"])
+@pytest.mark.parametrize("preset", ["kl_rl", "kl_ce", "kl_pg"])
 def test_forward_kl_never_vanishes_once_rewards_count(preset):
     # Catches a KL that decays to 0: the reward terms alone collapse.
     schedule = LossSchedule(preset, warmup_steps=3, ramp_steps=7)
@@ -140,7 +140,7 @@ def test_a_schedule_restored_from_json_continues_as_if_never_stopped(cut):
 
 def test_wrong_settings_are_refused_with_the_choices():
     # Catches a typo that trains with the default instead.
-    with pytest.raises(ValueError, match="ce_only, kl_ce, kl_only, kl_rl, lk, pg_only, got 'kl-rl'"):
+    with pytest.raises(ValueError, match="ce_only, kl_ce, kl_only, kl_pg, kl_rl, lk, pg_only, got 'kl-rl'"):
         LossSchedule("kl-rl")
     with pytest.raises(ValueError, match="'steps' or 'acceptance', got 'time'"):
         LossSchedule(by="time")

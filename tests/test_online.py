@@ -117,7 +117,7 @@ def pieces_of(trainer: OnlineTrainer) -> int:
     raise AssertionError("the step never ends")
 
 
-@pytest.mark.parametrize("schedule", ["kl_rl", "kl_ce", "pg_only"])
+@pytest.mark.parametrize("schedule", ["kl_rl", "kl_ce", "kl_pg", "pg_only"])
 @pytest.mark.parametrize("kind", list(DRAFTER_KINDS))
 def test_a_step_in_pieces_has_the_gradient_of_a_whole_one(kind, schedule):
     """Catches means of means: masks leave slices with unequal numbers of positions and rewards."""

@@ -29,11 +29,12 @@ class TimeBudget:
         self.share = share
         self.rounds_per_step = rounds_per_step
         self.rounds_owed = 0.0
+        self._credit_s = 0.0
         self.restart(now_s)
 
     def restart(self, now_s: float) -> None:
-        """Forgets saved-up time and gaps, not the steps owed."""
-        self._credit_s, self._clock_s, self._gap_s = 0.0, now_s, -math.inf
+        """Forgets saved-up time and gaps; not the steps owed, nor time taken in advance."""
+        self._credit_s, self._clock_s, self._gap_s = min(self._credit_s, 0.0), now_s, -math.inf
 
     @property
     def has_limit(self) -> bool:

@@ -22,7 +22,7 @@ from trainers.experiments.ablation_figures import BASELINE, OFFLINE, Cell, read_
 from trainers.experiments.ablation_report import write_report
 from trainers.experiments.cell_folder import CellFolder
 
-DEFAULT_ARMS = ("kl_only", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk", *OFFLINE)
+DEFAULT_ARMS = ("kl_only", "kl_pg", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk", *OFFLINE)
 RESERVED = ("enabled", "schedule", "budget", "seed")  # fixed by an arm's name, by the seeds, or by the comparison
 
 

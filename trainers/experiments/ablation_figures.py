@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from dvi.bench.statistics import mean_and_std
 
 BASELINE = "kl_only"
-REWARD_SCHEDULES = ("pg_only", "ce_only", "kl_ce", "kl_rl")
+REWARD_SCHEDULES = ("kl_pg", "pg_only", "ce_only", "kl_ce", "kl_rl")
 OFFLINE_ONE_PASS, OFFLINE_EPOCHS = OFFLINE = ("offline_one_pass", "offline_epochs")
 CERTAINTY = 2.0  # standard errors that a difference over seeds must exceed to be called one
 

@@ -21,6 +21,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python scripts/bench.py
 	$(BIN)/python scripts/bench_serving.py
+	$(BIN)/dvi bench spec-bench --model checkpoints/reference-11m --adapter checkpoints/reference-11m-drafter \
+		--output runs/spec-bench-rivals --limit 10 --max-new-tokens 64 --rivals all --modes frozen,online
 
 bench-gpu: $(STAMP)
 	$(BIN)/python scripts/bench_gpu.py

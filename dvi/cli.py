@@ -17,15 +17,8 @@ import typer
 from typer.core import TyperGroup
 
 from dvi.bench.commands import app as bench_app
-from dvi.config import (
-    DrafterSettings,
-    DraftSettings,
-    SamplingSettings,
-    ServeConfig,
-    WarmupConfig,
-    load_config,
-    to_yaml,
-)
+from dvi.config import load_config, to_yaml
+from dvi.settings import DrafterSettings, DraftSettings, SamplingSettings, ServeConfig, WarmupConfig
 from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:

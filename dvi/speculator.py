@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
 from dvi.chat_templates import VICUNA_TEMPLATE
-from dvi.config import ServeConfig, TrainConfig, WarmupConfig
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.exact import ExactSplit
 from dvi.records import GenerationResult, Learner, SamplingParams
+from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.split import SplitModel
 from dvi.text import TextStream
 from dvi.traffic import Messages, as_text

@@ -21,9 +21,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dvi.autotune import measure_costs
-from dvi.config import LearningSettings, load_config
+from dvi.config import load_config
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
+from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator
 from dvi.split import SplitModel
 from trainers import OnlineTrainer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvi.config import LearningSettings
 from dvi.drafter import build_drafter
 from dvi.records import Transitions
+from dvi.settings import LearningSettings
 from tests.drafter_doubles import small_config
 from trainers.online import OnlineTrainer
 

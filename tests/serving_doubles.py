@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from starlette.testclient import TestClient
 
-from dvi.config import ServeConfig, load_config
+from dvi.config import load_config
 from dvi.records import DrafterVersion, RoundStats
 from dvi.serving.access import Access
 from dvi.serving.http_api import build_app
@@ -20,6 +20,7 @@ from dvi.serving.loop import EngineLoop
 from dvi.serving.monitor import Monitor
 from dvi.serving.request import Draining, Request, RequestOutput
 from dvi.serving.server import Server, build_loop, open_socket, url_of
+from dvi.settings import ServeConfig
 from dvi.speculator import build_speculator
 
 STORIES = str(Path(__file__).parent / "stories260k")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from dvi.config import LearningSettings, load_config
+from dvi.config import load_config
 from dvi.records import ReplayBatch
+from dvi.settings import LearningSettings
 from trainers.experiments import ablation_cells
 from trainers.experiments.ablation import parse_arm, run_ablation
 from trainers.experiments.ablation_cells import CellRunner, count_rewards

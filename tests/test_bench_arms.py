@@ -14,8 +14,8 @@ import dvi.bench.arms
 from dvi import SelfSpeculator
 from dvi.bench.arms import OUR_ARMS, ArmOptions, plans_of_ours
 from dvi.bench.records import ArmPlan
-from dvi.config import LearningSettings
 from dvi.drafter import DrafterConfig
+from dvi.settings import LearningSettings
 from tests.tiny_models import tiny_model
 from trainers import OnlineTrainer
 

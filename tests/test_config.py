@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dvi.config import SamplingSettings, ServeConfig, TrainConfig, WarmupConfig, load_config, to_yaml, write_provenance
+from dvi.config import load_config, to_yaml, write_provenance
+from dvi.settings import SamplingSettings, ServeConfig, TrainConfig, WarmupConfig
 
 ROOT = Path(__file__).parents[1]
 

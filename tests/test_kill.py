@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvi.config import LearningSettings
+from dvi.settings import LearningSettings
 from tests.test_online import serving, stretch
 from trainers.checkpoint import CheckpointStore
 from trainers.online import OnlineTrainer

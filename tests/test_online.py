@@ -16,10 +16,10 @@ from torch import Tensor
 import trainers.budget
 import trainers.online
 import trainers.student
-from dvi.config import LearningSettings
 from dvi.draft_length import FixedLength
 from dvi.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
+from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator
 from tests.drafter_doubles import small_config
 from tests.random_traffic import (

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from dvi.adapter_store import read_manifest
 from dvi.bench.session import bench_paper
-from dvi.config import PaperConfig, load_config, to_yaml
+from dvi.config import load_config, to_yaml
+from dvi.settings import PaperConfig
 from dvi.telemetry import read_metrics
 from trainers import OnlineTrainer
 from trainers import job as job_module
@@ -194,7 +195,8 @@ def test_the_whole_run_with_the_real_benchmark(settings, tmp_path, name):
 FRESH_PROCESS = """
 import gc, sys, weakref
 from rich.console import Console
-from dvi.config import PaperConfig, load_config
+from dvi.config import load_config
+from dvi.settings import PaperConfig
 from trainers import job
 from trainers.paper_run import run_paper
 

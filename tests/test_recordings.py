@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvi.config import LearningSettings
 from dvi.draft_length import FixedLength
 from dvi.recordings import decode_answers, record, replay_rounds
 from dvi.records import RoundStats, SamplingParams
+from dvi.settings import LearningSettings
 from dvi.speculator import PLAIN, SelfSpeculator
 from tests.drafter_doubles import small_config
 from trainers.online import OnlineTrainer

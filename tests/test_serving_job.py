@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from dvi.adapter_store import read_manifest
-from dvi.config import LearningSettings, ServeConfig, load_config
+from dvi.config import load_config
 from dvi.records import SamplingParams, Transitions
+from dvi.settings import LearningSettings, ServeConfig
 from dvi.telemetry import METRICS_FILE, MetricsWriter, read_metrics
 from tests.test_checkpoint import assert_equal
 from tests.test_online import serving, stretch

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi.config import LearningSettings
 from dvi.decoding import DecodingBatch, Sequence
 from dvi.draft_length import FixedLength
 from dvi.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
+from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator
 from dvi.verification import RejectionRule
 from tests.drafter_doubles import random_drafter, randomise, small_config

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import trainers.warmup as warmup_module
 from dvi.adapter_store import load_drafter, read_manifest
-from dvi.config import LearningSettings, WarmupConfig, load_config
+from dvi.config import load_config
 from dvi.recordings import decode_answers, record, replay_rounds
+from dvi.settings import LearningSettings, WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import read_metrics
 from dvi.traffic import AnsweredPrompt

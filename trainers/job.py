@@ -20,9 +20,10 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.adapter_store import load_drafter, read_manifest
-from dvi.config import ServeConfig, TrainConfig, WarmupConfig, load_config, write_provenance
+from dvi.config import load_config, write_provenance
 from dvi.durable import surviving_folder
 from dvi.records import GenerationResult, SamplingParams, Transitions, UpdateReport
+from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import METRICS_FILE, MetricsWriter, plot_acceptance, read_metrics
 from dvi.traffic import Messages, NoPromptsError, as_messages, read_dataset, read_prompts

@@ -15,12 +15,12 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor, nn
 
-from dvi.config import LearningSettings
 from dvi.drafter import MAX_DEPTH
 from dvi.loss_schedule import LossSchedule
 from dvi.losses import RewardBaseline
 from dvi.records import DrafterVersion, ReplayBatch, Transitions, UpdateReport
 from dvi.replay import ReplayBuffer
+from dvi.settings import LearningSettings
 from trainers.budget import TimeBudget
 from trainers.drift import AcceptanceTrend
 from trainers.student import Student, copy_state

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dvi.config import PaperConfig, TrainConfig, load_config
+from dvi.config import load_config
+from dvi.settings import PaperConfig, TrainConfig
 from trainers.job import DRAFTER, SUMMARY, run_training
 
 MACHINE_KEYS = {"device", "num_threads"}  # where a run goes on may differ

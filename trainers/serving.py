@@ -18,8 +18,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dvi.config import ServeConfig, write_provenance
+from dvi.config import write_provenance
 from dvi.records import DrafterVersion, Transitions, UpdateReport
+from dvi.settings import ServeConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from trainers.checkpoint import CheckpointStore

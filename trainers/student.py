@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dvi import losses
-from dvi.config import LearningSettings
 from dvi.drafter import build_drafter
 from dvi.losses import RewardBaseline
 from dvi.records import LossWeights, ReplayBatch
+from dvi.settings import LearningSettings
 from trainers.versions import State
 
 

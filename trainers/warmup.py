@@ -15,9 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dvi.config import WarmupConfig
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams, UpdateReport
+from dvi.settings import WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from dvi.config import DraftSettings, PaperConfig, Rival, load_config
+from dvi.config import load_config
+from dvi.settings import DraftSettings, PaperConfig, Rival
 from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers
 
 if TYPE_CHECKING:

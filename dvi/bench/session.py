@@ -20,7 +20,7 @@ from dvi.bench.questions import Conversation, load_questions
 from dvi.bench.report import make_report
 from dvi.bench.rivals import rival_plans
 from dvi.bench.spec_bench import RUN_FILE, BenchSettings, run_spec_bench
-from dvi.config import PaperConfig
+from dvi.settings import PaperConfig
 from dvi.speculator import SelfSpeculator
 
 ARM_OF_MODE = {"frozen": "speculative", "online": "online", "online_untrained": "online_untrained"}

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 
-from dvi.config import ServeConfig
 from dvi.serving.access import ADMIN_KEY_VARIABLE, Access, adapter_folder, check_name
 from dvi.serving.api_schema import ApiError, KeyBody, NameBody, VersionBody, invalid, parse_body
 from dvi.serving.door import read_body
 from dvi.serving.loop import EngineLoop
 from dvi.serving.request import DEFAULT_DRAFTER, Draining
+from dvi.settings import ServeConfig
 
 T = TypeVar("T")
 

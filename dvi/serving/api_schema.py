@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from dvi.config import DraftSettings, RequestSettings, ServeSettings
 from dvi.records import SamplingParams
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice
+from dvi.settings import DraftSettings, RequestSettings, ServeSettings
 from dvi.speculator import GOODPUT_BUCKETS
 
 MAX_DRAFT_TOKENS = GOODPUT_BUCKETS[-1]

@@ -21,7 +21,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from dvi.config import ServeConfig
 from dvi.serving.access import Access, ApiKey
 from dvi.serving.admin_api import admin_routes
 from dvi.serving.api_schema import (
@@ -43,6 +42,7 @@ from dvi.serving.prompts import PromptEncoder, TokenTexts
 from dvi.serving.replies import Reply
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, RequestOutput, Timeouts
 from dvi.serving.request import Request as EngineRequest
+from dvi.settings import ServeConfig
 
 VERSION_HEADER = "X-DVI-Drafter-Version"
 TRAIN_HEADER = "X-DVI-Train"

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import uvicorn
 
-from dvi.config import ServeConfig
 from dvi.records import Learner
 from dvi.serving.access import Access
 from dvi.serving.engine import Engine
 from dvi.serving.http_api import build_app
 from dvi.serving.loop import EngineLoop
 from dvi.serving.scheduler import SchedulerLimits
+from dvi.settings import ServeConfig
 from dvi.speculator import SelfSpeculator
 
 SIGNAL_BASE = 128

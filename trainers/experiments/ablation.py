@@ -15,8 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dvi.config import LearningSettings, SamplingSettings, TrainConfig, load_config, write_provenance
+from dvi.config import load_config, write_provenance
 from dvi.loss_schedule import PRESETS
+from dvi.settings import LearningSettings, SamplingSettings, TrainConfig
 from trainers.experiments.ablation_cells import NUM_BLOCKS, AblationArm, CellRunner
 from trainers.experiments.ablation_figures import BASELINE, OFFLINE, Cell, read_cell
 from trainers.experiments.ablation_report import write_report

@@ -20,11 +20,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from dvi.bench.machine import describe_machine
-from dvi.config import LearningSettings, TrainConfig
 from dvi.draft_length import FixedLength
 from dvi.drafter import build_drafter
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import ReplayBatch, SamplingParams, Transitions, UpdateReport
+from dvi.settings import LearningSettings, TrainConfig
 from dvi.speculator import PLAIN, build_speculator
 from trainers.experiments.ablation_figures import (
     OFFLINE,

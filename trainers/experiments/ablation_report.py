@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvi.bench.statistics import mean_and_std
-from dvi.config import TrainConfig
+from dvi.settings import TrainConfig
 from trainers.experiments.ablation_figures import (
     BASELINE,
     OFFLINE,

@@ -15,9 +15,10 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.bench.machine import describe_machine
-from dvi.config import LearningSettings, TrainConfig, write_provenance
+from dvi.config import write_provenance
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams
+from dvi.settings import LearningSettings, TrainConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.traffic import Messages, read_prompts
 from trainers.evaluation import SpeedProbe

@@ -22,11 +22,11 @@ from rich.progress import Progress
 from dvi.autotune import measure_costs
 from dvi.bench.machine import describe_machine
 from dvi.bench.statistics import Interval, median_interval
-from dvi.config import TrainConfig
 from dvi.draft_length import FixedLength
 from dvi.drafter import MAX_DEPTH, DrafterConfig
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import GenerationResult, SamplingParams
+from dvi.settings import TrainConfig
 from dvi.speculator import PLAIN, SelfSpeculator, build_speculator
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.sweep_report import make_report, write_report

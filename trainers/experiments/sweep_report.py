@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
-from dvi.config import DraftSettings
+from dvi.settings import DraftSettings
 from dvi.speculator import default_split_layer
 
 Row = dict[str, Any]

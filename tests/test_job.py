@@ -1,7 +1,6 @@
 """The main job on a small real model: what it leaves behind, and that stopping it loses nothing."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from dvi.adapter_store import read_manifest
 from dvi.config import load_config
 from dvi.telemetry import read_metrics
+from tests.job_interruptions import Crash, after_requests, crash, interrupt, terminate
 from trainers import job as job_module
 from trainers.evaluation import drafts_alike
 from trainers.job import TrafficPosition, load_run, read_traffic, run_training
@@ -45,27 +45,6 @@ def settings(tmp_path):
 
 def run(config):
     return run_training(config, console=Console(quiet=True))
-
-
-class Crash(Exception):
-    pass
-
-
-def after_requests(monkeypatch, count, action):
-    """Has `action` done when the count-th request has finished."""
-    finish, seen = job_module.RunDisplay.finish_request, []
-
-    def finish_request(self, *args, **options):
-        finish(self, *args, **options)
-        seen.append(None)
-        if len(seen) == count:
-            action()
-
-    monkeypatch.setattr(job_module.RunDisplay, "finish_request", finish_request)
-
-
-def crash():
-    raise Crash
 
 
 def test_a_run_leaves_everything_it_promises_and_a_drafter_that_learnt(settings, tmp_path):
@@ -115,7 +94,7 @@ def test_a_signal_ends_the_run_between_rounds_with_a_checkpoint_that_can_be_expo
     """Catches work lost to Ctrl-C, a half-finished request that counts as done, and signal handlers left behind."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        after_requests(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        after_requests(patch, 2, terminate)
         summary = run(settings(data__batch_size=2))
     assert (summary["status"], summary["signal"], summary["requests"]) == ("interrupted", signal.SIGTERM, 2)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -130,7 +109,7 @@ def test_a_signal_ends_the_run_between_rounds_with_a_checkpoint_that_can_be_expo
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_or_resumed_as_another(settings, monkeypatch):
     """Catches hours of training replaced by a second start, and a checkpoint loaded into other settings."""
-    after_requests(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    after_requests(monkeypatch, 1, interrupt)
     run(settings())
     with pytest.raises(ValueError, match=r"already holds a run; output\.resume=true continues it"):
         run(settings())

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +15,8 @@ from dvi.bench.session import bench_paper
 from dvi.config import load_config, to_yaml
 from dvi.settings import PaperConfig
 from dvi.telemetry import read_metrics
+from tests.job_interruptions import after_requests, interrupt
 from trainers import OnlineTrainer
-from trainers import job as job_module
 from trainers.paper_run import run_paper
 
 ROOT = Path(__file__).parents[1]
@@ -61,17 +59,6 @@ class Bench:
 
 def run(config, bench):
     return run_paper(config, run_bench=bench, console=Console(quiet=True))
-
-
-def interrupt_after_one_request(monkeypatch):
-    """Sends SIGINT when the first request has finished."""
-    finish = job_module.RunDisplay.finish_request
-
-    def finish_request(self, *args, **options):
-        finish(self, *args, **options)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(job_module.RunDisplay, "finish_request", finish_request)
 
 
 def served(folder):
@@ -134,7 +121,7 @@ def test_interrupted_training_is_not_benchmarked_and_goes_on(settings, tmp_path,
     """Catches a benchmark of a drafter half learnt, and prompts seen twice."""
     config, bench = settings(tmp_path), Bench()
     with monkeypatch.context() as patch:
-        interrupt_after_one_request(patch)
+        after_requests(patch, 1, interrupt)
         found = run(config, bench)
     assert (found["status"], found["bench"], bench.calls) == ("interrupted", None, [])
     assert served(tmp_path) == [0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -21,6 +20,7 @@ from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import read_metrics
 from dvi.traffic import AnsweredPrompt
 from tests.drafter_doubles import small_config
+from tests.job_interruptions import Crash, after_requests, crash, interrupt
 from trainers.job import load_run, run_training
 from trainers.online import OnlineTrainer
 from trainers.warmup import RecordingLearner, encode_text, learn_from_recordings, run_warmup
@@ -210,31 +210,6 @@ def texts_of(folder):
     return [event["index"] for event in read_metrics(folder / "metrics.jsonl") if event["event"] == "request"]
 
 
-class Crash(Exception):
-    pass
-
-
-def after_texts(monkeypatch, count, action):
-    """Has `action` done when the count-th text has been learnt from."""
-    finish, seen = warmup_module.RunDisplay.finish_request, []
-
-    def finish_request(self, *args, **options):
-        finish(self, *args, **options)
-        seen.append(None)
-        if len(seen) == count:
-            action()
-
-    monkeypatch.setattr(warmup_module.RunDisplay, "finish_request", finish_request)
-
-
-def crash():
-    raise Crash
-
-
-def stop():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_a_run_leaves_everything_it_promises_and_a_drafter_that_serving_goes_on_from(settings, tmp_path):
     """Catches an output that is forgotten, counts that are off, and an adapter that is not what was learnt."""
     config = settings(eval__limit=1, train__steps_per_canary=1000)
@@ -286,7 +261,7 @@ def test_a_crashed_run_that_is_resumed_ends_with_the_drafter_it_would_have_had(s
     expected = run(settings("whole", **options))
     whole_together, together[:] = list(together), []
     with monkeypatch.context() as patch:
-        after_texts(patch, 10, crash)
+        after_requests(patch, 10, crash)
         with pytest.raises(Crash):
             run(settings("crashed", output__checkpoint_every_s=1e-9, **options))
     summary = run(settings("crashed", output__resume="true", **options))
@@ -304,7 +279,7 @@ def test_a_crashed_run_that_is_resumed_ends_with_the_drafter_it_would_have_had(s
 def test_a_signal_ends_the_run_between_texts_with_a_checkpoint_that_can_be_exported(settings, tmp_path, monkeypatch):
     """Catches work lost to Ctrl-C, and a checkpoint that only the run itself can read."""
     with monkeypatch.context() as patch:
-        after_texts(patch, 2, stop)
+        after_requests(patch, 2, interrupt)
         summary = run(settings())
     assert (summary["status"], summary["signal"], summary["texts"]) == ("interrupted", signal.SIGINT, 2)
     assert not (tmp_path / "run/drafter").exists()
@@ -323,7 +298,7 @@ def test_a_signal_ends_the_run_while_answers_are_decoded(settings, monkeypatch):
 
     def decode_answers(*args, on_answer, **options):
         def on_first_answer():
-            stop()
+            interrupt()
             heard.append(None)
             on_answer()
 
@@ -336,7 +311,7 @@ def test_a_signal_ends_the_run_while_answers_are_decoded(settings, monkeypatch):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_or_resumed_as_another(settings, monkeypatch):
     """Catches hours of training replaced by a second start, and a checkpoint loaded into other settings."""
-    after_texts(monkeypatch, 1, stop)
+    after_requests(monkeypatch, 1, interrupt)
     run(settings())
     with pytest.raises(ValueError, match=r"already holds a run; output\.resume=true continues it"):
         run(settings())

@@ -41,14 +41,14 @@ FLAT_TOLERANCE = 0.01
 class LossSchedule:
     """Loss weights by step, or by step and measured acceptance.
 
-    The default preset, with t = clip((step - switch) / ramp_steps, 0, 1):
+    The preset kl_rl, the paper's idea, with t = clip((step - switch) / ramp_steps, 0, 1):
         forward_kl 0.5 (1-t) + 0.1 t,  reverse_kl 1.0 (1-t) + 0.1 t,  accepted_ce 0.5 t,  policy_gradient 0.2 t.
     These are the weights of the DVI authors' later code with two changes: the forward KL ends at a floor instead of 0,
     and the CE ramps from 0 instead of standing at 0.5, so that the warm-up is pure KL.
 
-    preset        one of PRESETS. kl_rl is the default; kl_ce is the same without the policy gradient; kl_pg
-                  adds it to a KL that stays whole, which isolates what the reward term is worth; kl_only, lk,
-                  pg_only, ce_only are one term for ever (the last two are ablations: from scratch they collapse).
+    preset        one of PRESETS. kl_ce is kl_rl without the policy gradient; kl_pg adds it to a KL that stays whole,
+                  which isolates what the reward term is worth; kl_only, lk, pg_only, ce_only are one term for ever (the
+                  last two are ablations: from scratch they collapse).
     by            "steps": switch = warmup_steps after the start. "acceptance": switch = the first step, at least
                   warmup_steps after the start, at which the acceptance's moving average is above 0.5 and has not
                   risen by 0.01 for flat_steps. Once switched it never goes back, until `reset`.

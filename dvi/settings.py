@@ -178,7 +178,7 @@ class LearningSettings:
     learn_from_prompts: bool = False
     target_temperature: Positive = 1.0
     tokens_before_trim: PositiveCount = 16384
-    schedule: Literal["kl_only", "kl_pg", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk"] = "kl_rl"
+    schedule: Literal["kl_only", "kl_pg", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk"] = "kl_only"
     warmup_steps: Count = 400
     ramp_steps: Count = 600
     switch_by: Literal["steps", "acceptance"] = "steps"

@@ -19,7 +19,7 @@ from trainers.online import OnlineTrainer
 HIDDEN, VOCAB_SIZE, WIDTH = 12, 30, 4
 SETTINGS = LearningSettings(
     lr=0.01, blocks_per_step=16, rounds_per_step=1, budget=1.0, steps_per_publish=2, steps_per_canary=1000,
-    replay_positions=1024, warmup_steps=20, ramp_steps=20,
+    replay_positions=1024, schedule="kl_rl", warmup_steps=20, ramp_steps=20,
 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from trainers.serving import ServingLearner, build_serving
 STORIES = Path(__file__).parent / "stories260k"
 SETTINGS = LearningSettings(
     lr=0.01, blocks_per_step=4, rounds_per_step=1, budget=1.0, steps_per_publish=2, steps_per_canary=4,
-    replay_positions=256, warmup_steps=5, ramp_steps=5,
+    replay_positions=256, schedule="kl_rl", warmup_steps=5, ramp_steps=5,
 )  # fmt: skip
 
 

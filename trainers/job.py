@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -139,7 +140,7 @@ class Request:
     is_cut: bool
 
 
-class Job:
+class Job(ABC):
     """A learner's way through some traffic: measured before and after, saved on the way, resumed where it stopped.
 
     A subclass goes the way in `_work` and says in `_facts` what came of it. noun: what its traffic is made of; counts:
@@ -164,13 +165,13 @@ class Job:
         self.before: Measurement | None = None
         self.num_tokens = self.num_cut = self.num_metrics_bytes = 0
 
+    @abstractmethod
     def _work(self, metrics: MetricsWriter, signals: Signals) -> None:
         """Goes through what is left of the traffic; raises Interrupted soon after a signal."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _facts(self) -> dict[str, object]:
         """For the summary."""
-        raise NotImplementedError
 
     # Saving
 

@@ -9,6 +9,7 @@ position, of the shape the vocabulary dimension leaves behind. `compute` average
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -118,6 +119,52 @@ def entropy(draft_log_probs_MV: Tensor) -> Tensor:
     return -(draft_log_probs_MV.exp() * draft_log_probs_MV).sum(-1)
 
 
+@dataclass(frozen=True)
+class BatchTotals:
+    """What the means of a step are taken over. Totals of the parts of a batch add up to those of the whole.
+
+    values_K: float64 [1 + 2 T]: positions that exist, then by depth the rewards given, then those that were 1.
+    """
+
+    values_K: Tensor
+
+    @classmethod
+    def of(cls, batch: ReplayBatch) -> BatchTotals:
+        """No device sync."""
+        has_reward_NT = batch.has_reward_NT
+        counts = (batch.mask_NT.sum()[None], has_reward_NT.sum(0), (has_reward_NT & (batch.reward_NT == 1)).sum(0))
+        return cls(torch.cat(counts).double())
+
+    @property
+    def num_positions(self) -> Tensor:
+        return self.values_K[0]
+
+    @property
+    def num_rewards_T(self) -> Tensor:
+        return self.values_K[1:].chunk(2)[0]
+
+    @property
+    def num_accepted_T(self) -> Tensor:
+        return self.values_K[1:].chunk(2)[1]
+
+    def counts(self) -> dict[str, Tensor]:
+        """Positions by the name of a mask, at least 1."""
+        counts = {
+            "exists": self.num_positions, "has_reward": self.num_rewards_T.sum(), "accepted": self.num_accepted_T.sum(),
+        }  # fmt: skip
+        return {name: count.clamp_min(1) for name, count in counts.items()}
+
+    def advantage_std(self, baseline_T: Tensor) -> Tensor:
+        """Of reward - baseline, around its mean; MIN_ADVANTAGE_STD at least. Rewards are 0 or 1."""
+        baseline_T = baseline_T[: len(self.num_rewards_T)].double()
+        count = self.num_rewards_T.sum().clamp_min(1)
+        mean = (self.num_accepted_T - baseline_T * self.num_rewards_T).sum() / count
+        deviation_T = baseline_T + mean
+        num_refused_T = self.num_rewards_T - self.num_accepted_T
+        variance = (self.num_accepted_T * (1 - deviation_T) ** 2 + num_refused_T * deviation_T**2).sum() / count
+        return variance.sqrt().clamp_min(MIN_ADVANTAGE_STD)
+
+
 def compute(
     draft_logits_NTV: Tensor,
     target_logits_NTV: Tensor,
@@ -127,7 +174,7 @@ def compute(
     baseline_T: Tensor,
     target_temperature: float = 1.0,
     normalise_advantage: bool = False,
-    whole: ReplayBatch | None = None,
+    totals: BatchTotals | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the loss terms, and each computed term's unweighted mean by its name in LossWeights.
 
@@ -141,22 +188,22 @@ def compute(
                         the actions first.
     baseline_T          usual reward per depth, at least T long.
     target_temperature  the target is softmax(logits / temperature).
-    normalise_advantage the policy gradient's advantages are divided by their standard deviation over `whole`, 0.05 at
+    normalise_advantage the policy gradient's advantages are divided by their standard deviation over `totals`, 0.05 at
                         least: where nearly all drafts are accepted, or nearly none, it would fade otherwise.
-    whole               the batch that `batch` is a slice of: sums are then divided by its counts, so that what the
-                        slices give, gradients too, adds up to what the whole gives. Only the lambda of lk_hybrid
-                        remains the slice's own.
+    totals              of all that `batch` is a part of, on this rank and on others: sums are then divided by its
+                        counts, so that what the parts give, gradients too, adds up to what the whole gives. Only the
+                        lambda of lk_hybrid remains the part's own. None: of the batch alone.
     Returns (scalar, dict of detached scalars); read them together, each read is a device sync.
     """
     draft_NTV = log_probs(draft_logits_NTV)
     target_NTV = log_probs(target_logits_NTV.detach(), temperature=target_temperature)
-    masks = _masks(batch)
-    num_averaged = {name: mask_NT.sum().clamp_min(1) for name, mask_NT in _masks(whole or batch).items()}
+    masks, totals = _masks(batch), totals or BatchTotals.of(batch)
+    num_averaged = {name: count.to(draft_NTV.dtype) for name, count in totals.counts().items()}
     reward_NT = batch.reward_NT.to(draft_NTV.dtype)
 
     def policy_gradient_NT() -> Tensor:
         # Scaling the loss is scaling the advantage: of that it uses the sign alone besides.
-        scale = 1 / _advantage_std(whole or batch, baseline_T) if normalise_advantage else 1.0
+        scale = (1 / totals.advantage_std(baseline_T)).to(draft_NTV.dtype) if normalise_advantage else 1.0
         return scale * policy_gradient(
             draft_NTV,
             batch.action_NT,
@@ -207,13 +254,14 @@ class RewardBaseline:
         self._is_seen_T = torch.zeros(max_depth, dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def update(self, reward_NT: Tensor, has_reward_NT: Tensor) -> None:
+    def update(self, totals: BatchTotals) -> None:
         """Moves each depth towards its mean reward; depths without a reward keep their value. No device sync."""
-        depths = slice(reward_NT.shape[1])
-        has_any_T = has_reward_NT.any(0)
+        num_rewards_T = totals.num_rewards_T
+        depths, has_any_T = slice(len(num_rewards_T)), num_rewards_T > 0
         old_T = self.values_T[depths]
+        mean_T = (totals.num_accepted_T / num_rewards_T.clamp_min(1)).to(old_T.dtype)
         rate_T = torch.where(self._is_seen_T[depths], self.rate, 1.0) * has_any_T
-        self.values_T[depths] = old_T + rate_T * (_masked_mean(reward_NT, has_reward_NT, dim=0) - old_T)
+        self.values_T[depths] = old_T + rate_T * (mean_T - old_T)
         self._is_seen_T[depths] |= has_any_T
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -225,15 +273,6 @@ class RewardBaseline:
             raise ValueError(f"baseline state holds {len(state['values'])} depths, expected {len(self.values_T)}")
         self.values_T.copy_(state["values"])
         self._is_seen_T.copy_(state["is_seen"])
-
-
-def _advantage_std(batch: ReplayBatch, baseline_T: Tensor) -> Tensor:
-    """Over the positions with a reward, around their mean; MIN_ADVANTAGE_STD at least. No device sync."""
-    advantage_NT = batch.reward_NT - baseline_T[: batch.reward_NT.shape[1]]
-    count = batch.has_reward_NT.sum().clamp_min(1)
-    mean = advantage_NT.where(batch.has_reward_NT, 0).sum() / count
-    variance = (advantage_NT - mean).square().where(batch.has_reward_NT, 0).sum() / count
-    return variance.sqrt().clamp_min(MIN_ADVANTAGE_STD)
 
 
 def _at(log_probs_MV: Tensor, action_M: Tensor) -> Tensor:

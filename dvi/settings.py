@@ -7,6 +7,7 @@ transformers. `dvi.config` reads and checks them.
 from __future__ import annotations
 
 import dataclasses
+import urllib.parse
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,6 +30,8 @@ class ModelSettings:
     path         a folder or a hub name.
     split_layer  layers 1..split_layer draft, the rest verify; 0 drafts from the embedding; null is one in sixteen.
     mode         "fast", or "exact": token ids equal plain decoding's, in float32 and float64 only.
+    placement    "single" device; "device_map" spreads the layers over this machine's GPUs, and its memory and disk
+                 where they are full; "tensor" every layer over the processes of torchrun. See docs/multi_gpu.md.
     path_kind    how the layers are called: "views" (any model), "direct" (lean, Llama-shaped models), "auto" chooses.
     num_threads  CPU threads of torch; 0 leaves its own choice, and to a server all cores but one.
     """
@@ -37,6 +40,7 @@ class ModelSettings:
     split_layer: Count | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: str = "auto"
+    placement: Literal["single", "device_map", "tensor"] = "single"
     mode: Literal["fast", "exact"] = "fast"
     path_kind: Literal["auto", "direct", "views"] = "auto"
     num_threads: Count = 0
@@ -44,6 +48,15 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.mode == "exact" and self.dtype == "bfloat16":
             raise ValueError("mode 'exact' needs dtype float32 or float64, got 'bfloat16'; try mode 'fast'")
+        if self.placement != "single" and self.device != "auto":
+            raise ValueError(
+                f"device must be 'auto' with placement {self.placement!r}, which finds its devices itself, got "
+                f"{self.device!r}; CUDA_VISIBLE_DEVICES limits them"
+            )
+        if self.placement != "single" and self.path_kind == "direct":
+            raise ValueError(
+                f"path_kind 'direct' needs the whole model on one device, got placement {self.placement!r}; try 'auto'"
+            )
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,8 @@ class LearningSettings:
     blocks_per_slice    a step is worked on in pieces of so many blocks, one between two rounds, so that nobody waits
                         for a whole step; 0 makes it in one piece.
     max_tenant_share    of a step's blocks that one API key's experience may fill, while others have some too.
+    compress_gradient   between ranks gradients travel as bfloat16: half the bytes, and a rounding of each sum.
+    peer_timeout_s      a rank that has not answered the others for so long is lost, and the job ends.
     """
 
     enabled: bool = True
@@ -190,6 +205,8 @@ class LearningSettings:
     drift_wakeup: bool = True
     blocks_per_slice: Count = 0
     max_tenant_share: Share = 0.2
+    compress_gradient: bool = False
+    peer_timeout_s: Positive = 300.0
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -397,3 +414,40 @@ class PaperConfig(TrainConfig):
     def training(self) -> TrainConfig:
         """The settings of `dvi train` alone."""
         return TrainConfig(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(TrainConfig)})
+
+
+@dataclass(frozen=True)
+class RouteSettings:
+    """The front door: one address for several servers, its replicas.
+
+    replicas           their URLs, such as http://127.0.0.1:8001.
+    port               0 takes a free one.
+    keys_file          API keys, as for `dvi serve`, and best the replicas' own file: a request's key is checked here
+                       and there.
+    health_every_s     pause between two looks at a replica, and how long it may take to answer one.
+    connect_timeout_s  for a connection to a replica, after which it counts as down.
+    answer_timeout_s   silence of a replica after which a request fails; longer than its serve.total_timeout_s.
+    drain_s            after SIGTERM, running requests may take so long to end.
+    """
+
+    replicas: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    keys_file: str | None = None
+    max_connections: PositiveCount = 1024
+    max_body_bytes: PositiveCount = 2_000_000
+    health_every_s: Positive = 2.0
+    connect_timeout_s: Positive = 2.0
+    answer_timeout_s: Positive = 660.0
+    drain_s: NonNegative = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.replicas or len(set(self.replicas)) < len(self.replicas):
+            raise ValueError(
+                f"replicas must be one URL or more, all different, got {list(self.replicas)}; "
+                "try http://127.0.0.1:8001"
+            )
+        for url in self.replicas:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+                raise ValueError(f"a replica must be a URL without user or query, got {url!r}; try http://127.0.0.1:8001")

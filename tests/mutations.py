@@ -23,6 +23,7 @@ ONLINE, REPLAY = "trainers/online.py", "dvi/replay.py"
 ENGINE = "dvi/serving/engine.py"
 TEST_DECODING, TEST_ENGINE = "tests/test_decoding.py", "tests/test_engine.py"
 TEST_LAW = "tests/test_sampling_law_engine.py"
+STUDENT, TEST_RANKS = "trainers/student.py", "tests/test_data_parallel.py"
 TEST_ONLINE, TEST_FAULTS = "tests/test_online.py", "tests/test_learner_faults.py"
 
 MUTATIONS = [
@@ -218,7 +219,7 @@ MUTATIONS = [
         "CREDIT_CAP_S / 2 if now_s - self._gap_s < GAP_MEMORY_S else 0.0", "0.0", "tests/test_budget.py",
     ),
     Mutation(
-        "slices_averaged_over_themselves", "dvi/losses.py", "_masks(whole or batch).items()", "masks.items()",
+        "slices_averaged_over_themselves", "dvi/losses.py", "totals or BatchTotals.of(batch)", "BatchTotals.of(batch)",
         TEST_ONLINE,
     ),
     Mutation(
@@ -238,8 +239,22 @@ MUTATIONS = [
     ),
     Mutation(
         "forgotten_in_the_replay_but_not_in_the_batch", ONLINE,
-        "        self._work = None\n        return self.replay.forget", "        return self.replay.forget",
+        "            self._work = None\n        self.finish_tick()\n        self._batch = None\n", "            pass\n",
         TEST_ONLINE,
+    ),
+    # Ranks
+    Mutation(
+        "gradients_averaged_over_ranks", STUDENT, "gradient_P.copy_(message_P)",
+        "gradient_P.copy_(message_P / self._peers.num_ranks)", TEST_RANKS,
+    ),
+    Mutation("gradient_of_every_slice_sent", STUDENT, "is_kept = not is_last and", "is_kept = False and", TEST_RANKS),
+    Mutation(
+        "means_over_a_rank_s_own_positions", ONLINE, "BatchTotals(message[ballot.SIZE :].to(totals.values_K.device))",
+        "totals", TEST_RANKS,
+    ),
+    Mutation(
+        "trim_by_a_rank_s_own_counts", ONLINE, "yield from self._peers.total(self.token_counts_V.clone())",
+        "self.token_counts_V", TEST_RANKS,
     ),
     Mutation(
         "remnants_of_the_forgotten", REPLAY,

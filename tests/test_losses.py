@@ -311,7 +311,8 @@ def test_normalised_advantages_of_slices_add_up_to_those_of_the_batch():
     parts = [
         losses.compute(
             draft[i : i + 1], target[i : i + 1],
-            ReplayBatch(**{name: tensor[i : i + 1] for name, tensor in vars(batch).items()}), whole=batch, **options,
+            ReplayBatch(**{name: tensor[i : i + 1] for name, tensor in vars(batch).items()}),
+            totals=losses.BatchTotals.of(batch), **options,
         )[0]
         for i in range(2)
     ]  # fmt: skip
@@ -396,24 +397,29 @@ def test_no_gradient_reaches_the_target():
 # The baseline.
 
 
+def rewarded(reward: list, has_reward: list) -> losses.BatchTotals:
+    """Totals of a batch with these rewards."""
+    batch = make_batch(len(reward), len(reward[0]), reward_NT=torch.tensor(reward))
+    batch.has_reward_NT = torch.tensor(has_reward)
+    return losses.BatchTotals.of(batch)
+
+
 def test_baseline_is_the_moving_average_of_batch_means_at_each_depth():
     # Catches an average over depths, and rewards counted where there are none.
     baseline = losses.RewardBaseline(3, rate=0.1)
-    has_reward = torch.tensor([[True, True], [True, False]])
-    baseline.update(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), has_reward)
+    baseline.update(rewarded([[1.0, 1.0], [0.0, 1.0]], [[True, True], [True, False]]))
     torch.testing.assert_close(baseline.values_T, torch.tensor([0.5, 1.0, 0.0]))
-    baseline.update(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[True, False], [True, False]]))
+    baseline.update(rewarded([[1.0, 0.0], [1.0, 0.0]], [[True, False], [True, False]]))
     torch.testing.assert_close(baseline.values_T, torch.tensor([0.55, 1.0, 0.0]))
 
 
 def test_baseline_continues_bit_for_bit_from_its_state():
     # Catches a resumed depth that takes its next mean as its first.
     first, second = losses.RewardBaseline(2), losses.RewardBaseline(2)
-    reward, has_reward = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
-    first.update(reward, has_reward)
+    first.update(rewarded([[1.0, 0.0]], [[True, True]]))
     second.load_state_dict(first.state_dict())
     for baseline in (first, second):
-        baseline.update(1 - reward, has_reward)
+        baseline.update(rewarded([[0.0, 1.0]], [[True, True]]))
     assert first.values_T.equal(second.values_T)
     with pytest.raises(ValueError, match="2 depths"):
         losses.RewardBaseline(3).load_state_dict(first.state_dict())

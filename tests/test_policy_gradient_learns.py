@@ -64,7 +64,7 @@ def train(*, seed: int) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        baseline.update(batch.reward_NT, batch.has_reward_NT)
+        baseline.update(losses.BatchTotals.of(batch))
     return expected_reward(logits)
 
 

@@ -2,6 +2,10 @@
 
 Knows transitions, replay, steps and versions; knows nothing of decoding, so it is tested with random tensors. What
 learns is a copy, the `Student`: what serves changes only in `_publish`.
+
+On several ranks each has experience of its own, and all make the same steps on the sum of their gradients. Now and then
+a rank casts a `Ballot`; when all have, their sum tells every rank the same: whether a step is made, and all that a step
+depends on. No rank waits for another while it serves: what is under way is looked at between rounds.
 """
 
 from __future__ import annotations
@@ -10,17 +14,20 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from dvi.distributed import SOLO, PeerLostError, Peers, Pieces, Progress
 from dvi.drafter import MAX_DEPTH
 from dvi.loss_schedule import LossSchedule
-from dvi.losses import RewardBaseline
+from dvi.losses import BatchTotals, RewardBaseline
 from dvi.records import DrafterVersion, ReplayBatch, Transitions, UpdateReport
 from dvi.replay import ReplayBuffer
 from dvi.settings import LearningSettings
+from trainers import ballot
+from trainers.ballot import Ballot, Notices
 from trainers.budget import TimeBudget
 from trainers.drift import AcceptanceTrend
 from trainers.student import Student, copy_state
@@ -30,6 +37,9 @@ MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the fir
 CANARY_BLOCKS = 256  # fewer, and the score's noise alone looks like a loss of a tenth
 STORED_AT_ONCE = 64  # positions: a call of ReplayBuffer.add costs about as much as a hundred of them
 SETTLED_PART = 0.1  # of the steps, and of the time for them, that remains once acceptance has settled
+TICK_S = 0.1  # between ballots of a rank that owes no step: how long the others may have to wait for it
+BEST = -1  # of Notices.rollback
+IDLE_S = 0.005  # a rank that only waits for others sleeps so long at a time
 
 
 class OnlineTrainer:
@@ -40,17 +50,24 @@ class OnlineTrainer:
     num_noop_swaps  publishes left out because the weights served already.
     train_s         seconds spent in steps, publishing and canaries included.
     last_report     the newest step's UpdateReport; None before the first.
+    notices         what this rank's job has to tell the others at the next tick.
+    agreed          the sum of all ranks' ballots at the last tick; None before the first, and where there are no peers.
     """
 
-    def __init__(self, speculator: object, config: LearningSettings | None = None) -> None:
-        """speculator: anything with `split` and `drafter`. Raises ValueError for settings that do not fit it."""
+    def __init__(
+        self, speculator: object, config: LearningSettings | None = None, *, peers: Peers = SOLO
+    ) -> None:
+        """speculator: anything with `split` and `drafter`, the same drafter on all ranks.
+
+        Raises ValueError for settings that do not fit it.
+        """
         self.config = config = config or LearningSettings()
-        self._split, self._live = speculator.split, speculator.drafter
-        self._student = Student(self._split, self._live, config)
+        self._split, self._live, self._peers = speculator.split, speculator.drafter, peers
+        self._student = Student(self._split, self._live, config, peers=peers)
         self._replay = ReplayBuffer(
             capacity_positions=config.replay_positions, hidden_size=self._split.hidden_size, max_block=config.block_len,
             dtype=self._split.dtype, device=self._split.device, reservoir_fraction=config.reservoir_fraction,
-            seed=config.seed,
+            seed=config.seed + peers.rank,
         )
         self.schedule = LossSchedule(
             config.schedule, by=config.switch_by, warmup_steps=config.warmup_steps, ramp_steps=config.ramp_steps
@@ -59,14 +76,18 @@ class OnlineTrainer:
         self.trend = AcceptanceTrend(patience=config.settle_rounds, wakes=config.drift_wakeup)
         self.budget = TimeBudget(config.budget, rounds_per_step=config.rounds_per_step, now_s=time.perf_counter())
         self.token_counts_V = torch.zeros(self._split.vocab_size, dtype=torch.int64, device=self._split.device)
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._generator = torch.Generator().manual_seed(config.seed + peers.rank)
         self.num_steps = self.num_skipped = self.num_rollbacks = self.num_noop_swaps = 0
         self.train_s = 0.0
         self.last_report: UpdateReport | None = None
         self._unstored: list[Transitions] = []  # observed, and not in the replay yet
         self._num_unstored = 0
-        self._work: Iterator[UpdateReport | None] | None = None  # the step in progress
+        self._work: Pieces[UpdateReport | None] | None = None  # the tick, and the step, in progress
         self._work_s = 0.0
+        self._batch: ReplayBatch | None = None  # for the next step, with ballots cast on it
+        self.notices, self.agreed = Notices(), None
+        self._has_woken = self._is_waiting = False
+        self._ticked_s = -math.inf
         self._unreported: UpdateReport | None = None
         self._version = self._live.version
         self._tokens_counted = self._drafted_since_step = self._accepted_since_step = 0
@@ -98,8 +119,7 @@ class OnlineTrainer:
             self.budget.owe_round(part=self._wanted_part)
         self._drafted_since_step += num_drafted
         self._accepted_since_step += num_accepted
-        if self.trend.observe(num_drafted, num_accepted):
-            self.schedule.reset(self.num_steps)
+        self._has_woken |= self.trend.observe(num_drafted, num_accepted)
         seconds = time.perf_counter() - start_s
         self.train_s += seconds
         self.budget.charge(seconds)
@@ -128,16 +148,34 @@ class OnlineTrainer:
         """One piece of an optimizer step, or without slices a whole one, if a step is owed and there is time for it.
 
         Returns the report of the step that this call finished. While is_idle the time costs nothing, see TimeBudget.
+        With peers it also does its part in the ticks; while is_idle and waiting for them it sleeps a little.
+        Raises PeerLostError, again and again, once another rank is lost.
         """
-        has_time = self.budget.allows(time.perf_counter(), is_idle=is_idle, part=self._wanted_part)
+        now_s = time.perf_counter()
+        has_time = self.budget.allows(now_s, is_idle=is_idle, part=self._wanted_part)
         report, self._unreported = self._unreported, None
-        if has_time and self.is_busy:
+        if self._work is None and not self._is_turn(now_s, has_time):
+            self._rest(is_idle)
+            return report
+        if has_time or self._is_waiting or self._work is None:
             before_s = self.train_s
             # Both at once there cannot be: the first piece of a step is not its last.
-            report = (self._do_piece() if self.config.blocks_per_slice else self.step()) or report
+            report = self._do_pieces() or report
             if not is_idle:
                 self.budget.charge(self.train_s - before_s)
+        if self._is_waiting:
+            self._rest(is_idle)
         return report
+
+    def _is_turn(self, now_s: float, has_time: bool) -> bool:
+        """Whether a tick, and with it maybe a step, is to begin."""
+        if self._peers.is_alone:
+            return has_time and self._wants_step
+        return (has_time and self._wants_step) or now_s - self._ticked_s >= TICK_S
+
+    def _rest(self, is_idle: bool) -> None:
+        if is_idle and not self._peers.is_alone:
+            time.sleep(IDLE_S)
 
     @property
     def _wanted_part(self) -> float:
@@ -145,10 +183,18 @@ class OnlineTrainer:
         return SETTLED_PART if self.trend.is_settled else 1.0
 
     @property
+    def _wants_step(self) -> bool:
+        return self.budget.is_step_owed and self._has_data and not self.notices.is_resting
+
+    @property
+    def _has_data(self) -> bool:
+        """Enough of it that a batch does not repeat itself."""
+        return len(self._replay) + self._num_unstored >= MIN_POSITIONS_PER_BLOCK * self.config.blocks_per_step
+
+    @property
     def is_busy(self) -> bool:
-        """Whether a step is in progress, or is owed and there is enough experience for it."""
-        has_data = len(self._replay) + self._num_unstored >= MIN_POSITIONS_PER_BLOCK * self.config.blocks_per_step
-        return self._work is not None or (has_data and self.budget.is_step_owed)
+        """Whether a step is in progress, or is owed and there is enough experience for it. With peers always."""
+        return self._work is not None or self._wants_step or not self._peers.is_alone
 
     def versions(self) -> list[DrafterVersion]:
         """The latest published versions, oldest first; the last one is live."""
@@ -161,25 +207,41 @@ class OnlineTrainer:
         what was fled from can only be learnt again. Drops the step in progress.
         Raises ValueError for a version that is not kept, and when the live weights are those already.
         """
+        if not self._peers.is_first:
+            raise ValueError(f"a rollback holds for all ranks and is rank 0's to ask for, got rank {self._peers.rank}")
         snapshot = self._history.best if version is None else self._history.snapshot(version)
         if self._serves(snapshot.state):
             raise ValueError(
                 f"version must have other weights than the live version {self._version}, "
                 f"got {'the best so far' if version is None else version}, which has the same"
             )
-        self._work = None
+        code = BEST if version is None else version + 1
+        if self._peers.is_alone:
+            self._work = self._batch = None
+            self._roll_back(code)
+            return self.versions()[-1]
+        num_before = self.num_rollbacks
+        self.notices.rollback = code
+        while self.num_rollbacks == num_before:
+            self._unreported = self._do_pieces(is_whole=True) or self._unreported
+            if self._is_waiting:
+                time.sleep(IDLE_S)
+        self.notices.rollback = 0
+        return self.versions()[-1]
+
+    def _roll_back(self, code: int) -> None:
+        """See `Notices.rollback`."""
+        snapshot = self._history.best if code == BEST else self._history.snapshot(code - 1)
         self._history.best = snapshot
         self._return_to_best()
         self._publish(snapshot, "rollback")
-        return self.versions()[-1]
 
     def publish_now(self) -> DrafterVersion:
         """Publishes the learner's weights out of turn, unless they serve already; the version that is live then.
 
         Finishes the step in progress; the next `step_if_due` reports it.
         """
-        if self._work is not None:
-            self._unreported = self.step()
+        self.finish_tick()
         snapshot = Snapshot(self._student.copy_state(), self.num_steps)
         if not self._serves(snapshot.state):
             self._publish(snapshot, "learner")
@@ -188,9 +250,13 @@ class OnlineTrainer:
     def forget(self, tenant: str) -> int:
         """Drops and wipes all stored experience of one API key; returns the number of positions dropped.
 
-        Drops the step in progress too: its batch may hold some. What the weights have learnt stays in them.
+        Drops the step in progress too: its batch may hold some; with peers, who take part in it, it is finished first.
+        What the weights have learnt stays in them.
         """
-        self._work = None
+        if self._peers.is_alone:
+            self._work = None
+        self.finish_tick()
+        self._batch = None
         return self.replay.forget_tenant(tenant)
 
     def stats(self) -> dict[str, float]:
@@ -215,58 +281,124 @@ class OnlineTrainer:
     # Learning
 
     def step(self) -> UpdateReport:
-        """A whole optimizer step on a sample of the replay, or the rest of the one in progress."""
-        while (report := self._do_piece()) is None:
-            pass
+        """A whole optimizer step on a sample of the replay, or the rest of the one in progress.
+
+        With peers it waits until one of them, or this rank, owes a step that all can make.
+        """
+        while (report := self._do_pieces(is_whole=True)) is None:
+            if self._is_waiting:
+                time.sleep(IDLE_S)
         return report
 
-    def _do_piece(self) -> UpdateReport | None:
-        """Works on the step in progress, or on a new one, up to the end of a piece; the report when it is done."""
-        start_s = time.perf_counter()
-        if self._work is None:
-            self._work_s = 0.0
-        # Not kept meanwhile: a step that raises is over.
-        work, self._work = self._work or self._step_in_pieces(), None
-        report = next(work)
-        seconds = time.perf_counter() - start_s
-        self.train_s += seconds
-        self._work_s += seconds
-        if report is None:
-            self._work = work
-        else:
-            report.seconds = self._work_s
-            self.last_report = report
-        return report
+    def finish_tick(self) -> None:
+        """Works the tick in progress off, and the step that it may have led to; the next call reports that one."""
+        while self._work is not None:
+            self._unreported = self._do_pieces(is_whole=True) or self._unreported
+            if self._is_waiting:
+                time.sleep(IDLE_S)
 
-    def _step_in_pieces(self) -> Iterator[UpdateReport | None]:
-        """None after each piece of an optimizer step, at the end its report; published when its turn has come.
+    def _do_pieces(self, *, is_whole: bool = False) -> UpdateReport | None:
+        """Works on the tick or step in progress, or on a new one, up to the end of a piece; the report when it is done.
+
+        is_whole, or a step that is not sliced: up to its end, or until it has to wait for other ranks.
+        """
+        while True:
+            start_s = time.perf_counter()
+            if self._work is None:
+                self._work_s = 0.0
+            # Not kept meanwhile: a step that raises is over.
+            work, self._work = self._work or self._tick(), None
+            report, self._is_waiting = None, False
+            try:
+                self._is_waiting = next(work) is Progress.WAITS
+                self._work = work
+            except StopIteration as end:
+                report = end.value
+            except PeerLostError as error:
+                self._work = _raising(error)
+                raise
+            seconds = time.perf_counter() - start_s
+            self.train_s += seconds
+            self._work_s += seconds
+            if report is not None:
+                report.seconds = self._work_s
+                self.last_report = report
+            if self._work is None or self._is_waiting or not (is_whole or not self.config.blocks_per_slice):
+                return report
+
+    def _tick(self) -> Pieces[UpdateReport | None]:
+        """Casts a ballot, and makes the step that was agreed on, if one was; its report.
+
+        Without peers what this rank wants is agreed on at once.
+        """
+        self._store()
+        batch = self._batch = self._batch or self._next_batch()
+        mine = Ballot(
+            **vars(self.notices), wants_step=self._peers.is_alone or self._wants_step,
+            num_drafted=self._drafted_since_step, num_accepted=self._accepted_since_step,
+            num_tokens=self._tokens_counted, has_woken=self._has_woken,
+        )  # fmt: skip
+        agreed, totals = yield from self._agree(mine, BatchTotals.of(batch))
+        if agreed.has_woken:
+            self.schedule.reset(self.num_steps)
+            self._has_woken = False
+        if agreed.rollback:
+            self._roll_back(int(agreed.rollback))
+        if not agreed.wants_step or agreed.wants_save or agreed.is_resting:
+            return None
+        if self._is_trim_due(agreed.num_tokens):
+            counts_V = yield from self._peers.total(self.token_counts_V.clone())
+            self._trim(counts_V.topk(self._live.config.draft_vocab_size).indices)
+            return (yield from self._tick())
+        self._batch = None
+        self.budget.pay_step()
+        self._drafted_since_step -= mine.num_drafted
+        self._accepted_since_step -= mine.num_accepted
+        acceptance = agreed.num_accepted / agreed.num_drafted if agreed.num_drafted else None
+        return (yield from self._step_in_pieces(batch, totals, acceptance))
+
+    def _agree(self, mine: Ballot, totals: BatchTotals) -> Pieces[tuple[Ballot, BatchTotals]]:
+        """The sums of all ranks' ballots and totals."""
+        if self._peers.is_alone:
+            return mine, totals
+        # One device sync: what the ranks say goes through the CPU.
+        message = torch.cat([mine.tensor(), totals.values_K.cpu()])
+        yield from self._peers.total(message)
+        self._ticked_s = time.perf_counter()
+        self.agreed = Ballot.of(message[: ballot.SIZE])
+        yield Progress.WORKED
+        return self.agreed, BatchTotals(message[ballot.SIZE :].to(totals.values_K.device))
+
+    def _step_in_pieces(
+        self, batch: ReplayBatch, totals: BatchTotals, acceptance: float | None
+    ) -> Pieces[UpdateReport]:
+        """An optimizer step on the batches of all ranks; its report. Published when its turn has come.
 
         Nothing that serves is touched before the last piece, which finds out whether all went well and publishes in
         one go. A step dropped before that was not counted; it may have moved the learner's own copy.
         """
         config, student = self.config, self._student
-        self._store()
-        if self._is_trim_due():
-            self._trim(self.token_counts_V.topk(self._live.config.draft_vocab_size).indices)
-        self.budget.pay_step()
-        acceptance = self._accepted_since_step / self._drafted_since_step if self._drafted_since_step else None
-        self._drafted_since_step = self._accepted_since_step = 0
         weights = self.schedule.weights(self.num_steps, acceptance)
-        batch = self._sample(config.blocks_per_step, self._generator)
         student.clear_gradient()
         total, values = torch.zeros((), device=self._split.device), Counter()
-        for part in self._slices(batch):
-            part_total, part_values = student.add_gradient(part, whole=batch, weights=weights, baseline=self.baseline)
+        parts = list(self._slices(batch))
+        for index, part in enumerate(parts):
+            part_total, part_values = student.add_gradient(
+                part, totals=totals, weights=weights, baseline=self.baseline, is_last=index == len(parts) - 1
+            )
             total += part_total
             values.update(part_values)
-            yield None
+            yield Progress.WORKED
+        yield from student.sum_gradient()
+        losses = torch.stack([total, *values.values()]).double().cpu()
+        total, *means = (yield from self._peers.total(losses)).tolist()
         grad_norm, skipped, scores = student.clip_gradient(), None, None
-        if math.isfinite(float(total)) and math.isfinite(grad_norm):
+        if math.isfinite(total) and math.isfinite(grad_norm):
             student.update()
-            self.baseline.update(batch.reward_NT, batch.has_reward_NT)
+            self.baseline.update(totals)
             if (self.num_steps + 1) % config.steps_per_canary == 0:
                 scores = yield from self._canary()
-            yield None
+            yield Progress.WORKED
             if not student.is_finite():
                 skipped = "weights or moments not finite after the step"
         else:
@@ -276,10 +408,10 @@ class OnlineTrainer:
             self.num_skipped += 1
             self._return_to_best()
         is_published = skipped is None and self._settle(scores)
-        yield UpdateReport(
+        return UpdateReport(
             step=self.num_steps, drafter_version=self._version, phase=self.schedule.phase(self.num_steps - 1),
-            losses={name: float(value) for name, value in values.items()}, weights=weights, grad_norm=grad_norm,
-            num_positions=int(batch.mask_NT.sum()), seconds=0.0, published=is_published, skipped_reason=skipped,
+            losses=dict(zip(values, means, strict=True)), weights=weights, grad_norm=grad_norm,
+            num_positions=int(totals.num_positions), seconds=0.0, published=is_published, skipped_reason=skipped,
         )
 
     def _sample(self, num_blocks: int, generator: torch.Generator) -> ReplayBatch:
@@ -291,6 +423,24 @@ class OnlineTrainer:
         self._student.map_actions(batch)
         return batch
 
+    def _next_batch(self) -> ReplayBatch:
+        """A step's blocks of this rank."""
+        if self._peers.is_alone or self._has_data:
+            return self._sample(self.config.blocks_per_step, self._generator)
+        return self._empty_batch()
+
+    def _empty_batch(self) -> ReplayBatch:
+        """A block of nothing, for the part that a rank without experience has in a step."""
+        split, shape = self._split, (1, self.config.block_len)
+        hidden_NTD = torch.zeros(*shape, split.hidden_size, dtype=split.dtype, device=split.device)
+        count_NT = torch.zeros(shape, dtype=torch.int64, device=split.device)
+        no_NT, real_NT = count_NT.bool(), count_NT.float()
+        return ReplayBatch(
+            anchor_ND=hidden_NTD[:, 0], hidden_NTD=hidden_NTD, target_hidden_NTD=hidden_NTD, token_ids_NT=count_NT,
+            mask_NT=no_NT, action_NT=count_NT, reward_NT=real_NT, has_reward_NT=no_NT, behaviour_log_probs_NT=real_NT,
+            staleness_N=count_NT[:, 0],
+        )  # fmt: skip
+
     def _slices(self, batch: ReplayBatch) -> Iterator[ReplayBatch]:
         """The batch in parts of blocks_per_slice blocks, or the whole of it."""
         num_blocks = len(batch.mask_NT)
@@ -300,18 +450,21 @@ class OnlineTrainer:
 
     # Canary
 
-    def _canary(self) -> Generator[None, None, tuple[float, float]]:
+    def _canary(self) -> Pieces[tuple[float, float]]:
         """Scores of the learner's drafter and of the best so far on the same stored blocks, a piece at a time.
 
-        The score is the expected accepted prefix of a block: sum over depths of the product of agreements so far.
+        The score is the expected accepted prefix of a block: sum over depths of the product of agreements so far. The
+        blocks are those of all ranks that have some.
         """
-        batch = self._sample(CANARY_BLOCKS, torch.Generator().manual_seed(self.num_steps + 1))
-        totals = torch.zeros(2, dtype=torch.int64, device=self._split.device)
-        for part in self._slices(batch):
-            yield None
-            totals += self._student.accepted_prefixes(part, self._history.best.state)
-        learner, best = totals.tolist()
-        return learner / CANARY_BLOCKS, best / CANARY_BLOCKS
+        totals = torch.zeros(3, dtype=torch.int64, device=self._split.device)
+        if self._has_data:
+            batch = self._sample(CANARY_BLOCKS, torch.Generator().manual_seed(self.num_steps + 1))
+            totals[2] = CANARY_BLOCKS
+            for part in self._slices(batch):
+                yield Progress.WORKED
+                totals[:2] += self._student.accepted_prefixes(part, self._history.best.state)
+        learner, best, num_blocks = (yield from self._peers.total(totals.cpu())).tolist()
+        return learner / num_blocks, best / num_blocks
 
     def _settle(self, scores: tuple[float, float] | None) -> bool:
         """Ends a finite step: back to the best after a canary that was lost, else published when its turn has come.
@@ -340,13 +493,14 @@ class OnlineTrainer:
             self._publish(snapshot, "learner")
         return is_turn
 
-    def _is_trim_due(self) -> bool:
+    def _is_trim_due(self, num_tokens: float) -> bool:
         is_whole = self._live.draft_head.draft_token_ids_V is None
         is_wanted = 0 < self._live.config.draft_vocab_size < self._split.vocab_size
-        return is_wanted and is_whole and self._tokens_counted >= self.config.tokens_before_trim
+        return is_wanted and is_whole and num_tokens >= self.config.tokens_before_trim
 
     def _trim(self, token_ids_V: Tensor) -> None:
         """Trims the head of every copy to these tokens; learning goes on from the best weights, cut down."""
+        self._batch = None  # its actions are ids of the old head
         self._student.restart_from(self._history.best.state)
         self._student.trim(token_ids_V)
         self._live.draft_head.trim(token_ids_V)
@@ -378,8 +532,7 @@ class OnlineTrainer:
         Finishes the step in progress; the next `step_if_due` reports it. Of the versions' weights it holds the live
         ones and the best: the others are no longer kept after a resume.
         """
-        if self._work is not None:
-            self._unreported = self.step()
+        self.finish_tick()
         return {
             **self._student.state_dict(),
             "live": copy_state(self._live),
@@ -396,7 +549,7 @@ class OnlineTrainer:
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continues where `state_dict` was taken, the serving drafter included. The time budget starts afresh."""
-        self._work = self._unreported = None
+        self._work = self._unreported = self._batch = None
         token_ids_V = state["drafter"].get("draft_head.draft_token_ids_V")
         if token_ids_V is not None and self._live.draft_head.draft_token_ids_V is None:
             self._trim(token_ids_V.to(self._split.device))
@@ -417,9 +570,15 @@ class OnlineTrainer:
         self.restart_clock()
 
 
+def _raising(error: PeerLostError) -> Pieces[None]:
+    """What is in progress for ever once a rank is lost."""
+    raise error
+    yield
+
+
 _COUNTS = (
     "num_steps", "num_skipped", "num_rollbacks", "num_noop_swaps", "train_s", "_version", "_drafted_since_step",
-    "_accepted_since_step", "_tokens_counted",
+    "_accepted_since_step", "_tokens_counted", "_has_woken",
 )
 
 

@@ -1,44 +1,81 @@
 """The learner's own copy of the drafter, with its optimizer: gradients from batches, updates, scores, snapshots.
 
-Knows batches, losses and weights; knows nothing of replay, versions or serving.
+Knows batches, losses and weights; knows nothing of replay, versions or serving. On several ranks the copies stay equal:
+they start equal, and each takes the sum of all ranks' gradients.
 """
 # N blocks, T positions of a block, D hidden, V draft vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dvi import losses
+from dvi.distributed import SOLO, Peers, Pieces
 from dvi.drafter import build_drafter
-from dvi.losses import RewardBaseline
+from dvi.losses import BatchTotals, RewardBaseline
 from dvi.records import LossWeights, ReplayBatch
 from dvi.settings import LearningSettings
 from trainers.versions import State
 
+# One bucket for all gradients: each message costs its latency, and none is large.
+BUCKET_MB = 4096
+
 
 class Student:
-    """A trainable copy of a drafter beside the same frozen head."""
+    """A trainable copy of a drafter beside the same frozen head.
 
-    def __init__(self, split: object, drafter: nn.Module, config: LearningSettings) -> None:
-        self._split, self._config = split, config
+    Where there are peers, every method that says so, and `trim`, is to be called by all of them.
+    """
+
+    def __init__(self, split: object, drafter: nn.Module, config: LearningSettings, *, peers: Peers = SOLO) -> None:
+        self._split, self._config, self._peers = split, config, peers
         copied = build_drafter(split, drafter.config, draft_token_ids_V=drafter.draft_head.draft_token_ids_V)
         copied.load_state_dict(drafter.state_dict())
-        self._accelerator = Accelerator(cpu=split.device.type == "cpu")
+        self._accelerator = self._accelerate()
+        if self._accelerator.num_processes != peers.num_ranks:
+            raise ValueError(
+                f"accelerate sees {self._accelerator.num_processes} processes where the job has {peers.num_ranks}; "
+                "unset ACCELERATE_* variables of another launch"
+            )
+        self._sums: list[tuple[dist.Work, Tensor, Tensor]] = []  # begun: the work, its message, where it goes
         self._prepare(copied)
+
+    def _accelerate(self) -> Accelerator:
+        # Buffers are the same on all ranks; DDP would send them again with every batch.
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
+        )
+        return Accelerator(cpu=self._split.device.type == "cpu", mixed_precision="no", kwargs_handlers=[options])
 
     def _prepare(self, drafter: nn.Module) -> None:
         config = self._config
+        self.drafter = drafter
         optimizer = torch.optim.AdamW(drafter.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        self._model, self.optimizer = self._accelerator.prepare(drafter, optimizer)
+        with warnings.catch_warnings():
+            # torch 2.13 has another name for it, which torch 2.11 and accelerate do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._model, self.optimizer = self._accelerator.prepare(drafter, optimizer)
+        if not self._peers.is_alone:
+            self._model.register_comm_hook(None, self._begin_sum)
 
-    @property
-    def drafter(self) -> nn.Module:
-        return self._accelerator.unwrap_model(self._model)
+    # Without annotations: DDP wants them to be types, and here they would be strings.
+    def _begin_sum(self, _state, bucket):
+        """DDP's hook for a full bucket: begins to sum it over the ranks and lets backward end without the result."""
+        gradient_P = bucket.buffer()
+        dtype = torch.bfloat16 if self._config.compress_gradient else gradient_P.dtype
+        message_P = gradient_P.to(dtype, copy=True)
+        self._sums.append((self._peers.begin_total(message_P), message_P, gradient_P))
+        own = torch.futures.Future()
+        own.set_result(gradient_P)
+        return own
 
     # Weights
 
@@ -75,16 +112,34 @@ class Student:
         batch.action_NT = draft_head.to_draft_ids(batch.action_NT).where(batch.has_reward_NT, 0)
 
     def add_gradient(
-        self, batch: ReplayBatch, *, whole: ReplayBatch, weights: LossWeights, baseline: RewardBaseline
+        self, batch: ReplayBatch, *, totals: BatchTotals, weights: LossWeights, baseline: RewardBaseline, is_last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds the gradient of the batch's part in the loss of `whole`; that part and its terms, detached."""
-        total, values = losses.compute(
+        """Adds the gradient of the batch's part in the loss over `totals`; that part and its terms, detached.
+
+        is_last: of a step's batches; its gradient goes out to the other ranks.
+        """
+        is_kept = not is_last and not self._peers.is_alone
+        with self._model.no_sync() if is_kept else contextlib.nullcontext():
+            total, values = self._loss(batch, totals=totals, weights=weights, baseline=baseline)
+            self._accelerator.backward(total)
+        return total.detach(), values
+
+    def _loss(
+        self, batch: ReplayBatch, *, totals: BatchTotals, weights: LossWeights, baseline: RewardBaseline
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return losses.compute(
             self._model(batch.hidden_NTD, batch.anchor_ND), self._target_logits(batch), batch, weights=weights,
             baseline_T=baseline.values_T, target_temperature=self._config.target_temperature,
-            normalise_advantage=self._config.normalise_advantage, whole=whole,
+            normalise_advantage=self._config.normalise_advantage, totals=totals,
         )
-        self._accelerator.backward(total)
-        return total.detach(), values
+
+    def sum_gradient(self) -> Pieces[None]:
+        """Takes the sum of all ranks' gradients for its own."""
+        while self._sums:
+            work, message_P, gradient_P = self._sums[0]
+            yield from self._peers.arrival(work)
+            gradient_P.copy_(message_P)
+            del self._sums[0]
 
     def clip_gradient(self) -> float:
         """Scales the gradient down to clip_norm; its norm before."""

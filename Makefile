@@ -31,6 +31,7 @@ clean:
 	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find dvi trainers scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
+# DeepSpeed comes as a source archive of pure Python: seconds, and no compiler, since nothing it would compile is used.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv with $(PYTHON) (minutes the first time)"
 	@{ $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt; } \

@@ -1,8 +1,9 @@
-"""The `dvi` command: generate, train, warmup, serve, top, verify, export, inspect, doctor, bench.
+"""The `dvi` command: generate, train, warmup, serve, route, top, verify, export, inspect, doctor, bench.
 
 Knows arguments, streams and exit codes; every verb imports what it needs when it runs, so that `--help` is instant.
 What is for people goes to stderr (generated text, which is the product, to stdout); the last line of stdout is one JSON
-object. Exit codes: 0, 1 when `verify` or `doctor` found something wrong, 2 for a user's error, 128 + signal.
+object. Exit codes: 0, 1 when `verify` or `doctor` found something wrong, 2 for a user's error, 3 when another rank of
+the job was lost, 128 + signal.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typer.core import TyperGroup
 
 from dvi.bench.commands import app as bench_app
 from dvi.config import load_config, to_yaml
-from dvi.settings import DrafterSettings, DraftSettings, SamplingSettings, ServeConfig, WarmupConfig
+from dvi.settings import DrafterSettings, DraftSettings, RouteSettings, SamplingSettings, ServeConfig, WarmupConfig
 from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from dvi.speculator import Prompt, SelfSpeculator
 
 USER_ERROR = 2
+PEER_LOST = 3
 FOUND_WRONG = 1
 SIGINT = 2
 DEBUG = "--debug"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _SAMPLING, _DRAFT, _DRAFTER = SamplingSettings(), DraftSettings(), DrafterSettings()
 
@@ -49,9 +52,11 @@ class _Group(TyperGroup):
         except (ValueError, OSError) as error:
             if ctx.meta[DEBUG]:
                 raise
+            # By name: the class is of a module that imports torch.
+            exit_code = PEER_LOST if type(error).__name__ == "PeerLostError" else USER_ERROR
             lines = (line.strip() for line in str(error).splitlines())
             say(f"error: {'; '.join(line for line in lines if line)}")
-            raise typer.Exit(USER_ERROR) from None
+            raise typer.Exit(exit_code) from None
 
 
 app = typer.Typer(
@@ -164,7 +169,7 @@ def train(
     from trainers.job import run_training
 
     summary = run_training(settings, console=make_console())
-    finish("train", **summary)
+    _finish_job("train", summary)
     if summary["signal"] is not None:
         raise typer.Exit(SIGNAL_BASE + summary["signal"])
 
@@ -188,9 +193,17 @@ def warmup(
     from trainers.warmup import run_warmup
 
     summary = run_warmup(settings, console=make_console())
-    finish("warmup", **summary)
+    _finish_job("warmup", summary)
     if summary["signal"] is not None:
         raise typer.Exit(SIGNAL_BASE + summary["signal"])
+
+
+def _finish_job(command: str, summary: dict[str, Any]) -> None:
+    """The last line of a job, which of several ranks rank 0 alone prints."""
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        finish(command, **summary)
 
 
 @app.command()
@@ -209,7 +222,7 @@ def serve(
         return
     import logging
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     from dvi.serving.access import load_access
 
     access = load_access(settings.serve.keys_file)
@@ -238,6 +251,26 @@ def serve(
         server.on_listening = announce
         run_server(server, loop, listener)
     finish("serve", url=url, drafter_version=speculator.drafter.version)
+
+
+@app.command()
+def route(
+    replicas: Annotated[list[str], typer.Argument(help="URLs of servers, such as http://127.0.0.1:8001.")],
+    host: str = RouteSettings.host,
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = RouteSettings.port,
+    keys_file: Annotated[Path | None, typer.Option(help="API keys, the same file as the replicas'.")] = None,
+    drain_s: Annotated[float, typer.Option(min=0, help="For running requests to end.")] = RouteSettings.drain_s,
+) -> None:
+    """Give several servers one address: least loaded first, conversations stay together."""
+    import logging
+
+    keys = None if keys_file is None else str(keys_file)
+    settings = RouteSettings(tuple(replicas), host=host, port=port, keys_file=keys, drain_s=drain_s)
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    from dvi.serving.front_door import run_front_door
+
+    run_front_door(settings)
+    finish("route", replicas=list(settings.replicas))
 
 
 @app.command()
@@ -355,20 +388,50 @@ def export(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="An adapter folder, or a model folder or hub id.", show_default=False)],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="An adapter folder, a model folder or hub id, or a YAML file of train or serve.", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as data.batch_size=8.")
+    ] = None,
     split_layer: SplitLayerOption = None,
-    dtype: DtypeOption = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        typer.Option(help="auto is the YAML file's, or the one the model is stored in."),
+    ] = "auto",
+    positions: Annotated[
+        int | None, typer.Option(min=1, help="Cached positions of each row, to plan memory for.")
+    ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check", help="Load the weights and check the split; default for small models in a folder."
+        ),
+    ] = None,
 ) -> None:
-    """Show what an adapter is, or where and how a model would be split."""
-    from dvi.inspection import describe_adapter, describe_model, facts_table, is_adapter
+    """Show what an adapter is, or how a model would be split and what memory it would take."""
+    from dvi import inspection
 
-    if is_adapter(path):
-        facts = describe_adapter(path)
+    console = make_console()
+    if inspection.is_adapter(path):
+        facts = inspection.describe_adapter(path)
     else:
         quieten_transformers()
-        facts = describe_model(path, split_layer=split_layer, dtype=dtype)
-    # A run's settings are long, and in config.yaml beside it; the JSON line has them.
-    make_console().print(facts_table({name: facts[name] for name in facts if name != "config"}, title=path))
+        overrides = [*(overrides or ()), *([f"model.split_layer={split_layer}"] if split_layer is not None else ())]
+        if path.endswith((".yaml", ".yml")):
+            settings = inspection.load_settings(path, overrides)
+            model, dtype = settings.model.path, None if dtype == "auto" else dtype
+        else:
+            model, settings = path, load_config(None, overrides)
+        facts = inspection.describe_model(model, settings, dtype=dtype, positions=positions, check=check)
+    # A run's settings are long, and in config.yaml beside it; the JSON line has them. Memory has a table of its own.
+    shown = {name: facts[name] for name in facts if name not in ("config", "demand", "memory", "devices")}
+    console.print(inspection.facts_table(shown, title=path))
+    if "memory" in facts:
+        console.print(inspection.memory_table(facts))
     finish("inspect", source=path, **facts)
 
 

@@ -89,7 +89,7 @@ class Peers:
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self.lost(error) from error
 
     # Facts
 
@@ -119,7 +119,7 @@ class Peers:
         try:
             return collective()
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self.lost(error) from error
         finally:
             self.busy_s += time.perf_counter() - start_s
             self.num_bytes += message.numel() * message.element_size()
@@ -139,7 +139,8 @@ class Peers:
         if not self.is_alone and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _lost(self, error: RuntimeError) -> PeerLostError:
+    def lost(self, error: RuntimeError) -> PeerLostError:
+        """What a collective's failure means."""
         # gloo puts its source line before the reason and advice behind it.
         reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
         return PeerLostError(

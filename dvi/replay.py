@@ -190,7 +190,7 @@ class ReplayBuffer:
                 last = self._num_ring + self._reservoir_used - 1
                 self._reservoir_used -= 1
                 if slot != last:
-                    self._copy_segment(last, slot)
+                    self._copy_segment(self, last, slot)
                     slot = last
             self._clear(slot)
         is_empty_R = self._fields["kind"] == EMPTY
@@ -272,17 +272,22 @@ class ReplayBuffer:
             length = self._lengths[slot]
             if length < self.segment_len and position == self._starts[slot] + length:
                 return slot
-        slot = self._cursor
-        self._cursor = (slot + 1) % self._num_ring
-        self._ring_used = max(self._ring_used, slot + 1)
-        if slot in self._unwritten_slots:
+        if self._cursor in self._unwritten_slots:
             self._write(columns)
-        if self._lengths[slot]:
-            self._evict(slot)
+        slot = self._next_slot()
         self._starts[slot] = position
         self._owners[slot] = request_id
         self._tenants[slot] = tenant
         self._open[request_id] = slot
+        return slot
+
+    def _next_slot(self) -> int:
+        """The ring slot whose turn it is, emptied."""
+        slot = self._cursor
+        self._cursor = (slot + 1) % self._num_ring
+        self._ring_used = max(self._ring_used, slot + 1)
+        if self._lengths[slot]:
+            self._evict(slot)
         return slot
 
     def _evict(self, slot: int) -> None:
@@ -295,7 +300,7 @@ class ReplayBuffer:
         else:
             place = int(torch.randint(self._num_evicted, (), generator=self._generator))
         if place < self._num_reservoir:
-            self._copy_segment(slot, self._num_ring + place)
+            self._copy_segment(self, slot, self._num_ring + place)
         self._clear(slot)
 
     def _close(self, slot: int) -> None:
@@ -303,15 +308,16 @@ class ReplayBuffer:
         if self._open.get(self._owners[slot]) == slot:
             del self._open[self._owners[slot]]
 
-    def _copy_segment(self, source: int, target: int) -> None:
+    def _copy_segment(self, origin: ReplayBuffer, source: int, target: int) -> None:
+        """origin: the buffer that holds `source`, this one or another of the same sizes."""
         self._clear(target)
-        for field in self._fields.values():
-            field[self._rows(target)] = field[self._rows(source)]
-        for book in (self._starts, self._lengths, self._owners, self._tenants):
-            book[target] = book[source]
-        if source in self._by_tenant:
+        for name, field in self._fields.items():
+            field[self._rows(target)] = origin._fields[name][self._rows(source)]
+        for book in ("_starts", "_lengths", "_owners", "_tenants"):
+            getattr(self, book)[target] = getattr(origin, book)[source]
+        if source in origin._by_tenant:
             self._by_tenant.add(target, self._tenants[target])
-        self._num_positions += self._lengths[source]
+        self._num_positions += self._lengths[target]
 
     def _clear(self, slot: int) -> None:
         self._num_positions -= self._lengths[slot]
@@ -473,6 +479,22 @@ class ReplayBuffer:
         for name, value in zip(_COUNTERS, state["counters"].tolist(), strict=True):
             setattr(self, name, value)
         self._generator.set_state(state["generator"].cpu())
+
+    def adopt(self, state: dict[str, Tensor], *, part: int = 0, num_parts: int = 1) -> None:
+        """Takes every num_parts-th segment, from the part-th on, of what state_dict of another buffer gave.
+
+        They come in as new segments do, and none of them goes on. Raises ValueError for a buffer of other sizes.
+        """
+        saved = ReplayBuffer(
+            capacity_positions=self.capacity, hidden_size=self._fields["hidden"].shape[1], max_block=self.max_block,
+            dtype=self.dtype, device=self.device, reservoir_fraction=self.reservoir_fraction,
+            segment_len=self.segment_len,
+        )  # fmt: skip
+        saved.load_state_dict(state)
+        for source in [slot for slot, length in enumerate(saved._lengths) if length][part::num_parts]:
+            target = self._next_slot()
+            self._copy_segment(saved, source, target)
+            self._owners[target] = -1  # its request may have a number that another one has here
 
     @property
     def _sizes(self) -> list[int]:

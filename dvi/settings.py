@@ -176,6 +176,8 @@ class LearningSettings:
     blocks_per_slice    a step is worked on in pieces of so many blocks, one between two rounds, so that nobody waits
                         for a whole step; 0 makes it in one piece.
     max_tenant_share    of a step's blocks that one API key's experience may fill, while others have some too.
+    strategy            how several ranks make a step: "ddp", or DeepSpeed's "zero1" or "zero2", which share out the
+                        optimizer's state; a launch by accelerate with a DeepSpeed file decides for itself.
     compress_gradient   between ranks gradients travel as bfloat16: half the bytes, and a rounding of each sum.
     peer_timeout_s      a rank that has not answered the others for so long is lost, and the job ends.
     """
@@ -205,6 +207,7 @@ class LearningSettings:
     drift_wakeup: bool = True
     blocks_per_slice: Count = 0
     max_tenant_share: Share = 0.2
+    strategy: Literal["ddp", "zero1", "zero2"] = "ddp"
     compress_gradient: bool = False
     peer_timeout_s: Positive = 300.0
     seed: Seed = 0

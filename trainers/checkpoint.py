@@ -18,7 +18,8 @@ import warnings
 from pathlib import Path
 from typing import IO
 
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from dvi.durable import ANYONE, OWNER_ONLY, staged_folder, sync, write_tensors
@@ -104,20 +105,15 @@ class CheckpointStore:
         Warns about each newer one that is damaged, naming the file. Raises ValueError when the newest whole one was
         written in another format.
         """
-        for step in sorted(self._steps(), reverse=True):
-            damage = _damage(self._path(step))
-            if damage is None:
-                return _read(self._path(step)), step
-            self._damaged.add(step)
-            warnings.warn(f"checkpoint {self._path(step)} is damaged: {damage}; trying the one before", stacklevel=2)
-        return None
+        whole = whole_steps(self.folder)
+        self._damaged |= {step for step in self._steps() if step > max(whole, default=-1)}
+        return (read_checkpoint(self.folder, whole[-1]), whole[-1]) if whole else None
 
     def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return _path(self.folder, step)
 
     def _steps(self) -> list[int]:
-        matches = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return _steps(self.folder)
 
     def _settle(self) -> None:
         """Undoes what a crash left half done."""
@@ -148,14 +144,67 @@ def _lock(folder: Path) -> IO[bytes]:
     return file
 
 
-def _read(folder: Path) -> dict[str, object]:
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder that are as they were written; none where there is no such folder.
+
+    Warns about each newer one that is damaged, naming the file.
+    """
+    if not folder.is_dir():
+        return []
+    whole: list[int] = []
+    for step in reversed(_steps(folder)):
+        damage = _damage(_path(folder, step))
+        if damage is None:
+            whole.insert(0, step)
+        elif not whole:
+            warnings.warn(f"checkpoint {_path(folder, step)} is damaged: {damage}; trying the one before", stacklevel=3)
+    return whole
+
+
+def read_checkpoint(folder: Path, step: int) -> dict[str, object]:
+    """The state saved at a step that is whole. ValueError when it was written in another format."""
+    path = _path(folder, step)
+    return _unflatten(_tree(path)["state"], load_file(path / TENSORS_FILE))
+
+
+def peek(folder: Path, step: int, key: str) -> object:
+    """A plain value at the top of the state saved at a step, without its tensors; None where it has none."""
+    return dict(map(tuple, _tree(_path(folder, step))["state"]["dict"])).get(key)
+
+
+def pack(state: dict[str, object]) -> Tensor:
+    """The state as bytes, uint8 [n], for another process."""
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_flatten(state, tensors, "state"))
+    # Names of tensors are numbers, so an empty one is free for the tree.
+    tensors[""] = torch.frombuffer(bytearray(tree.encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(save({name: tensor.contiguous() for name, tensor in tensors.items()})),
+                            dtype=torch.uint8)  # fmt: skip
+
+
+def unpack(message: Tensor) -> dict[str, object]:
+    """What `pack` was given, on the CPU."""
+    tensors = load(message.numpy().tobytes())
+    return _unflatten(json.loads(tensors.pop("").numpy().tobytes()), tensors)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    matches = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _tree(folder: Path) -> dict[str, object]:
     tree = json.loads((folder / TREE_FILE).read_bytes())
     if tree["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"checkpoint {folder} has format {tree['format_version']!r}, this version reads {FORMAT_VERSION}; "
             "resume with the version that wrote it"
         )
-    return _unflatten(tree["state"], load_file(folder / TENSORS_FILE))
+    return tree
 
 
 def _damage(folder: Path) -> str | None:

@@ -30,7 +30,8 @@ from trainers import ballot
 from trainers.ballot import Ballot, Notices
 from trainers.budget import TimeBudget
 from trainers.drift import AcceptanceTrend
-from trainers.student import Student, copy_state
+from trainers.sharded_student import build_student
+from trainers.student import copy_state
 from trainers.versions import Snapshot, State, VersionHistory
 
 MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the first step: below it, batches repeat
@@ -50,6 +51,7 @@ class OnlineTrainer:
     num_noop_swaps  publishes left out because the weights served already.
     train_s         seconds spent in steps, publishing and canaries included.
     last_report     the newest step's UpdateReport; None before the first.
+    follows_rounds  rounds observed owe steps; False where somebody else says when one is due, by must_step.
     notices         what this rank's job has to tell the others at the next tick.
     agreed          the sum of all ranks' ballots at the last tick; None before the first, and where there are no peers.
     """
@@ -63,7 +65,7 @@ class OnlineTrainer:
         """
         self.config = config = config or LearningSettings()
         self._split, self._live, self._peers = speculator.split, speculator.drafter, peers
-        self._student = Student(self._split, self._live, config, peers=peers)
+        self._student = build_student(self._split, self._live, config, peers=peers)
         self._replay = ReplayBuffer(
             capacity_positions=config.replay_positions, hidden_size=self._split.hidden_size, max_block=config.block_len,
             dtype=self._split.dtype, device=self._split.device, reservoir_fraction=config.reservoir_fraction,
@@ -86,6 +88,7 @@ class OnlineTrainer:
         self._work_s = 0.0
         self._batch: ReplayBatch | None = None  # for the next step, with ballots cast on it
         self.notices, self.agreed = Notices(), None
+        self.follows_rounds, self.must_step = True, False
         self._has_woken = self._is_waiting = False
         self._ticked_s = -math.inf
         self._unreported: UpdateReport | None = None
@@ -115,7 +118,7 @@ class OnlineTrainer:
             self._store()
         num_drafted = sum(s.num_drafted for s in transitions)
         num_accepted = sum(s.num_accepted for s in transitions)
-        if any(not s.is_prefill for s in transitions):
+        if self.follows_rounds and any(not s.is_prefill for s in transitions):
             self.budget.owe_round(part=self._wanted_part)
         self._drafted_since_step += num_drafted
         self._accepted_since_step += num_accepted
@@ -184,7 +187,8 @@ class OnlineTrainer:
 
     @property
     def _wants_step(self) -> bool:
-        return self.budget.is_step_owed and self._has_data and not self.notices.is_resting
+        is_owed = self.must_step or self.budget.is_step_owed
+        return is_owed and self._has_data and not self.notices.is_resting
 
     @property
     def _has_data(self) -> bool:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
@@ -21,8 +19,7 @@ from dvi.settings import WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
-from trainers.checkpoint import CheckpointStore
-from trainers.job import CHECKPOINTS, Interrupted, Job, Request, Signals, read_traffic, resume_job
+from trainers.job import Job, JobLearner, Place, Request, Signals, read_traffic, resume_job
 from trainers.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
 from trainers.progress import RunDisplay
 
@@ -48,14 +45,23 @@ class RecordingLearner:
 
         Steps wait until there is enough experience for a batch that does not repeat itself, as they do in serving.
         """
-        trainer, config = self._trainer, self._trainer.config
-        request_id = 0  # the same for all: each one is ended before the next begins
-        trainer.observe([text.transitions(request_id, with_prompt=config.learn_from_prompts)])
+        self.store(text)
+        while self.is_step_due:
+            self.owed_steps -= 1
+            yield self._trainer.step()
+
+    def store(self, text: RecordedText) -> None:
+        """Stores the text, and owes the steps for it."""
+        trainer, request_id = self._trainer, 0  # the same for all: each one is ended before the next begins
+        trainer.observe([text.transitions(request_id, with_prompt=trainer.config.learn_from_prompts)])
         trainer.replay.end(request_id)
         self.owed_steps += text.num_answered / self._positions_per_step
-        while self.owed_steps >= 1 and len(trainer.replay) >= MIN_POSITIONS_PER_BLOCK * config.blocks_per_step:
-            self.owed_steps -= 1
-            yield trainer.step()
+
+    @property
+    def is_step_due(self) -> bool:
+        trainer = self._trainer
+        has_data = len(trainer.replay) >= MIN_POSITIONS_PER_BLOCK * trainer.config.blocks_per_step
+        return self.owed_steps >= 1 and has_data
 
 
 def learn_from_recordings(
@@ -85,11 +91,11 @@ def run_warmup(config: WarmupConfig, *, console: Console) -> dict[str, object]:
     _check(config)
     warmup = config.warmup
     reading = {"parse": as_answered, "answer_field": warmup.answer_field} if warmup.source == "texts" else {}
-    speculator = build_speculator(config)
-    with CheckpointStore(Path(config.output.folder) / CHECKPOINTS) as store:
+    with Place(config, console) as place:
+        speculator = build_speculator(place.config)
         traffic, held_out = read_traffic(config, **reading)
         params = SamplingParams(max_new_tokens=warmup.max_new_tokens)
-        job = _WarmupJob(config, speculator, store, console, params=params, traffic=traffic, held_out=held_out)
+        job = _WarmupJob(place, speculator, params=params, traffic=traffic, held_out=held_out)
         return resume_job(job, sections=("model", "drafter", "data", "warmup"))
 
 
@@ -138,53 +144,73 @@ def encode_text(speculator: SelfSpeculator, answered: AnsweredPrompt, *, max_pos
 
 
 class _WarmupJob(Job):
-    """Learns from the traffic's texts, one after the other."""
+    """Learns from the traffic's texts, one after the other.
+
+    Several ranks take every so many-th text each and make a step together whenever one of them owes one, which is then
+    paid by all: where their texts are of like length that is as often as one rank alone would, on so many more blocks.
+    """
 
     noun = "texts"
+    counts = (*Job.counts, "owed_steps")
 
-    def __init__(self, config: WarmupConfig, *args: object, **options: object) -> None:
-        super().__init__(config, *args, **options)
-        self.learner = RecordingLearner(self.trainer, positions_per_step=config.warmup.positions_per_step)
+    def __init__(self, place: Place, *args: object, **options: object) -> None:
+        super().__init__(place, *args, **options)
+        self.learner = RecordingLearner(self.trainer, positions_per_step=self.config.warmup.positions_per_step)
+        self.trainer.follows_rounds = False
+
+    @property
+    def owed_steps(self) -> float:
+        return self.learner.owed_steps
+
+    @owed_steps.setter
+    def owed_steps(self, steps: float) -> None:
+        self.learner.owed_steps = steps
 
     def _facts(self) -> dict[str, object]:
         return {"cut_texts": self.num_cut, "source": self.config.warmup.source}
 
-    def state_dict(self) -> dict[str, object]:
-        return super().state_dict() | {"owed_steps": self.learner.owed_steps}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        super().load_state_dict(state)
-        self.learner.owed_steps = state["owed_steps"]
-
     def _work(self, metrics: MetricsWriter, signals: Signals) -> None:
-        def stop_if_asked() -> None:
-            if signals.received is not None:
-                raise Interrupted
+        attendance = JobLearner(self, metrics, signals)
 
-        num_done = self.position.num_done
+        def attend() -> None:
+            """Does this rank's part in the ticks; a step that was made is paid for. Raises Interrupted."""
+            if attendance.step_if_due(is_idle=self.trainer.must_step) is not None:
+                self.learner.owed_steps -= 1
+            if attendance.lost is not None:
+                raise attendance.lost
+
         num_texts = len(self.traffic) if isinstance(self.traffic, list) else None
-        saved_s = time.monotonic()
         with RunDisplay(
-            self.console, num_requests=num_texts, num_done=num_done, doing="warming up", noun=self.noun
+            self.console, num_requests=num_texts, num_done=self.position.num_done, doing="warming up", noun=self.noun
         ) as display:
-            for index, text in enumerate(self._open_texts(stop_if_asked), start=num_done):
-                self._learn(index, text, metrics, display)
-                if time.monotonic() - saved_s >= self.config.output.checkpoint_every_s:
-                    self._save()
-                    saved_s = time.monotonic()
-                stop_if_asked()
+            for index, text in self._open_texts(attend):
+                self._learn(index, text, metrics, display, attend)
+                attendance.save_if_due()
+                attend()
+        attendance.wait_for_others()
         self.trainer.publish_now()
 
-    def _learn(self, index: int, text: Text, metrics: MetricsWriter, display: RunDisplay) -> None:
+    def _learn(
+        self, index: int, text: Text, metrics: MetricsWriter, display: RunDisplay, attend: Callable[[], None]
+    ) -> None:
         """Measures the drafter on the text as it was before, then has it learn from it."""
         recorded = record(self.speculator.split, text.token_ids, prompt_len=text.prompt_len)
         stats = replay_rounds(
             self.trainer.drafter, [recorded], num_draft_tokens=max(self.config.draft.num_draft_tokens, 1)
         )
         stats.new_tokens = recorded.num_answered
-        for report in self.learner.learn(recorded):
-            metrics.write("update", **dataclasses.asdict(report))
-        self.position.finish(index)
+        if self.peers.is_alone:
+            for report in self.learner.learn(recorded):
+                metrics.write("update", **dataclasses.asdict(report))
+            self.position.finish(index)
+        else:
+            # A checkpoint may be agreed on in any tick: then the text is done, and its steps are still owed.
+            self.learner.store(recorded)
+            self.position.finish(index)
+            self.trainer.must_step = True
+            while self.learner.is_step_due:
+                attend()
+            self.trainer.must_step = False
         self.num_tokens += recorded.num_answered
         self.num_cut += text.is_cut
         version = self.speculator.drafter.version
@@ -199,25 +225,27 @@ class _WarmupJob(Job):
 
     # Texts
 
-    def _open_texts(self, stop_if_asked: Callable[[], None]) -> Iterator[Text]:
-        """What has not been learnt from yet. stop_if_asked: called now and then, may raise."""
-        num_done = self.position.num_done
+    def _open_texts(self, attend: Callable[[], None]) -> Iterator[tuple[int, Text]]:
+        """What of this rank's share has not been learnt from yet. attend: called now and then, may raise."""
+        share = ((index, prompt) for index, prompt in enumerate(self.traffic) if self._is_mine(index))
         if self.config.warmup.source == "texts":
-            for prompt in itertools.islice(self.traffic, num_done, None):
-                yield self._encode_text(prompt)
+            for index, prompt in share:
+                if not self.position.is_done(index):
+                    yield index, self._encode_text(prompt)
             return
         # Always the same prompts together, so that a resumed run meets the same answers to the bit.
         size = BATCHES_AT_ONCE * self.config.data.batch_size
-        num_again = num_done % size
-        prompts = itertools.islice(self.traffic, num_done - num_again, None)
-        while chunk := [self._request(0, prompt) for prompt in itertools.islice(prompts, size)]:
+        while numbered := list(itertools.islice(share, size)):
+            if all(self.position.is_done(index) for index, _ in numbered):
+                continue
+            chunk = [self._request(index, prompt) for index, prompt in numbered]
             answers = decode_answers(
                 self.speculator, [request.token_ids for request in chunk], batch_size=self.config.data.batch_size,
-                max_new_tokens=self.params.max_new_tokens, on_answer=stop_if_asked,
+                max_new_tokens=self.params.max_new_tokens, on_answer=attend,
             )
-            texts = [Text(*answer, is_cut=request.is_cut) for request, answer in zip(chunk, answers, strict=True)]
-            yield from texts[num_again:]
-            num_again = 0
+            for request, answer in zip(chunk, answers, strict=True):
+                if not self.position.is_done(request.index):
+                    yield request.index, Text(*answer, is_cut=request.is_cut)
 
     def _request(self, index: int, prompt: Messages | AnsweredPrompt) -> Request:
         """Also no longer than leaves room for an answer in a text. Of a text alone the first half is the prompt."""

@@ -59,7 +59,7 @@ def build_app(loop: EngineLoop, config: ServeConfig, access: Access) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Door, access=access, max_body_bytes=config.serve.max_body_bytes, on_rejected=api.on_rejected)
     app.add_exception_handler(ApiError, error_response)
-    app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(HTTPException, routing_error)
     app.include_router(api.routes())
     app.include_router(admin_routes(loop, config, access))
     app.include_router(dashboard_routes(loop))
@@ -324,7 +324,8 @@ async def _cancel_when_gone(request: Request, flight: Flight) -> None:
     flight.cancel()
 
 
-def _routing_error(request: Request, error: HTTPException) -> JSONResponse:
+def routing_error(request: Request, error: HTTPException) -> JSONResponse:
+    """What FastAPI itself refuses, as OpenAI's error object."""
     messages = {404: "there is nothing at this address", 405: "this address takes another method"}
     message = messages.get(error.status_code, "the request cannot be served")
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")

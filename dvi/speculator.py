@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
@@ -20,6 +20,7 @@ from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.exact import ExactSplit
+from dvi.placement import NO_GOODPUT, check_ranks_agree, check_settings, is_tensor_parallel, load_model
 from dvi.records import GenerationResult, Learner, SamplingParams
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.split import SplitModel
@@ -67,6 +68,9 @@ class SelfSpeculator:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         if not 0 <= num_draft_tokens <= GOODPUT_BUCKETS[-1]:
             raise ValueError(f"num_draft_tokens must be in 0..{GOODPUT_BUCKETS[-1]}, got {num_draft_tokens}; try 4")
+        self._is_lock_step = is_tensor_parallel(model)
+        if self._is_lock_step and policy == "goodput":
+            raise ValueError(f"{NO_GOODPUT}; try policy='fixed'")
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         if split_layer is None:
             num_layers = model.config.get_text_config().num_hidden_layers
@@ -81,6 +85,8 @@ class SelfSpeculator:
                 self.drafter = build_drafter(self.split, drafter or DrafterConfig())
             self.drafter.publish(self.drafter, version=0)
         self.drafter.requires_grad_(False)
+        if self._is_lock_step:
+            self.check_lock_step()
         self.policy, self.num_draft_tokens = policy, num_draft_tokens
         self.confidence_threshold = confidence_threshold
         self.rule: VerifyRule = rule or RejectionRule()
@@ -97,6 +103,7 @@ class SelfSpeculator:
         lora_rank: int = 32,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
+        placement: str = "single",
         adapter: str | Path | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -107,7 +114,8 @@ class SelfSpeculator:
         split_layer   layers 0 .. split_layer - 1 draft; default the adapter's, or one in sixteen (0: the embedding).
         drafter       "anchored", "recurrent", "lora_head", or a whole DrafterConfig; ignored with an adapter.
         dtype         "auto" is float32 on CPUs and bfloat16 on GPUs.
-        device        "auto" takes a CUDA device when there is one.
+        device        "auto" takes a CUDA device when there is one; only that goes with another placement than "single".
+        placement     "single", "device_map" or "tensor", see `dvi.placement`.
         adapter       folder written by `save_drafter`.
         options       mode "fast" or "exact"; path "auto", "direct" or "views"; policy "auto" (the goodput rule where
                       the output cannot depend on it, else fixed), "fixed", "confidence" or "goodput";
@@ -116,6 +124,11 @@ class SelfSpeculator:
         """
         if not Path(name_or_path).is_dir() and str(name_or_path).startswith((".", "/", "checkpoints/")):
             raise ValueError(f"no model folder at {name_or_path}; give a Hugging Face folder or a hub id")
+        if placement != "single" and device != "auto":
+            raise ValueError(
+                f"device must be 'auto' with placement {placement!r}, which finds its devices itself, got {device!r}; "
+                "CUDA_VISIBLE_DEVICES limits them"
+            )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
@@ -126,7 +139,7 @@ class SelfSpeculator:
         config = AutoConfig.from_pretrained(name_or_path, **source)
         if config.is_encoder_decoder:
             raise ValueError(f"{name_or_path} is an encoder-decoder model; only decoder-only models can be split")
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **source).to(device).eval()
+        model = load_model(name_or_path, config, placement=placement, device=device, dtype=dtype, **source)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
         if isinstance(drafter, str):
             drafter = DrafterConfig(kind=drafter, lora_rank=lora_rank, lora_alpha=float(lora_rank))
@@ -336,11 +349,11 @@ class SelfSpeculator:
 
     def _choose_policy(self, params: list[SamplingParams], batch_size: int) -> LengthPolicy:
         """The draft-length rule. "auto" is the goodput rule only where tokens cannot depend on the lengths it picks:
-        a seeded sample should not change with the machine's speed."""
+        a seeded sample should not change with the machine's speed, and ranks in lock-step must pick the same."""
         name = self.policy if self.num_draft_tokens else "fixed"
         if name == "auto":
             does_length_matter = any(not p.is_greedy and p.coupling == "rejection" for p in params)
-            name = "fixed" if does_length_matter else "goodput"
+            name = "fixed" if does_length_matter or self._is_lock_step else "goodput"
         if name == "fixed":
             return FixedLength(self.num_draft_tokens)
         if name == "confidence":
@@ -352,6 +365,24 @@ class SelfSpeculator:
             self._goodput[batch_size] = GoodputLength(buckets, costs)
         return self._goodput[batch_size]
 
+    @torch.no_grad()
+    def check_lock_step(self) -> None:
+        """For a tensor-parallel model: raises RuntimeError when the ranks' drafters or results differ in any bit.
+
+        They decide each for itself, so that one other bit may become another token, and ranks that wait for each other
+        for ever. All ranks must call it together.
+        """
+        split, width = self.split, 8
+        ids_1Q = torch.arange(width, device=split.device)[None] % split.vocab_size
+        cache = split.make_cache(1, width)
+        placement = cache.place(offset=0, width=width)
+        hidden_1QD = split.shallow(ids_1Q, cache, placement)
+        final_1QD = split.deep(hidden_1QD, ids_1Q, cache, placement)
+        drafted_1V = self.drafter.step(hidden_1QD[:, 0], self.drafter.begin(final_1QD[:, 0]), 0)
+        logits_1QV = split.head(final_1QD)
+        results = {"hidden states": hidden_1QD, "the verifier's logits": logits_1QV, "draft logits": drafted_1V}
+        check_ranks_agree(results | self.drafter.state_dict())
+
     def save_drafter(self, folder: str | Path, *, metrics: dict | None = None, config: dict | None = None) -> None:
         """Writes the drafter as it serves now: PEFT layout, extra tensors, manifest; see `dvi.adapter_store`."""
         save_drafter(
@@ -361,14 +392,15 @@ class SelfSpeculator:
 
 def build_speculator(config: TrainConfig | ServeConfig | WarmupConfig) -> SelfSpeculator:
     """The speculator of a run's settings, its drafter untrained or as drafter.adapter has it."""
+    check_settings(config)
     model, drafter, draft = config.model, config.drafter, config.draft
     if model.num_threads:
         torch.set_num_threads(model.num_threads)
     shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
     speculator = SelfSpeculator.from_pretrained(
         model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
-        device=model.device, adapter=drafter.adapter, mode=model.mode, path=model.path_kind, policy=draft.policy,
-        num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
+        device=model.device, placement=model.placement, adapter=drafter.adapter, mode=model.mode, path=model.path_kind,
+        policy=draft.policy, num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
         seed=config.train.seed,
         trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dvi.kv_cache import Placement, RollbackCache
+from dvi.placement import execution_device, gather_module, is_spread
 from dvi.views import ViewsPath, dissect
 
 PATHS = ("auto", "views", "direct")
@@ -39,30 +40,36 @@ class SplitModel:
                  direct where it can be.
 
     The backbone is frozen: no gradients, eval mode. Attributes: model, config (of its decoder), path, split_layer,
-    num_layers, hidden_size, vocab_size, device (where token ids go), dtype, final_norm, head_weight_VD, head_bias_V
-    (or None), and post_head: what the model does to the head's logits, element by element.
+    layers, num_layers, hidden_size, vocab_size, device (where token ids go, and where every result is), dtype,
+    final_norm, head_weight_VD, head_bias_V (or None), and post_head: what the model does to the head's logits, element
+    by element.
+    A model on the meta device is taken as well, for its shape; nothing is compared then.
     Raises ValueError, with the reason, when the model cannot be split or the split differs from the plain model.
     """
 
     def __init__(self, model: PreTrainedModel, *, split_layer: int, path: str = "auto") -> None:
-        _refuse_unsplittable(model)
+        refuse_unsplittable(model)
         self.model = model.requires_grad_(False).eval()
         anatomy = dissect(model)
         self.config = anatomy.decoder.config
-        self.num_layers = len(anatomy.layers)
+        self.layers = anatomy.layers
+        self.num_layers = len(self.layers)
         if not 0 <= split_layer < self.num_layers:
             raise ValueError(
                 f"split_layer must be in 0..{self.num_layers - 1} for this {self.num_layers}-layer model, "
                 f"got {split_layer}; try {max(1, self.num_layers // 8)}"
             )
         self.split_layer = split_layer
-        self.final_norm = anatomy.final_norm
-        head = model.get_output_embeddings()
+        self.device = execution_device(model.get_input_embeddings())
+        self.final_norm, head = anatomy.final_norm, model.get_output_embeddings()
+        if is_spread(model):
+            # Drafting and learning read norm and head whole. The head's V x D numbers on the first device (with tensor
+            # parallelism on every one) also give the verifier's logits, so only final states cross to it, not logits.
+            self.final_norm, head = (gather_module(module, self.device) for module in (self.final_norm, head))
         self.head_weight_VD, self.head_bias_V = head.weight, head.bias
         self.vocab_size, self.hidden_size = self.head_weight_VD.shape
-        self.device = model.get_input_embeddings().weight.device
         self.dtype = model.dtype
-        self.post_head = _post_head(model.config)
+        self.post_head = post_head_of(model.config)
         self.path = _choose_path(model, path)
         if self.path == "direct":
             from dvi.direct import DirectPath
@@ -72,7 +79,8 @@ class SplitModel:
         else:
             self._path = ViewsPath(anatomy, split_layer=split_layer)
             self._linear_head = head
-        self.self_check()
+        if self.device.type != "meta":  # a shape has no numbers to compare
+            self.self_check()
 
     def make_cache(self, rows: int, capacity: int) -> RollbackCache:
         """An empty cache for `rows` sequences of at most `capacity` positions, rejected drafts included."""
@@ -83,7 +91,7 @@ class SplitModel:
 
         Writes the shallow layers' keys and values at the placement; commits nothing.
         """
-        return self._path.shallow(token_ids_BQ, cache, placement)
+        return self._path.shallow(token_ids_BQ, cache, placement).to(self.device)
 
     def deep(self, hidden_BQD: Tensor, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
         """final_hidden_BQD: what the output head reads, from the stored h_k of the same tokens at the same placement.
@@ -92,7 +100,7 @@ class SplitModel:
         """
         if self.path == "direct":  # Llama-shaped layers never look at token ids
             return self._path.deep(hidden_BQD, cache, placement)
-        return self._path.deep(hidden_BQD, token_ids_BQ, cache, placement)
+        return self._path.deep(hidden_BQD, token_ids_BQ, cache, placement).to(self.device)
 
     def head(self, final_hidden: Tensor) -> Tensor:
         """The verifier's logits [..., V] of final hidden states [..., D], as the plain model gives them."""
@@ -101,13 +109,14 @@ class SplitModel:
     def fingerprint(self) -> str:
         """SHA-256 over the names and bytes of all of the backbone's parameters and persistent buffers.
 
-        Derived buffers are left out: some rotary embeddings recompute theirs while serving.
+        Derived buffers are left out: some rotary embeddings recompute theirs while serving. Not for a spread model:
+        its weights are not all here.
         """
         return _sha256(self.model.state_dict().items())
 
     def head_fingerprint(self) -> str:
-        """SHA-256 over the output head's weight as float32, so that loading a bfloat16 model wider changes nothing."""
-        return _sha256([("head", self.head_weight_VD.float())])
+        """What tells the output head from others, see `fingerprint_of_head`."""
+        return fingerprint_of_head(self.head_weight_VD)
 
     @torch.no_grad()
     def self_check(self) -> None:
@@ -118,6 +127,7 @@ class SplitModel:
         generator = torch.Generator().manual_seed(0)
         ids_BS = torch.randint(self.vocab_size, (2, 10), generator=generator).to(self.device)
         plain_BSV = self.model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), use_cache=False).logits
+        plain_BSV = plain_BSV.to(self.device)
         name, tolerance = type(self.model).__name__, _TOLERANCE.get(self.dtype, _HALF_TOLERANCE)
         try:
             errors = self._errors_by_phase(ids_BS, plain_BSV, prompt=4, width=3)
@@ -163,7 +173,9 @@ class SplitModel:
 def _choose_path(model: PreTrainedModel, path: str) -> str:
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    if path == "views":
+    if path == "direct" and is_spread(model):
+        raise ValueError("path 'direct' needs the whole model on one device, this one is spread; use 'views'")
+    if path == "views" or is_spread(model):
         return "views"
     from dvi.direct import DirectPath
 
@@ -173,7 +185,12 @@ def _choose_path(model: PreTrainedModel, path: str) -> str:
     return "direct" if is_supported else "views"
 
 
-def _post_head(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
+def fingerprint_of_head(weight_VD: Tensor) -> str:
+    """SHA-256 over the output head's weight as float32, so that loading a bfloat16 model wider changes nothing."""
+    return _sha256([("head", weight_VD.float())])
+
+
+def post_head_of(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
     """What the model does to the head's logits, element by element, so that it suits any slice of the vocabulary.
 
     Granite divides, Cohere multiplies, Gemma soft-caps. `SplitModel.self_check` finds what is missing here.
@@ -193,7 +210,7 @@ def _post_head(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
     return post_head
 
 
-def _refuse_unsplittable(model: PreTrainedModel) -> None:
+def refuse_unsplittable(model: PreTrainedModel) -> None:
     """Raises ValueError for models known not to work, with the reason. `SplitModel.self_check` finds the others."""
     config = model.config.get_text_config(decoder=True)
     layer_types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}

@@ -20,6 +20,7 @@ from transformers import AttentionMaskInterface, Cache, PretrainedConfig, PreTra
 from transformers.masking_utils import causal_mask_function
 
 from dvi.kv_cache import Placement, RollbackCache
+from dvi.placement import execution_device
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         module.register_forward_hook(lambda _module, _args, output, key=key: calls.append((key, output)))
         for key, module in watched
     ]
-    token_ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+    token_ids = torch.tensor([[0, 1]], device=execution_device(model.get_input_embeddings()))
+    forward = _with_placed_masks(decoder, lists[0]) if token_ids.is_meta else decoder
     try:
-        decoder(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
+        forward(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -76,6 +78,14 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             f"{head_width}; at most one norm of that same width is supported"
         )
     return Anatomy(decoder, lists[0], after[0] if after else None, is_wrapped)
+
+
+def _with_placed_masks(decoder: PreTrainedModel, layers_name: str) -> PreTrainedModel:
+    """A view of all layers, for two tokens on the meta device: transformers' own masks read numbers, ours do not."""
+    anatomy = Anatomy(decoder, layers_name, norm_name=None, layers_return_tuples=False)
+    view = _view(anatomy, anatomy.layers, list(range(len(anatomy.layers))))
+    view.config.dvi_placement = RollbackCache(rows=1, capacity=2, device=decoder.device).place(offset=0, width=2)
+    return view
 
 
 class ViewsPath:

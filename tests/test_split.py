@@ -359,7 +359,7 @@ def test_what_cannot_be_split_is_refused_with_the_reason(name):
 
 def test_the_self_check_finds_a_head_with_a_missing_scale(monkeypatch):
     """The safety net must have no hole: here the formula after the head is dropped on purpose."""
-    monkeypatch.setattr(dvi.split, "_post_head", lambda _config: lambda logits: logits)
+    monkeypatch.setattr(dvi.split, "post_head_of", lambda _config: lambda logits: logits)
     with pytest.raises(ValueError, match=r"prefill at split_layer 1 differs .* relative error of [0-9.e+-]+; rounding"):
         SplitModel(tiny_model("granite"), split_layer=1)
 

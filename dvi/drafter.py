@@ -111,7 +111,8 @@ def trainable_copy_of_norm(norm: nn.Module, hidden_size: int) -> RmsGain | Other
     copied = copy.deepcopy(norm).float().requires_grad_(True)
     weight = getattr(norm, "weight", None)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if weight is None or isinstance(norm, nn.LayerNorm) or eps is None:
+    # The lean form of a norm on the meta device cannot be told from others: there are no values to compare.
+    if weight is None or weight.is_meta or isinstance(norm, nn.LayerNorm) or eps is None:
         return OtherNorm(copied)
     probe_ND = torch.linspace(-2.0, 3.0, 2 * hidden_size, device=weight.device).view(2, hidden_size)
     with torch.no_grad():

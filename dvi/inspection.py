@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,22 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 from rich.table import Table
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig
 
 from dvi.adapter_store import MANIFEST_FILE, read_manifest
-from dvi.drafter import DRAFTER_KINDS, DrafterConfig, build_drafter
+from dvi.config import load_config
+from dvi.drafter import DRAFTER_KINDS, DrafterConfig
 from dvi.exact import ExactSplit
-from dvi.speculator import EXACT_WIDTH, SelfSpeculator
+from dvi.memory_plan import DEVICE_GB, SplitShape
+from dvi.settings import ServeConfig, TrainConfig
+from dvi.speculator import EXACT_WIDTH, SelfSpeculator, default_split_layer
 from dvi.split import SplitModel
-from dvi.views import dissect
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 OPTIONAL = {"deepspeed": "training with DeepSpeed needs it: pip install 'dvi[deepspeed]'"}
+
+CHECKED_BYTES = 2**30  # of weights: a model up to this size is loaded and its split checked, unasked
+USUAL_POSITIONS = 4096  # of a row where nothing else is said: prompt and answer of all but few requests
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -41,44 +45,104 @@ def describe_adapter(folder: str | Path) -> dict[str, Any]:
     return manifest | {"bytes": files}
 
 
-def describe_model(name_or_path: str, *, split_layer: int | None, dtype: str = "auto") -> dict[str, Any]:
-    """Where the model would be split and what the parts weigh, or {"is_splittable": False, "reason": ...}.
+def describe_model(
+    name_or_path: str,
+    settings: TrainConfig | ServeConfig | None = None,
+    *,
+    dtype: str | None = None,
+    positions: int | None = None,
+    check: bool | None = None,
+) -> dict[str, Any]:
+    """Where the model is split, what the parts weigh and what a run of these settings takes on a device; or
+    {"is_splittable": False, "reason": ...}.
 
-    draft_step_share  parameters a draft step reads over those a full step reads: the c of docs/benchmarks.md, before
-                      the drafter's own. Experts all count, also those that a token does not reach.
-    The model is loaded and its split checked, so this takes its memory. Raises ValueError when there is no such model.
+    name_or_path  a folder, of which config.json is enough, or a hub id. settings.model.path is not looked at.
+    settings      of a run or a server: split layer, drafter, rows, replay ...; default those of `dvi train`.
+    dtype         None is that of the settings, "auto" the one the weights are stored in.
+    positions     cached positions of each row; default up to 4096 of a run, an equal share of a server's.
+    check         load the weights and compare the split with the plain model, which takes the model's memory; None
+                  does so for a small model in a local folder. Without it the shape alone is looked at, and a model
+                  whose forward hides something may still turn out not to be splittable.
+    Raises ValueError when there is no such model, and for settings that do not fit it.
     """
+    settings = settings or TrainConfig()
+    folder = Path(name_or_path)
+    if not folder.is_dir() and str(name_or_path).startswith((".", "/", "checkpoints/")):
+        raise ValueError(f"no model folder at {name_or_path}; give a Hugging Face folder or a hub id")
+    config = AutoConfig.from_pretrained(name_or_path)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name_or_path} is an encoder-decoder model; only decoder-only models can be split")
+    dtype = _dtype_of(config) if dtype == "auto" else getattr(torch, dtype or settings.model.dtype)
+    split_layer, path = settings.model.split_layer, settings.model.path_kind
+    if split_layer is None:
+        split_layer = default_split_layer(config.get_text_config().num_hidden_layers)
     try:
-        speculator = SelfSpeculator.from_pretrained(name_or_path, split_layer=split_layer, dtype=dtype, device="cpu")
+        shape = SplitShape(config, dtype=dtype, split_layer=split_layer, path=path)
+        demand = _demand(settings, positions, longest=_max_positions(config))
+        drafter = _drafter_config(settings)
+        plan = shape.plan_memory(
+            drafter=drafter, learning=settings.train, num_draft_tokens=settings.draft.num_draft_tokens, **demand
+        )
+        if check is None:
+            check = plan.layers + plan.other_weights <= CHECKED_BYTES and any(folder.glob("*.safetensors"))
+        if check:
+            SelfSpeculator.from_pretrained(name_or_path, split_layer=split_layer, dtype=dtype, device="cpu", path=path)
     except ValueError as error:
         if "cannot be split" not in str(error):
             raise
         return {"is_splittable": False, "reason": str(error)}
-    split, layers = speculator.split, dissect(speculator.model).layers
-    split_layer = split.split_layer
-    shallow, deep = (sum(map(_num_parameters, part)) for part in (layers[:split_layer], layers[split_layer:]))
-    head = split.head_weight_VD.numel()
+    split, counts = shape.split, shape.count_parameters(drafter)
     return {
         "is_splittable": True,
-        "architecture": type(speculator.model).__name__,
+        "is_checked": check,
+        "architecture": type(split.model).__name__,
         "dtype": str(split.dtype).removeprefix("torch."),
         "path": split.path,
         "num_layers": split.num_layers,
         "split_layer": split_layer,
         "hidden_size": split.hidden_size,
         "vocab_size": split.vocab_size,
-        "is_tied": split.head_weight_VD is speculator.model.get_input_embeddings().weight,
-        "has_chat_template": speculator.tokenizer.chat_template is not None,
-        "max_positions": speculator.max_positions,
-        "parameters": {
-            "shallow": shallow, "deep": deep, "head": head, "all": _num_parameters(speculator.model),
-        },
-        "draft_step_share": round((shallow + head) / (shallow + deep + head), 4),
-        "cache_bytes_per_position": _cache_bytes_per_position(split),
+        "is_tied": split.model.get_output_embeddings().weight is split.model.get_input_embeddings().weight,
+        "has_chat_template": _has_chat_template(name_or_path),
+        "max_positions": _max_positions(config),
+        "parameters": dataclasses.asdict(counts),
+        "draft_step_share": round(counts.draft_step_share, 4),
+        "cache_bytes_per_position": shape.cache_bytes_per_position,
         "drafter_parameters": {
-            kind: _num_parameters(build_drafter(split, DrafterConfig(kind=kind))) for kind in DRAFTER_KINDS
+            kind: shape.count_parameters(dataclasses.replace(drafter, kind=kind)).drafter for kind in DRAFTER_KINDS
         },
+        "update_bytes": {
+            name: counts.drafter_trimmed * getattr(torch, name).itemsize for name in ("float32", "bfloat16")
+        },
+        "demand": demand,
+        "memory": dataclasses.asdict(plan) | {"total": plan.total},
+        "devices": {f"{size} GB": shape.devices_needed(plan, device_gb=size) for size in DEVICE_GB},
     }
+
+
+def load_settings(path: str | Path, overrides: Iterable[str]) -> TrainConfig | ServeConfig:
+    """Settings of a server from a file with a section `serve`, else of a run. Raises what `load_config` raises."""
+    is_server = any(line.startswith("serve:") for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return load_config(path, overrides, schema=ServeConfig if is_server else TrainConfig)
+
+
+def memory_table(facts: Mapping[str, Any]) -> Table:
+    """The memory plan of `describe_model` for people, largest part first, and which devices hold it."""
+    demand, parts = facts["demand"], dict(facts["memory"])
+    total = parts.pop("total")
+    unit, size = ("GB", 10**9) if total >= 10**9 else ("MB", 10**6)
+    table = Table("on each device", unit, title=f"{demand['rows']} rows of {demand['positions']:,} positions")
+    table.columns[1].justify = "right"
+    for name, num_bytes in sorted(parts.items(), key=lambda part: -part[1]):
+        if num_bytes:
+            table.add_row(name.replace("_", " "), f"{num_bytes / size:.2f}")
+    table.add_section()
+    table.add_row("total", f"{total / size:.2f}")
+    table.add_section()
+    for name, count in facts["devices"].items():
+        fit = "too small" if count is None else "1 is enough" if count == 1 else f"{count}, tensor parallel"
+        table.add_row(f"devices of {name}", fit)
+    return table
 
 
 def describe_machine() -> dict[str, Any]:
@@ -135,17 +199,36 @@ def _shown(value: object) -> str:
     return "\n".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _demand(settings: TrainConfig | ServeConfig, positions: int | None, *, longest: int) -> dict[str, int]:
+    """The rows and positions of `SplitShape.plan_memory`. longest: positions of the model's context."""
+    if isinstance(settings, ServeConfig):
+        serve = settings.serve
+        usual, prefixes = serve.max_positions // serve.max_rows, serve.prefix_cache_positions
+        return {"rows": serve.max_rows, "positions": positions or min(usual, longest), "prefix_positions": prefixes}
+    return {"rows": settings.data.batch_size, "positions": positions or min(USUAL_POSITIONS, longest)}
 
 
-@torch.no_grad()
-def _cache_bytes_per_position(split: SplitModel) -> int:
-    """Bytes of keys and values one position takes over all layers, seen in a real cache."""
-    cache, ids_11 = split.make_cache(1, 1), torch.zeros(1, 1, dtype=torch.int64, device=split.device)
-    placement = cache.place(offset=0, width=1)
-    split.deep(split.shallow(ids_11, cache, placement), ids_11, cache, placement)
-    return cache.num_bytes
+def _drafter_config(settings: TrainConfig | ServeConfig) -> DrafterConfig:
+    names = (field.name for field in dataclasses.fields(DrafterConfig))
+    return DrafterConfig(**{name: getattr(settings.drafter, name) for name in names})
+
+
+def _dtype_of(config: PretrainedConfig) -> torch.dtype:
+    """The one the weights are stored in; float32 where the config does not say."""
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _has_chat_template(name_or_path: str) -> bool | None:
+    """None where there is no tokenizer beside the config."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path).chat_template is not None
+    except (OSError, ValueError):
+        return None
+
+
+def _max_positions(config: PretrainedConfig) -> int:
+    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def _exact_mode_reason(dtype: torch.dtype) -> str | None:

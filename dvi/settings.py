@@ -157,8 +157,8 @@ class LearningSettings:
     """The learning beside serving.
 
     enabled             false serves with the drafter as it is.
-    blocks_per_step     draft blocks in one optimizer step, each of block_len positions.
-    rounds_per_step     a step is due every so many rounds ...
+    blocks_per_step     draft blocks in one optimizer step, each of block_len positions; of several ranks together.
+    rounds_per_step     a step is due every so many rounds, of several ranks together ...
     budget              ... as long as training has taken at most this share of all time; 1 is no limit.
     steps_per_publish   the serving drafter takes over the learner's parameters every so many steps.
     steps_per_canary    the learner is held against its best so far every so many steps.

@@ -38,6 +38,8 @@ MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the fir
 CANARY_BLOCKS = 256  # fewer, and the score's noise alone looks like a loss of a tenth
 STORED_AT_ONCE = 64  # positions: a call of ReplayBuffer.add costs about as much as a hundred of them
 SETTLED_PART = 0.1  # of the steps, and of the time for them, that remains once acceptance has settled
+# Blocks: what a step costs besides its blocks, and its messages, must not become most of it.
+SMALLEST_PART = 8
 TICK_S = 0.1  # between ballots of a rank that owes no step: how long the others may have to wait for it
 BEST = -1  # of Notices.rollback
 IDLE_S = 0.005  # a rank that only waits for others sleeps so long at a time
@@ -51,6 +53,8 @@ class OnlineTrainer:
     num_noop_swaps  publishes left out because the weights served already.
     train_s         seconds spent in steps, publishing and canaries included.
     last_report     the newest step's UpdateReport; None before the first.
+    blocks_here     of a step's blocks those of this rank: a step of many ranks has no more than one of a single rank,
+                    as long as each has SMALLEST_PART, and where it has more it is made after as many more rounds.
     follows_rounds  rounds observed owe steps; False where somebody else says when one is due, by must_step.
     notices         what this rank's job has to tell the others at the next tick.
     agreed          the sum of all ranks' ballots at the last tick; None before the first, and where there are no peers.
@@ -64,6 +68,8 @@ class OnlineTrainer:
         Raises ValueError for settings that do not fit it.
         """
         self.config = config = config or LearningSettings()
+        even_part = -(-config.blocks_per_step // peers.num_ranks)
+        self.blocks_here = min(config.blocks_per_step, max(even_part, SMALLEST_PART))
         self._split, self._live, self._peers = speculator.split, speculator.drafter, peers
         self._student = build_student(self._split, self._live, config, peers=peers)
         self._replay = ReplayBuffer(
@@ -76,7 +82,9 @@ class OnlineTrainer:
         )
         self.baseline = RewardBaseline(MAX_DEPTH, device=self._split.device)
         self.trend = AcceptanceTrend(patience=config.settle_rounds, wakes=config.drift_wakeup)
-        self.budget = TimeBudget(config.budget, rounds_per_step=config.rounds_per_step, now_s=time.perf_counter())
+        self.budget = TimeBudget(
+            config.budget, rounds_per_step=config.rounds_per_step * self.part_here, now_s=time.perf_counter()
+        )
         self.token_counts_V = torch.zeros(self._split.vocab_size, dtype=torch.int64, device=self._split.device)
         self._generator = torch.Generator().manual_seed(config.seed + peers.rank)
         self.num_steps = self.num_skipped = self.num_rollbacks = self.num_noop_swaps = 0
@@ -97,6 +105,11 @@ class OnlineTrainer:
         self._history = VersionHistory(Snapshot(self._student.copy_state(), step=0))
         # An adapter that has learnt before goes on from its version.
         self._history.add(self._version, self._history.best, "resume" if self._version else "initial")
+
+    @property
+    def part_here(self) -> float:
+        """Of the experience that owes a step, what this rank must have had before it owes one: 1 when alone."""
+        return self.blocks_here / self.config.blocks_per_step
 
     def restart_clock(self) -> None:
         """Forgets saved-up training time: after a pause in which nothing was served, or a resume."""
@@ -193,7 +206,7 @@ class OnlineTrainer:
     @property
     def _has_data(self) -> bool:
         """Enough of it that a batch does not repeat itself."""
-        return len(self._replay) + self._num_unstored >= MIN_POSITIONS_PER_BLOCK * self.config.blocks_per_step
+        return len(self._replay) + self._num_unstored >= MIN_POSITIONS_PER_BLOCK * self.blocks_here
 
     @property
     def is_busy(self) -> bool:
@@ -430,7 +443,7 @@ class OnlineTrainer:
     def _next_batch(self) -> ReplayBatch:
         """A step's blocks of this rank."""
         if self._peers.is_alone or self._has_data:
-            return self._sample(self.config.blocks_per_step, self._generator)
+            return self._sample(self.blocks_here, self._generator)
         return self._empty_batch()
 
     def _empty_batch(self) -> ReplayBatch:
@@ -462,13 +475,13 @@ class OnlineTrainer:
         """
         totals = torch.zeros(3, dtype=torch.int64, device=self._split.device)
         if self._has_data:
-            batch = self._sample(CANARY_BLOCKS, torch.Generator().manual_seed(self.num_steps + 1))
-            totals[2] = CANARY_BLOCKS
+            totals[2] = num_blocks = -(-CANARY_BLOCKS // self._peers.num_ranks)
+            batch = self._sample(num_blocks, torch.Generator().manual_seed(self.num_steps + 1))
             for part in self._slices(batch):
                 yield Progress.WORKED
                 totals[:2] += self._student.accepted_prefixes(part, self._history.best.state)
-        learner, best, num_blocks = (yield from self._peers.total(totals.cpu())).tolist()
-        return learner / num_blocks, best / num_blocks
+        learner, best, num_all = (yield from self._peers.total(totals.cpu())).tolist()
+        return learner / num_all, best / num_all
 
     def _settle(self, scores: tuple[float, float] | None) -> bool:
         """Ends a finite step: back to the best after a canary that was lost, else published when its turn has come.

@@ -55,7 +55,7 @@ class RecordingLearner:
         trainer, request_id = self._trainer, 0  # the same for all: each one is ended before the next begins
         trainer.observe([text.transitions(request_id, with_prompt=trainer.config.learn_from_prompts)])
         trainer.replay.end(request_id)
-        self.owed_steps += text.num_answered / self._positions_per_step
+        self.owed_steps += text.num_answered / (self._positions_per_step * trainer.part_here)
 
     @property
     def is_step_due(self) -> bool:

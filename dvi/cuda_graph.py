@@ -46,7 +46,8 @@ class RoundGraphs:
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only this thread's calls belong to the capture: among several ranks NCCL's thread looks at events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = function()
         self._pool = graph.pool()
         return graph, result

@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Seed = Annotated[int, Ge(0), Lt(2**62)]
 Port = Annotated[int, Ge(0), Le(65535)]
+MACHINE_KEYS = frozenset({"device", "num_threads", "placement"})  # of ModelSettings: where a run goes on may differ
 Rival = Literal["hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle"]
 
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from dvi.config import load_config
-from dvi.settings import PaperConfig, TrainConfig
+from dvi.settings import MACHINE_KEYS, PaperConfig, TrainConfig
 from trainers.job import DRAFTER, SUMMARY, run_training
-
-MACHINE_KEYS = {"device", "num_threads"}  # where a run goes on may differ
 
 
 def run_paper(
@@ -29,8 +28,15 @@ def run_paper(
     run_bench: the benchmark's report, from the settings and the drafter's folder; where it was interrupted it goes on
     by itself. The summary's "training" is that of `dvi train`, its "bench" that report, or None when training was
     interrupted (status "interrupted"): a second start then goes on.
-    Raises ValueError when the folder holds a run of other settings, and what training and the benchmark raise.
+    Raises ValueError when the folder holds a run of other settings, among several ranks, and what training and the
+    benchmark raise.
     """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks > 1:
+        raise ValueError(
+            f"dvi bench paper runs in one process, got {num_ranks} ranks; train with torchrun ... -m dvi.cli train, then "
+            "measure with dvi bench spec-bench --adapter"
+        )
     training = _train(config.training, console=console)
     bench = None
     if training["status"] == "done":

@@ -18,7 +18,7 @@ from dvi.bench.machine import describe_machine
 from dvi.config import write_provenance
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams
-from dvi.settings import LearningSettings, TrainConfig
+from dvi.settings import MACHINE_KEYS, LearningSettings, TrainConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.traffic import Messages, read_prompts
 from trainers.evaluation import SpeedProbe
@@ -267,7 +267,7 @@ def _settings(config: TrainConfig, cell: Cell, files: dict[str, Path]) -> dict[s
     """What a cell's figures depend on, by section; not where it runs or writes."""
     settings = dataclasses.asdict(varied(config, cell.variant))
     del settings["output"]
-    settings["model"] = {key: value for key, value in settings["model"].items() if key not in ("device", "num_threads")}
+    settings["model"] = {key: value for key, value in settings["model"].items() if key not in MACHINE_KEYS}
     return settings | {
         "phases": [dataclasses.asdict(phase) for phase in cell.stream.phases],
         "files": [str(path) for domain in cell.stream.domains for path in paths_of(domain, files)],

@@ -208,3 +208,12 @@ def test_the_trained_model_is_gone_when_the_benchmark_loads_its_own(settings, tm
     config.write_text(to_yaml(made), encoding="utf-8")
     command = [sys.executable, "-c", FRESH_PROCESS, str(config)]
     assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout == "gone\n"
+
+
+def test_several_ranks_are_refused_before_anything_is_begun(monkeypatch, tmp_path):
+    """Catches ranks that all run the benchmark, into the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = dataclasses.replace(PaperConfig(), output=dataclasses.replace(PaperConfig().output, folder=str(tmp_path)))
+    with pytest.raises(ValueError, match="one process, got 2 ranks"):
+        run_paper(config, run_bench=None, console=Console(quiet=True))
+    assert not any(tmp_path.iterdir())

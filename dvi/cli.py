@@ -228,29 +228,32 @@ def serve(
     access = load_access(settings.serve.keys_file)
     access.check_host(settings.serve.host)
     quieten_transformers()
-    from dvi.serving.server import Server, build_loop, leave_a_core, open_socket, run_server, url_of
+    from dvi.serving.place import ServerPlace
+    from dvi.serving.server import Server, build_loop, leave_a_core, run_server
 
     leave_a_core(settings)
-    with open_socket(settings.serve.host, settings.serve.port) as listener:
+    with ServerPlace(settings) as place:
         if settings.train.enabled:
-            from trainers.serving import build_serving
+            from trainers.server_job import build_serving
 
-            speculator, learner = build_serving(settings)
+            speculator, learner = build_serving(place.config, place.peers)
         else:
             from dvi.speculator import build_speculator
 
-            speculator, learner = build_speculator(settings), None
+            speculator, learner = build_speculator(place.config), None
         loop = build_loop(settings, speculator, learner)
-        server, url = Server(settings, loop, access), url_of(listener)
+        server, url, num_ranks = Server(settings, loop, access), place.url, place.peers.num_ranks
 
         def announce() -> None:
-            say(f"serving {settings.model.path} at {url}, figures at {url}/dashboard")
+            ranks = "" if num_ranks == 1 else f" on {num_ranks} ranks"
+            say(f"serving {settings.model.path}{ranks} at {url}, figures at {url}/dashboard")
             if live:
                 _show_in_background(loop, until=lambda: server.should_exit)
 
-        server.on_listening = announce
-        run_server(server, loop, listener)
-    finish("serve", url=url, drafter_version=speculator.drafter.version)
+        loop.engine.costs()  # takes seconds, on some ranks more than on others, and the door opens when all have them
+        place.announce(server, announce)
+        run_server(server, loop, place.listener)
+    _finish_job("serve", {"url": url, "drafter_version": speculator.drafter.version})
 
 
 @app.command()
@@ -260,16 +263,24 @@ def route(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = RouteSettings.port,
     keys_file: Annotated[Path | None, typer.Option(help="API keys, the same file as the replicas'.")] = None,
     drain_s: Annotated[float, typer.Option(min=0, help="For running requests to end.")] = RouteSettings.drain_s,
+    learn_together: Annotated[
+        bool, typer.Option("--learn-together", help="The servers are ranks of one job and learn one drafter.")
+    ] = False,
+    handed: Annotated[int | None, typer.Option("--socket", hidden=True, help="Of a dvi serve that starts it.")] = None,
 ) -> None:
     """Give several servers one address: least loaded first, conversations stay together."""
     import logging
 
     keys = None if keys_file is None else str(keys_file)
-    settings = RouteSettings(tuple(replicas), host=host, port=port, keys_file=keys, drain_s=drain_s)
+    settings = RouteSettings(
+        tuple(replicas), host=host, port=port, keys_file=keys, drain_s=drain_s, learn_together=learn_together
+    )
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    import socket
+
     from dvi.serving.front_door import run_front_door
 
-    run_front_door(settings)
+    run_front_door(settings, listener=None if handed is None else socket.socket(fileno=handed))
     finish("route", replicas=list(settings.replicas))
 
 

@@ -12,7 +12,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import Enum
 from typing import TypeVar
@@ -123,6 +124,18 @@ class Peers:
         finally:
             self.busy_s += time.perf_counter() - start_s
             self.num_bytes += message.numel() * message.element_size()
+
+    @contextmanager
+    def in_library(self) -> Iterator[None]:
+        """Around calls in which a library waits for all ranks. Raises PeerLostError when one was lost meanwhile."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.is_alone:
+                raise
+            raise self.lost(error) from error
 
     def check_alike(self, what: str, fact: object) -> None:
         """Raises ValueError, on every rank, when the ranks do not have the same fact. Waits for all ranks."""

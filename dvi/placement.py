@@ -5,6 +5,7 @@
               (accelerate's hooks move weights and activations).
 "tensor"      one process per GPU under torchrun; each holds a part of every layer (transformers' own plan), and all run
               the same rounds in lock-step.
+"zero3"       the same parts, gathered for every pass over whole texts: see `dvi.zero3`, which loads such a model.
 
 Knows modules, devices and process groups; knows nothing of drafting. On several GPUs, and with NCCL, nothing here has
 been tried.
@@ -79,7 +80,12 @@ def check_tensor_parallel(config: PretrainedConfig, *, num_processes: int) -> No
 
 
 def check_settings(config: TrainConfig | ServeConfig | WarmupConfig) -> None:
-    """Raises ValueError for what cannot run in lock-step with placement "tensor": whatever asks a rank's own clock."""
+    """Raises ValueError, with the reason, for what cannot be done with the model's placement.
+
+    Not with "tensor": whatever asks a rank's own clock, for its ranks run in lock-step. Not with "zero3": to decode.
+    """
+    if config.model.placement == "zero3":
+        _check_zero3(config)
     if config.model.placement != "tensor":
         return
     if isinstance(config, ServeConfig):
@@ -96,18 +102,19 @@ def check_settings(config: TrainConfig | ServeConfig | WarmupConfig) -> None:
         )
 
 
-def check_deepspeed(config: Mapping[str, object], *, generates: bool) -> None:
-    """Raises ValueError when a run that decodes would have its model sharded by ZeRO-3.
-
-    config: DeepSpeed's, as from its JSON file. generates: whether the run decodes, as serving and evaluation do.
-    """
-    stage = (config.get("zero_optimization") or {}).get("stage", 0)
-    if stage == 3 and generates:
+def _check_zero3(config: TrainConfig | ServeConfig | WarmupConfig) -> None:
+    if not (isinstance(config, WarmupConfig) and config.warmup.source == "texts" and not config.eval.limit):
         raise ValueError(
-            "zero_optimization.stage must be at most 2 where the model decodes, got 3: ZeRO-3 gathers every layer from "
-            "all ranks for every token, and each rank must run as many passes as the one with the longest answer; use "
-            "stage 2 with model.placement device_map or tensor, or learn from texts: dvi warmup with "
-            "warmup.source=texts and eval.limit=0"
+            "model.placement must not be 'zero3' where the model decodes: ZeRO-3 gathers every layer from all ranks "
+            "for every token, and each rank must run as many passes as the one with the longest answer; try device_map "
+            "or tensor, or learn from texts: dvi warmup with warmup.source=texts and eval.limit=0"
+        )
+    if config.model.mode != "fast":
+        raise ValueError(f"model.mode must be 'fast' with model.placement 'zero3', got {config.model.mode!r}")
+    if config.train.strategy != "ddp":
+        raise ValueError(
+            "train.strategy must be ddp with model.placement 'zero3', where DeepSpeed already holds the model, got "
+            f"{config.train.strategy!r}"
         )
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # the front door has records, and does not wait for torch
+    from torch import Tensor
 
 GREEDY_TEMPERATURE = 0.0
 

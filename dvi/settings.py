@@ -32,7 +32,8 @@ class ModelSettings:
     split_layer  layers 1..split_layer draft, the rest verify; 0 drafts from the embedding; null is one in sixteen.
     mode         "fast", or "exact": token ids equal plain decoding's, in float32 and float64 only.
     placement    "single" device; "device_map" spreads the layers over this machine's GPUs, and its memory and disk
-                 where they are full; "tensor" every layer over the processes of torchrun. See docs/multi_gpu.md.
+                 where they are full; "tensor" every layer over the processes of torchrun; "zero3" too, but only to
+                 record texts for a warm-up. See docs/multi_gpu.md.
     path_kind    how the layers are called: "views" (any model), "direct" (lean, Llama-shaped models), "auto" chooses.
     num_threads  CPU threads of torch; 0 leaves its own choice, and to a server all cores but one.
     """
@@ -41,7 +42,7 @@ class ModelSettings:
     split_layer: Count | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: str = "auto"
-    placement: Literal["single", "device_map", "tensor"] = "single"
+    placement: Literal["single", "device_map", "tensor", "zero3"] = "single"
     mode: Literal["fast", "exact"] = "fast"
     path_kind: Literal["auto", "direct", "views"] = "auto"
     num_threads: Count = 0
@@ -181,6 +182,10 @@ class LearningSettings:
                         optimizer's state; a launch by accelerate with a DeepSpeed file decides for itself.
     compress_gradient   between ranks gradients travel as bfloat16: half the bytes, and a rounding of each sum.
     peer_timeout_s      a rank that has not answered the others for so long is lost, and the job ends.
+    learner             of several ranks: "shared", all serve and learn together; "dedicated", rank 0 learns from what
+                        the others serve.
+    outbox_positions    where the learner is dedicated: what a serving rank holds of what is not sent yet; of more it
+                        sheds the oldest.
     """
 
     enabled: bool = True
@@ -211,6 +216,8 @@ class LearningSettings:
     strategy: Literal["ddp", "zero1", "zero2"] = "ddp"
     compress_gradient: bool = False
     peer_timeout_s: Positive = 300.0
+    learner: Literal["shared", "dedicated"] = "shared"
+    outbox_positions: Annotated[int, Ge(64)] = 4096
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -428,6 +435,8 @@ class RouteSettings:
     port               0 takes a free one.
     keys_file          API keys, as for `dvi serve`, and best the replicas' own file: a request's key is checked here
                        and there.
+    learn_together     the replicas learn one drafter, as ranks of one job: what is asked of the drafter is asked of the
+                       first, for all.
     health_every_s     pause between two looks at a replica, and how long it may take to answer one.
     connect_timeout_s  for a connection to a replica, after which it counts as down.
     answer_timeout_s   silence of a replica after which a request fails; longer than its serve.total_timeout_s.
@@ -438,6 +447,7 @@ class RouteSettings:
     host: str = "127.0.0.1"
     port: Port = 8000
     keys_file: str | None = None
+    learn_together: bool = False
     max_connections: PositiveCount = 1024
     max_body_bytes: PositiveCount = 2_000_000
     health_every_s: Positive = 2.0

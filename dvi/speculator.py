@@ -11,7 +11,8 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
@@ -73,18 +74,10 @@ class SelfSpeculator:
             raise ValueError(f"{NO_GOODPUT}; try policy='fixed'")
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         if split_layer is None:
-            num_layers = model.config.get_text_config().num_hidden_layers
-            split_layer = default_split_layer(num_layers) if adapter is None else read_manifest(adapter).split_layer
+            split_layer = choose_split_layer(model.config, adapter)
         self.split = SplitModel(model, split_layer=split_layer, path=path)
         self.passes = ExactSplit(self.split, width=EXACT_WIDTH) if mode == "exact" else self.split
-        if adapter is not None:
-            self.drafter = load_drafter(adapter, self.split)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.drafter = build_drafter(self.split, drafter or DrafterConfig())
-            self.drafter.publish(self.drafter, version=0)
-        self.drafter.requires_grad_(False)
+        self.drafter = make_drafter(self.split, drafter, adapter=adapter, seed=seed)
         if self._is_lock_step:
             self.check_lock_step()
         self.policy, self.num_draft_tokens = policy, num_draft_tokens
@@ -390,14 +383,16 @@ class SelfSpeculator:
         )
 
 
-def build_speculator(config: TrainConfig | ServeConfig | WarmupConfig) -> SelfSpeculator:
+def build_speculator(
+    config: TrainConfig | ServeConfig | WarmupConfig, *, kind: type[SelfSpeculator] = SelfSpeculator
+) -> SelfSpeculator:
     """The speculator of a run's settings, its drafter untrained or as drafter.adapter has it."""
     check_settings(config)
     model, drafter, draft = config.model, config.drafter, config.draft
     if model.num_threads:
         torch.set_num_threads(model.num_threads)
     shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
-    speculator = SelfSpeculator.from_pretrained(
+    speculator = kind.from_pretrained(
         model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
         device=model.device, placement=model.placement, adapter=drafter.adapter, mode=model.mode, path=model.path_kind,
         policy=draft.policy, num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
@@ -407,6 +402,27 @@ def build_speculator(config: TrainConfig | ServeConfig | WarmupConfig) -> SelfSp
     if not isinstance(config, ServeConfig) and config.data.template == "vicuna":
         speculator.tokenizer.chat_template = VICUNA_TEMPLATE
     return speculator
+
+
+def make_drafter(
+    split: SplitModel, config: DrafterConfig | None = None, *, adapter: str | Path | None = None, seed: int = 0
+) -> nn.Module:
+    """A drafter that serves: the adapter's, else an untrained one. Raises ValueError as `load_drafter` does."""
+    if adapter is not None:
+        drafter = load_drafter(adapter, split)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drafter = build_drafter(split, config or DrafterConfig())
+        drafter.publish(drafter, version=0)
+    return drafter.requires_grad_(False)
+
+
+def choose_split_layer(config: PretrainedConfig, adapter: str | Path | None) -> int:
+    """Where to cut a model if nobody says: where the adapter was trained, else by `default_split_layer`."""
+    if adapter is not None:
+        return read_manifest(adapter).split_layer
+    return default_split_layer(config.get_text_config().num_hidden_layers)
 
 
 def default_split_layer(num_layers: int) -> int:

@@ -10,16 +10,19 @@ Tried with gloo on CPUs; with NCCL on GPUs it has not been.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import os
+import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import distributed
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
+from dvi.drafter import DrafterConfig
 from dvi.placement import gather_module
 from dvi.recordings import RecordedText
+from dvi.speculator import SelfSpeculator, choose_split_layer, make_drafter
 from dvi.split import fingerprint_of_head, post_head_of, refuse_unsplittable
 from dvi.views import Anatomy, dissect
 
@@ -75,7 +78,10 @@ class ShardedBackbone:
 
     @torch.no_grad()
     def record(self, token_ids: list[int], *, prompt_len: int) -> RecordedText:
-        """Runs the model over a text once. All ranks must record together, each a text of its own of any length."""
+        """Runs the model over a text once.
+
+        All ranks must record together, each a text of its own of any length; one that has none must `stand_by`.
+        """
         states = []
         hook = self._layers[self.split_layer].register_forward_pre_hook(
             # The first layer of the deep part reads h_k.
@@ -88,25 +94,42 @@ class ShardedBackbone:
             hook.remove()
         return RecordedText(token_ids, prompt_len, states[0][0], final_1SD[0])
 
+    def stand_by(self) -> None:
+        """Does this rank's part in what the others record: hands them its shards."""
+        self.record([0], prompt_len=1)
 
-def record_in_step(
-    backbone: ShardedBackbone, texts: Iterable[tuple[list[int], int]]
-) -> Iterator[RecordedText | None]:
-    """The recordings of this rank's texts, token ids with prompt lengths, in their order.
 
-    Ends on all ranks at once: where one runs out of texts before the others it goes on recording a single token, for
-    which it yields None. All ranks must therefore ask for the next one equally often.
+class ShardedSpeculator(SelfSpeculator):
+    """A sharded model with its tokenizer and a drafter to learn: reads texts, saves the drafter, cannot decode.
+
+    Of a `SelfSpeculator` it has model, tokenizer, split, drafter, encode, encode_request, max_positions, save_drafter.
     """
-    texts = iter(texts)
-    while True:
-        text = next(texts, None)
-        is_left = torch.tensor([text is not None], dtype=torch.int32, device=backbone.device)
-        distributed.all_reduce(is_left, op=distributed.ReduceOp.MAX)
-        if not is_left.item():
-            return
-        token_ids, prompt_len = ([0], 1) if text is None else text
-        recorded = backbone.record(token_ids, prompt_len=prompt_len)
-        yield None if text is None else recorded
+
+    def __init__(
+        self, backbone: ShardedBackbone, tokenizer: PreTrainedTokenizerBase, *, drafter: DrafterConfig,
+        adapter: str | Path | None, seed: int,
+    ) -> None:
+        self.model, self.split, self.tokenizer = backbone.model, backbone, tokenizer
+        self.drafter = make_drafter(backbone, drafter, adapter=adapter, seed=seed)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, split_layer: int | None = None, drafter: DrafterConfig, dtype: str,
+        adapter: str | Path | None = None, seed: int = 0, trust_remote_code: bool = False, **_decoding: object,
+    ) -> ShardedSpeculator:
+        """All ranks must call it together. The arguments are those of `SelfSpeculator`'s; those of decoding are unused.
+
+        Raises ValueError as `ShardedBackbone` and `load_drafter` do.
+        """
+        if split_layer is None:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+            split_layer = choose_split_layer(config, adapter)
+        backbone = ShardedBackbone(
+            str(name_or_path), split_layer=split_layer, dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        return cls(backbone, tokenizer, drafter=drafter, adapter=adapter, seed=seed)
 
 
 def _anatomy(name_or_path: str, source: dict[str, object]) -> Anatomy:
@@ -120,6 +143,8 @@ def _anatomy(name_or_path: str, source: dict[str, object]) -> Anatomy:
 
 def _import_deepspeed() -> ModuleType:
     """DeepSpeed, on the job's process group. Raises ValueError when it is not installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found anyway, with a warning
     try:
         import deepspeed
         import deepspeed.ops
@@ -127,5 +152,7 @@ def _import_deepspeed() -> ModuleType:
         raise ValueError("ZeRO-3 needs DeepSpeed; pip install 'dvi[deepspeed]'") from error
     # Else it compiles shared-memory collectives for CPUs when it starts: minutes, and a failure without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its collectives go by names that newer torch calls old; nobody here can change that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     return deepspeed

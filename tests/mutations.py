@@ -310,7 +310,8 @@ MUTATIONS = [
     ),
     Mutation(
         "pin_without_effect", "dvi/serving/loop.py",
-        "self.learner_error is None and not self.is_pinned", "self.learner_error is None", "tests/test_loop.py",
+        "self.learner_error is None and (not self.is_pinned or self._rests_itself)", "self.learner_error is None",
+        "tests/test_loop.py",
     ),
     Mutation(
         "n_choices_taken_in_part", "dvi/serving/loop.py",

@@ -41,22 +41,41 @@ def try_ranks(
     function: Callable, *arguments: object, num_ranks: int = 2, timeout_s: float = 120
 ) -> list[tuple[bool, object]]:
     """(True, result) or (False, reason) of each rank; a rank still running at the end of the time is killed."""
-    port, deadline_s = free_port(), time.monotonic() + timeout_s
-    pipes, processes = [], []
-    for rank in range(num_ranks):
-        mine, theirs = CONTEXT.Pipe(duplex=False)
-        environment = rank_environment(rank, num_ranks, port)
-        process = CONTEXT.Process(target=_run, args=(theirs, environment, function, arguments), daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(mine)
-        processes.append(process)
-    try:
-        return [_outcome(pipe, deadline_s) for pipe in pipes]
-    finally:
-        for process in processes:
+    with Ranks(function, *arguments, num_ranks=num_ranks) as ranks:
+        return ranks.outcomes(timeout_s=timeout_s)
+
+
+class Ranks:
+    """The processes of one job, each at function(*arguments). A context manager; none outlives it."""
+
+    def __init__(self, function: Callable, *arguments: object, num_ranks: int) -> None:
+        port = free_port()
+        self._pipes: list[Connection] = []
+        self.processes: list[multiprocessing.Process] = []
+        for rank in range(num_ranks):
+            mine, theirs = CONTEXT.Pipe(duplex=False)
+            environment = rank_environment(rank, num_ranks, port)
+            process = CONTEXT.Process(target=_run, args=(theirs, environment, function, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self.processes.append(process)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
             process.kill()
             process.join()
+
+    def outcomes(self, *, timeout_s: float) -> list[tuple[bool, object]]:
+        """(True, result) or (False, reason) of each rank; a rank that is still running by then hung."""
+        deadline_s = time.monotonic() + timeout_s
+        return [_outcome(pipe, deadline_s) for pipe in self._pipes]
+
+    def outcome(self, rank: int, *, timeout_s: float) -> tuple[bool, object]:
+        return _outcome(self._pipes[rank], time.monotonic() + timeout_s)
 
 
 def _outcome(pipe: Connection, deadline_s: float) -> tuple[bool, object]:

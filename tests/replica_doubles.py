@@ -12,7 +12,7 @@ import httpx2
 
 from dvi.serving.access import Access
 from dvi.serving.front_door import DoorServer, FrontDoor
-from dvi.serving.server import open_socket, url_of
+from dvi.serving.sockets import open_socket, url_of
 from dvi.settings import RouteSettings
 
 TIMEOUT_S = 20.0  # of a whole test: nothing that hangs survives

@@ -10,7 +10,7 @@ from dvi.records import RoundStats
 from dvi.serving.aggregation import GAUGES, ServerCounts, combine, expose, numbers, total
 from dvi.serving.monitor import Monitor
 from dvi.serving.request import Request, RequestOutput, StepReport
-from trainers.serving import build_serving
+from trainers.server_job import build_serving
 
 
 class Clock:

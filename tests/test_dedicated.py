@@ -442,7 +442,7 @@ def run_to_end(job: MemoryJob, interrupted: int | None) -> dict[int, Ending]:
             rank.step_if_due()
         while interrupted is not None and number != interrupted and rank.ending is None:
             rank.step_if_due()
-        ending = rank.finish(is_interrupted=interrupted is not None)
+        ending = rank.finish(lambda: interrupted is not None)
         rank.leave()
         return ending
 

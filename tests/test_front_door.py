@@ -19,7 +19,7 @@ from dvi.serving.access import Access, load_access
 from dvi.serving.front_door import DoorServer, FrontDoor, run_front_door
 from dvi.serving.relay import conversation_of
 from dvi.serving.replicas import Fleet
-from dvi.serving.server import open_socket, url_of
+from dvi.serving.sockets import open_socket, url_of
 from dvi.settings import RouteSettings
 
 LONG = "It was a dark and stormy night. " * 10

@@ -20,7 +20,7 @@ ROWS = (
     "dvi.speculator",
     "dvi.recordings",
     "dvi.zero3",
-    "dvi.serving.request dvi.serving.figures dvi.serving.aggregation",
+    "dvi.serving.request dvi.serving.figures dvi.serving.aggregation dvi.serving.protocol dvi.serving.sockets",
     "dvi.serving.replicas",
     "dvi.serving.scheduler dvi.serving.prefix_cache dvi.serving.access dvi.serving.api_schema",
     "dvi.serving.engine dvi.serving.exposition dvi.serving.monitor",
@@ -28,7 +28,7 @@ ROWS = (
     "dvi.serving.dashboard dvi.serving.admin_api",
     "dvi.serving.http_api",
     "dvi.serving.server dvi.serving.relay dvi.serving.front_page",
-    "dvi.serving.front_door",
+    "dvi.serving.front_door dvi.serving.place",
     "dvi.audit dvi.inspection trainers.drift trainers.budget trainers.ledger trainers.versions trainers.checkpoint "
     "trainers.ballot trainers.channel",
     "trainers.student trainers.shards trainers.messages",
@@ -36,9 +36,12 @@ ROWS = (
     "trainers.online",
     "trainers.shipping",
     "trainers.dedicated",
-    "trainers.evaluation trainers.progress",
+    "trainers.evaluation trainers.progress trainers.place trainers.position",
+    "trainers.attendance",
     "trainers.job",
     "trainers.serving trainers.warmup trainers.paper_run",
+    "trainers.replica",
+    "trainers.server_job",
     "dvi.bench.records dvi.bench.statistics dvi.bench.machine dvi.bench.questions",
     "dvi.bench.answers dvi.bench.arms",
     "dvi.bench.interview dvi.bench.rivals dvi.bench.figures",
@@ -105,4 +108,10 @@ def test_the_library_imports_training_only_inside_functions_of_the_command_line(
 def test_help_and_config_do_not_import_torch():
     """`dvi --help` is instant."""
     code = "import sys, dvi.cli, dvi.config; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_front_door_does_not_import_torch():
+    """`dvi serve` on several ranks opens one, and clients wait for it."""
+    code = "import sys, dvi.serving.front_door; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

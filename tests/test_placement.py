@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.placement import (
-    check_deepspeed,
     check_ranks_agree,
     check_settings,
     check_tensor_parallel,
@@ -23,7 +23,16 @@ from dvi.placement import (
     load_model,
 )
 from dvi.records import GenerationResult, SamplingParams
-from dvi.settings import DraftSettings, LearningSettings, ModelSettings, ServeConfig, TrainConfig
+from dvi.settings import (
+    DraftSettings,
+    EvalSettings,
+    LearningSettings,
+    ModelSettings,
+    ServeConfig,
+    TrainConfig,
+    WarmupConfig,
+    WarmupSettings,
+)
 from dvi.speculator import SelfSpeculator
 from dvi.split import SplitModel
 from tests.ranks import run_ranks
@@ -314,9 +323,17 @@ def test_settings_that_a_placement_would_ignore_are_refused(settings):
 
 
 def test_zero_3_is_refused_where_the_model_decodes_and_nowhere_else():
-    zero3, zero2 = ({"zero_optimization": {"stage": stage}} for stage in (3, 2))
-    with pytest.raises(ValueError, match=r"for every token.*warmup\.source=texts"):
-        check_deepspeed(zero3, generates=True)
-    check_deepspeed(zero3, generates=False)
-    for config in (zero2, {}):
-        check_deepspeed(config, generates=True)
+    """Catches a run that would fetch the whole model for every token, and settings that would be ignored."""
+    zero3, texts, unmeasured = ModelSettings(placement="zero3"), WarmupSettings(source="texts"), EvalSettings(limit=0)
+    warmup = WarmupConfig(model=zero3, warmup=texts, eval=unmeasured)
+    check_settings(warmup)
+    for config in (
+        TrainConfig(model=zero3, eval=unmeasured), ServeConfig(model=zero3), WarmupConfig(model=zero3, warmup=texts),
+        WarmupConfig(model=zero3, eval=unmeasured),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"for every token.*warmup\.source=texts and eval\.limit=0"):
+            check_settings(config)
+    with pytest.raises(ValueError, match=r"model\.mode must be 'fast'"):
+        check_settings(replace(warmup, model=replace(zero3, mode="exact")))
+    with pytest.raises(ValueError, match=r"train\.strategy must be ddp .*, got 'zero2'"):
+        check_settings(replace(warmup, train=replace(warmup.train, strategy="zero2")))

@@ -14,7 +14,8 @@ import pytest
 from serving_doubles import FakeLoop, bare_engine, stories_config, stories_loop
 
 from dvi.serving.access import Access
-from dvi.serving.server import Server, open_socket, run_server, url_of
+from dvi.serving.server import Server, run_server
+from dvi.serving.sockets import open_socket, url_of
 
 
 @pytest.fixture(scope="module")

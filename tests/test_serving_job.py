@@ -30,7 +30,8 @@ from trainers.checkpoint import CheckpointStore
 from trainers.job import load_run
 from trainers.ledger import TrafficLedger
 from trainers.online import OnlineTrainer
-from trainers.serving import ServingLearner, build_serving
+from trainers.server_job import build_serving
+from trainers.serving import ServingLearner
 
 STORIES = Path(__file__).parent / "stories260k"
 SETTINGS = LearningSettings(

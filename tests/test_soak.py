@@ -34,7 +34,7 @@ from dvi.serving.access import load_access
 from dvi.serving.server import build_loop
 from dvi.speculator import PLAIN, build_speculator
 from tests.serving_doubles import CHAT_TEMPLATE, listening, stories_config
-from trainers.serving import build_serving
+from trainers.server_job import build_serving
 from trainers.versions import KEPT_VERSIONS, LISTED_VERSIONS
 
 LONG_S = float(os.environ.get("DVI_SOAK_SECONDS", "600"))

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import distributed
 
+from dvi.config import load_config
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.recordings import RecordedText, record
+from dvi.settings import WarmupConfig
+from dvi.speculator import SelfSpeculator
 from dvi.split import SplitModel
+from dvi.telemetry import read_metrics
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
+from trainers.warmup import run_warmup
 
 pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's: pip install 'dvi[deepspeed]'")
 
 # By rank: not equally many, nor equally long.
 TEXTS = ([list(range(2, 11))], [list(range(12, 30)), [5], [40, 41, 42]])
+NUM_TURNS = max(map(len, TEXTS))
 DTYPES = ("float32", "bfloat16")
 ARCHITECTURES = {"qwen3": 1, "gpt2": 0}  # split layer; gpt2's head is its embedding, and what is split off is that
 HIDDEN_SIZE = 256  # so that some weights have more numbers than DeepSpeed leaves whole
@@ -35,15 +43,18 @@ def record_sharded(folder: str) -> dict:
     """By architecture and dtype, what a rank records and holds."""
     # Nothing may be compiled: where there is no compiler it would fail.
     os.environ["PATH"] = ""
-    from dvi.zero3 import ShardedBackbone, record_in_step
+    from dvi.zero3 import ShardedBackbone
 
     distributed.init_process_group("gloo")
     found = {}
     for arch, dtype in itertools.product(ARCHITECTURES, DTYPES):
         settings = {"split_layer": ARCHITECTURES[arch], "dtype": getattr(torch, dtype)}
         backbone = ShardedBackbone(f"{folder}/{arch}", **settings)
-        texts = [(token_ids, 1) for token_ids in TEXTS[distributed.get_rank()]]
-        turns = list(record_in_step(backbone, texts))
+        mine = TEXTS[distributed.get_rank()]
+        turns = [
+            backbone.record(mine[turn], prompt_len=1) if turn < len(mine) else backbone.stand_by()
+            for turn in range(NUM_TURNS)
+        ]
         parameters = list(backbone.model.parameters())
         found[arch, dtype] = {
             "texts": [None if text is None else states_of(text) for text in turns],
@@ -96,10 +107,10 @@ def test_sharded_recordings_are_those_of_the_whole_model(ranks, arch, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype"), CASES)
-def test_ranks_take_as_many_turns_as_the_one_with_most_texts(ranks, arch, dtype):
-    """Else the others would wait for a pass that never comes."""
-    assert [len(found[arch, dtype]["texts"]) for found in ranks] == [3, 3]
-    assert ranks[0][arch, dtype]["texts"][1:] == [None, None]
+def test_a_rank_without_texts_serves_the_others_and_records_nothing(ranks, arch, dtype):
+    """Else they would wait for shards that never come, or its single token would be learnt from."""
+    assert [text is None for text in ranks[0][arch, dtype]["texts"]] == [False, True, True]
+    assert None not in ranks[1][arch, dtype]["texts"]
 
 
 @pytest.mark.slow
@@ -128,3 +139,58 @@ def test_float64_is_refused_with_the_reason():
 
     with pytest.raises(ValueError, match=r"needs float32 or bfloat16, got torch\.float64; try float32"):
         ShardedBackbone("nowhere", split_layer=1, dtype=torch.float64)
+
+
+# The warm-up
+
+
+MODEL = Path(__file__).parents[1] / "checkpoints/reference-11m"
+ROWS = ("Count to ten: one two three four five six seven eight nine ten. Count to twenty: one two three", "1 2 3 4")
+
+
+def warm_up(folder: str, placement: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """A rank's summary, and the weights that it ended with."""
+    os.environ["PATH"] = ""
+    from tests.test_warmup_ranks import warm_up_with_job
+
+    config = load_config(None, [
+        f"model.path={MODEL}", f"model.placement={placement}", f"data.dataset={folder}/rows.jsonl",
+        "data.text_field=text", "data.shuffle_seed=null", "data.epochs=2", "eval.limit=0", "warmup.source=texts",
+        "warmup.positions_per_step=2", "train.blocks_per_step=16", "drafter.anchor_hidden=32", "drafter.lora_rank=4",
+        "drafter.draft_vocab_size=0", f"output.folder={folder}/{placement}", "output.tensorboard=false",
+    ], schema=WarmupConfig)  # fmt: skip
+    summary, job = warm_up_with_job(config)
+    return summary, {name: tensor.numpy() for name, tensor in job.speculator.drafter.state_dict().items()}
+
+
+@pytest.mark.slow
+def test_a_warm_up_beside_shards_leaves_a_drafter_for_the_whole_model(tmp_path):
+    """Catches a drafter that learnt from other states than serving gives it, ranks that part, and a folder that only
+    a sharded model could load."""
+    texts = [f"{text} {word}" for text in ROWS for word in ("again", "and again", "and that is all")][:5]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (summary, weights), (_, others) = run_ranks(warm_up, str(tmp_path), "zero3", timeout_s=180)
+    assert (summary["status"], summary["texts"], summary["reloads_alike"]) == ("done", 10, True)
+    assert summary["before"] is summary["after"] is None and summary["steps"] > 20
+    (whole, _), _ = run_ranks(warm_up, str(tmp_path), "single")
+    assert (whole["tokens"], whole["steps"]) == (summary["tokens"], summary["steps"])
+    events, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("zero3", "single"))
+    assert events[0]["event"] == "request" and events[0] | {"time_s": 0} == expected[0] | {"time_s": 0}
+    speculator = SelfSpeculator.from_pretrained(MODEL, adapter=tmp_path / "zero3/drafter")
+    loaded = {name: tensor.numpy() for name, tensor in speculator.drafter.state_dict().items()}
+    for state in (weights, others):
+        assert state.keys() == loaded.keys() and all((state[name] == loaded[name]).all() for name in state)
+    losses, whole_losses = (
+        [event["losses"]["forward_kl"] for event in run if event["event"] == "update"] for run in (events, expected)
+    )
+    assert losses == pytest.approx(whole_losses, rel=0.01)  # rounding, by way of AdamW
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_sharded_model_is_refused_where_it_would_have_to_decode(tmp_path):
+    """Catches hours of fetching a model for every token."""
+    config = load_config(
+        None, ["model.placement=zero3", f"output.folder={tmp_path / 'run'}"], schema=WarmupConfig
+    )
+    with pytest.raises(ValueError, match=r"model\.placement must not be 'zero3' where the model decodes"):
+        run_warmup(config, console=Console(quiet=True))

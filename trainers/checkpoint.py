@@ -99,6 +99,13 @@ class CheckpointStore:
                 shutil.rmtree(self._path(other))
         sync(self.folder)
 
+    def drop_after(self, step: int) -> None:
+        """Removes the checkpoints later than this one: a run that goes on from it comes to other states."""
+        for other in self._steps():
+            if other > step:
+                shutil.rmtree(self._path(other))
+        sync(self.folder)
+
     def load_latest(self) -> tuple[dict[str, object], int] | None:
         """(state, step) of the newest checkpoint that is whole; None when there is none.
 

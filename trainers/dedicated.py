@@ -217,7 +217,7 @@ class DedicatedLearner:
         newest = rounds[-1]
         self.staleness = self._drafter.version - sum(s.drafter_version for s in newest) / len(newest)
         for request_id in ended:
-            self.trainer.replay.end(request_id)
+            self.trainer.end_request(request_id)
 
     def _roll_back(self, version: int | None) -> None:
         try:

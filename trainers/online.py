@@ -140,6 +140,10 @@ class OnlineTrainer:
         self.train_s += seconds
         self.budget.charge(seconds)
 
+    def end_request(self, request_id: int) -> None:
+        """Nothing more comes of this request."""
+        self.replay.end(request_id)
+
     @property
     def replay(self) -> ReplayBuffer:
         """All experience observed so far."""
@@ -547,7 +551,7 @@ class OnlineTrainer:
         """Everything an exact continuation needs, as nested dicts of tensors and plain numbers.
 
         Finishes the step in progress; the next `step_if_due` reports it. Of the versions' weights it holds the live
-        ones and the best: the others are no longer kept after a resume.
+        ones and the best: the others are no longer kept after a resume. All but OWN is the same on all ranks.
         """
         self.finish_tick()
         return {
@@ -586,6 +590,19 @@ class OnlineTrainer:
         self._live.publish(self._live, self._version)
         self.restart_clock()
 
+    def take_over(self, states: list[dict[str, object]]) -> None:
+        """Goes on with the counts of these saved ranks as its own, and draws afresh.
+
+        For a rank that has loaded what all have alike and its share of the replays, in a job of other ranks than the
+        one that was saved. states: as of `state_dict`, each taken over by one rank.
+        """
+        self.token_counts_V.zero_()
+        for state in states:
+            self.token_counts_V += state["token_counts"].to(self.token_counts_V.device)
+        for name in _SUMMED:
+            setattr(self, name, sum(state["counts"][name] for state in states))
+        self._generator.manual_seed(self.config.seed + self._peers.rank)
+
 
 def _raising(error: PeerLostError) -> Pieces[None]:
     """What is in progress for ever once a rank is lost."""
@@ -593,9 +610,11 @@ def _raising(error: PeerLostError) -> Pieces[None]:
     yield
 
 
+# Of a saved state what each rank has of its own.
+OWN = ("replay", "trend", "token_counts", "generator", "rounds_owed", "counts")
+_SUMMED = ("_drafted_since_step", "_accepted_since_step", "_tokens_counted")
 _COUNTS = (
-    "num_steps", "num_skipped", "num_rollbacks", "num_noop_swaps", "train_s", "_version", "_drafted_since_step",
-    "_accepted_since_step", "_tokens_counted", "_has_woken",
+    "num_steps", "num_skipped", "num_rollbacks", "num_noop_swaps", "train_s", "_version", *_SUMMED, "_has_woken",
 )
 
 

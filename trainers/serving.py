@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
 
-from dvi.config import write_provenance
 from dvi.records import DrafterVersion, Transitions, UpdateReport
-from dvi.settings import ServeConfig
-from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from trainers.checkpoint import CheckpointStore
-from trainers.job import CHECKPOINTS
 from trainers.ledger import TrafficLedger
 from trainers.online import OnlineTrainer
+from trainers.shards import SavedRun
 
 RECORD_EVERY_S = 1.0  # of updates in the metrics file: a server runs for months, and a line a second is 30 MB a day
 STEP_PATIENCE_S = 10.0  # a due checkpoint waits so long for the step in progress, which it would have to hurry
@@ -46,6 +43,7 @@ class ServingLearner:
 
     trainer, store          it closes the store.
     settings                of model and drafter; saved in each checkpoint, for the next start to compare.
+    obsolete                folders of an earlier server's ranks that are no more, removed once there is a checkpoint.
     on_event                called with ("checkpoint", folder name) and ("checkpoint_failed", reason).
     last_write              the newest checkpoint, written or about to be: a future of its folder, or of the OSError.
     last_checkpoint_error   why the newest finished write failed; None when it did not.
@@ -61,6 +59,7 @@ class ServingLearner:
         save_replay: bool = False,
         metrics: MetricsWriter | None = None,
         settings: dict[str, object] | None = None,
+        obsolete: Iterable[Path] = (),
     ) -> None:
         self.trainer, self.traffic = trainer, TrafficLedger()
         self.on_event: Callable[[str, str], None] = lambda kind, text: None
@@ -68,7 +67,7 @@ class ServingLearner:
         self.last_checkpoint_error: str | None = None
         self.num_checkpoints = self.num_checkpoints_failed = self.num_checkpoints_skipped = 0
         self._store, self._metrics, self._settings = store, metrics, settings or {}
-        self._checkpoint_every_s, self._save_replay = checkpoint_every_s, save_replay
+        self._checkpoint_every_s, self._save_replay, self._obsolete = checkpoint_every_s, save_replay, list(obsolete)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writes: deque[tuple[Future[Path], bool]] = deque()  # each with whether it purges
         # is_changed: since the last snapshot. is_purge_due: older checkpoints hold what must be forgotten.
@@ -90,14 +89,15 @@ class ServingLearner:
             self._is_changed = True
             self._record(report)
         self._collect()
-        is_between_steps = report is not None or not self.trainer.is_busy
+        self._save_if_due(is_between_steps=report is not None or not self.trainer.is_busy)
+        return report
+
+    def _save_if_due(self, *, is_between_steps: bool) -> None:
         if self._is_checkpoint_due(late_s=0.0 if is_between_steps else STEP_PATIENCE_S):
             if self._writes:
-                self.num_checkpoints_skipped += 1
-                self._saved_s = time.monotonic()
+                self._skip_checkpoint()
             else:
                 self.checkpoint()
-        return report
 
     @property
     def is_busy(self) -> bool:
@@ -120,11 +120,14 @@ class ServingLearner:
 
         It then holds the only checkpoint left. Should it fail, the next one does the same.
         """
-        num_positions = self.trainer.forget(tenant)
+        num_positions = self._forget_here(tenant)
         if self._save_replay:
             self._is_purge_due = True
             self.checkpoint()
         return num_positions
+
+    def _forget_here(self, tenant: str) -> int:
+        return self.trainer.forget(tenant)
 
     def stats(self) -> dict[str, float]:
         """See `Learner`: the trainer's and the checkpoints' counts."""
@@ -137,15 +140,22 @@ class ServingLearner:
 
     def checkpoint(self) -> Future[Path]:
         """A checkpoint of this moment, written behind those that still are: a future of its folder, or of OSError."""
+        write = promise()
+        self._begin_checkpoint(write)
+        return write
+
+    def _begin_checkpoint(self, write: Future[Path], *, step: int | None = None) -> None:
+        """step: its number; None: the next one of the store."""
         state = _copy(self.state_dict())
         is_purge, self._is_purge_due, self._is_changed = self._is_purge_due, False, False
         self._saved_s = time.monotonic()
-        write: Future[Path] = Future()
-        write.set_running_or_notify_cancel()  # whoever waits for it may give up, but cannot cancel it
-        self._writer.submit(self._write, write, state, is_purge)
+        self._writer.submit(self._write, write, state, is_purge, step)
         self._writes.append((write, is_purge))
         self.last_write = write
-        return write
+
+    def _skip_checkpoint(self) -> None:
+        self.num_checkpoints_skipped += 1
+        self._saved_s = time.monotonic()
 
     def close(self) -> None:
         """Saves what is not saved yet, waits until it is written, and lets another learner have the folder."""
@@ -185,6 +195,19 @@ class ServingLearner:
             replay.end(request_id)
         self.traffic.load_state_dict(state["traffic"])
 
+    def load(self, saved: SavedRun) -> None:
+        """Goes on from what an earlier server left, of as many ranks or of others; see `load_state_dict`."""
+        state, own = saved.state, saved.own
+        if own is not None:
+            return self.load_state_dict(state | own | {"trainer": state["trainer"] | own["trainer"]})
+        if self._save_replay:
+            for replay, part, num_parts in saved.replays:
+                self.trainer.replay.adopt(replay, part=part, num_parts=num_parts)
+        elif saved.replays:
+            self._is_changed = self._is_purge_due = True
+        self.load_state_dict(state)
+        self.trainer.take_over(saved.taken_over)
+
     def provenance(self) -> dict[str, object]:
         """How the drafter came about, as plain values for `save_drafter(metrics=...)` and its model card.
 
@@ -209,13 +232,16 @@ class ServingLearner:
     def _is_checkpoint_due(self, *, late_s: float = 0.0) -> bool:
         return self._is_changed and time.monotonic() - self._saved_s >= self._checkpoint_every_s + late_s
 
-    def _write(self, write: Future[Path], state: dict[str, object], is_purge: bool) -> None:
+    def _write(self, write: Future[Path], state: dict[str, object], is_purge: bool, step: int | None) -> None:
         """On the writer's thread, the only one that uses the store."""
         try:
-            step = self._store.next_step
+            step = self._store.next_step if step is None else step
             folder = self._store.save(state, step, is_private=self._save_replay)
             if is_purge:
                 self._store.keep_only(step)
+            while self._obsolete:
+                shutil.rmtree(self._obsolete[-1])
+                self._obsolete.pop()
         except BaseException as error:  # for `_collect` to judge
             write.set_exception(error)
         else:
@@ -254,51 +280,11 @@ class ServingLearner:
             self._is_metrics_full = False
 
 
-def build_serving(config: ServeConfig) -> tuple[SelfSpeculator, ServingLearner | None]:
-    """The speculator of a server and, unless train.enabled is false, its learner, which goes on from output.folder.
-
-    Raises ValueError when another server holds the folder, when it is a `dvi train` run's, and when what was learnt
-    there belongs to another model or drafter; OSError when the folder cannot be written to.
-    """
-    if not config.train.enabled:
-        return build_speculator(config), None
-    folder, settings = Path(config.output.folder), _drafter_settings(config)
-    with ExitStack() as opened:
-        # Before the model: a second server is refused at once, not after it has loaded.
-        store = opened.enter_context(CheckpointStore(folder / CHECKPOINTS))
-        saved = store.load_latest()
-        if saved is not None:
-            _check_same_drafter(settings, saved[0].get("settings"), folder)
-        speculator = build_speculator(config)
-        write_provenance(folder, config)
-        learner = ServingLearner(
-            OnlineTrainer(speculator, config.train), store, checkpoint_every_s=config.output.checkpoint_every_s,
-            save_replay=config.output.save_replay, metrics=MetricsWriter(folder), settings=settings,
-        )  # fmt: skip
-        if saved is not None:
-            learner.load_state_dict(saved[0])
-        opened.pop_all()
-    return speculator, learner
-
-
-def _drafter_settings(config: ServeConfig) -> dict[str, object]:
-    """What must stay the same for a drafter to go on, by its key."""
-    settings = {f"model.{name}": getattr(config.model, name) for name in ("path", "split_layer", "dtype")}
-    return settings | {f"drafter.{name}": value for name, value in dataclasses.asdict(config.drafter).items()}
-
-
-def _check_same_drafter(now: dict[str, object], then: dict[str, object] | None, folder: Path) -> None:
-    if then is None:
-        raise ValueError(
-            f"output.folder {folder} holds a run of dvi train; choose another folder, and drafter.adapter={folder}/"
-            "drafter to start from what it learnt"
-        )
-    for key, value in now.items():
-        if value != then.get(key):
-            raise ValueError(
-                f"{key} must be {then.get(key)!r} to go on with what was learnt in {folder}, got {value!r}; "
-                "another output.folder starts afresh"
-            )
+def promise() -> Future[Path]:
+    """A future that whoever waits for it may give up, but cannot cancel."""
+    future: Future[Path] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 def _copy(value: object) -> object:

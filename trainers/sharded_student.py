@@ -89,7 +89,8 @@ class ZeroStudent(Student):
         }
         # By default a buffer of 2 GB, for gradients of a few MB.
         engine_config["zero_optimization"]["reduce_bucket_size"] = sum(p.numel() for p in drafter.parameters())
-        self._engine, self.optimizer = self._accelerator.prepare(drafter, self._plain_optimizer(drafter))
+        with self._peers.in_library():
+            self._engine, self.optimizer = self._accelerator.prepare(drafter, self._plain_optimizer(drafter))
         self._model = drafter
 
     @property
@@ -137,13 +138,15 @@ class ZeroStudent(Student):
         """Takes the sum of all ranks' gradients for its own; its norm, inf where not finite. `update` clips it."""
         # The function whose gradient is what was gathered: the engine takes gradients from its own backward pass only.
         products = [(p * g).sum() for p, g in zip(self.drafter.parameters(), self._gradients, strict=True)]
-        self._engine.backward(torch.stack(products).sum())
-        norm = float(self._engine.optimizer.scaled_global_norm())
+        with self._peers.in_library():
+            self._engine.backward(torch.stack(products).sum())
+            norm = float(self._engine.optimizer.scaled_global_norm())
         return norm if norm >= 0 else math.inf  # DeepSpeed's -1 is what we call not finite
 
     def update(self) -> None:
         """One step of the optimizer along the gradient, scaled down to clip_norm."""
-        self._engine.step()
+        with self._peers.in_library():
+            self._engine.step()
 
     # Saving
 
@@ -154,7 +157,8 @@ class ZeroStudent(Student):
         plain = self._plain_optimizer(self.drafter)
         for shard in self.optimizer.state.values():  # one, or none before the first step
             for parameter in self.drafter.parameters():
-                moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+                with self._peers.in_library():
+                    moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
                 plain.state[parameter] = {"step": shard["step"].clone()} | moments
         return {"drafter": self.copy_state(), "optimizer": plain.state_dict()}
 

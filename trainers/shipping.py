@@ -228,23 +228,25 @@ class ShippingLearner:
         if self.lost is None:
             self._ended.append(request_id)
 
-    def finish(self, *, is_interrupted: bool = False) -> Ending:
+    def finish(self, is_stopped: Callable[[], bool] = lambda: False) -> Ending:
         """Says that this rank has served its traffic, or was interrupted, and waits until the learner ends the job.
 
-        Until then it takes over drafters and saves when it is told to. Sends what is left in the outbox first; an
-        interrupted rank sheds it. Raises PeerLostError when a rank is lost, now or since whenever.
+        Until then it takes over drafters and saves when it is told to. Sends what is left in the outbox first; once
+        is_stopped says that this rank is interrupted, it sheds it. Raises PeerLostError when a rank is lost, now or
+        since whenever.
         """
-        if is_interrupted:
-            self._outbox.shed_all()
-        is_told = False
+        told: bool | None = None  # what was said last
         while True:
             self.step_if_due(is_idle=True)
             if self.lost is not None:
                 raise self.lost
-            if not is_told and (not self._outbox.num_positions or self.ending is not None):
+            is_interrupted = is_stopped()
+            if is_interrupted:
+                self._outbox.shed_all()
+            if told != is_interrupted and (not self._outbox.num_positions or self.ending is not None):
                 self._channel.send(pack_facts(Kind.DONE, is_interrupted=is_interrupted))
-                is_told = True
-            if is_told and self.ending is not None:
+                told = is_interrupted
+            if told is not None and self.ending is not None:
                 return self.ending
             time.sleep(POLL_S)
 

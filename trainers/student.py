@@ -40,7 +40,8 @@ class Student:
         copied = build_drafter(split, drafter.config, draft_token_ids_V=drafter.draft_head.draft_token_ids_V)
         copied.load_state_dict(drafter.state_dict())
         self._accelerator = self._accelerate()
-        if self._accelerator.num_processes != peers.num_ranks:
+        # One that learns alone may be among processes of which the others do not.
+        if not peers.is_alone and self._accelerator.num_processes != peers.num_ranks:
             raise ValueError(
                 f"accelerate sees {self._accelerator.num_processes} processes where the job has {peers.num_ranks}; "
                 "unset ACCELERATE_* variables of another launch"
@@ -59,10 +60,12 @@ class Student:
         config = self._config
         self.drafter = drafter
         optimizer = torch.optim.AdamW(drafter.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        with warnings.catch_warnings():
+        with self._peers.in_library(), warnings.catch_warnings():
             # torch 2.13 has another name for it, which torch 2.11 and accelerate do not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self._model, self.optimizer = self._accelerator.prepare(drafter, optimizer)
+            # "Evaluation" is its word for a model without DDP around it.
+            self._model = self._accelerator.prepare_model(drafter, evaluation_mode=self._peers.is_alone)
+        self.optimizer = self._accelerator.prepare_optimizer(optimizer)
         if not self._peers.is_alone:
             self._model.register_comm_hook(None, self._begin_sum)
 

@@ -7,20 +7,30 @@ and records it anew. A run's folder is that of `trainers.job`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
+from torch import nn
 
+from dvi.distributed import wait
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams, UpdateReport
 from dvi.settings import WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
-from trainers.job import Job, JobLearner, Place, Request, Signals, read_traffic, resume_job
+from dvi.zero3 import ShardedBackbone, ShardedSpeculator
+from trainers.attendance import Interrupted, Signals
+from trainers.ballot import Ballot
+from trainers.job import Job, Request, resume_job
 from trainers.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
+from trainers.place import Place
+from trainers.position import read_traffic
 from trainers.progress import RunDisplay
 
 BATCHES_AT_ONCE = 4  # batches of prompts that are decoded before their texts are learnt from: rows that end refill
@@ -41,12 +51,9 @@ class RecordingLearner:
         self.owed_steps = 0.0
 
     def learn(self, text: RecordedText) -> Iterator[UpdateReport]:
-        """Stores the text and makes the steps owed, one whenever the next report is asked for.
-
-        Steps wait until there is enough experience for a batch that does not repeat itself, as they do in serving.
-        """
+        """Stores the text and makes the steps due, one whenever the next report is asked for."""
         self.store(text)
-        while self.is_step_due:
+        while self.steps_due >= 1:
             self.owed_steps -= 1
             yield self._trainer.step()
 
@@ -55,13 +62,15 @@ class RecordingLearner:
         trainer, request_id = self._trainer, 0  # the same for all: each one is ended before the next begins
         trainer.observe([text.transitions(request_id, with_prompt=trainer.config.learn_from_prompts)])
         trainer.replay.end(request_id)
-        self.owed_steps += text.num_answered / (self._positions_per_step * trainer.part_here)
+        self.owed_steps += text.num_answered / self._positions_per_step
 
     @property
-    def is_step_due(self) -> bool:
+    def steps_due(self) -> float:
+        """Those owed, fractions included; none before there is enough experience for batches that do not repeat."""
         trainer = self._trainer
-        has_data = len(trainer.replay) >= MIN_POSITIONS_PER_BLOCK * trainer.config.blocks_per_step
-        return self.owed_steps >= 1 and has_data
+        has_data = len(trainer.replay) >= MIN_POSITIONS_PER_BLOCK * trainer.blocks_here
+        # What was made beyond one's own stays to be set off, whoever has experience.
+        return self.owed_steps if has_data else min(self.owed_steps, 0.0)
 
 
 def learn_from_recordings(
@@ -92,7 +101,8 @@ def run_warmup(config: WarmupConfig, *, console: Console) -> dict[str, object]:
     warmup = config.warmup
     reading = {"parse": as_answered, "answer_field": warmup.answer_field} if warmup.source == "texts" else {}
     with Place(config, console) as place:
-        speculator = build_speculator(place.config)
+        kind = ShardedSpeculator if config.model.placement == "zero3" else SelfSpeculator
+        speculator = build_speculator(place.config, kind=kind)
         traffic, held_out = read_traffic(config, **reading)
         params = SamplingParams(max_new_tokens=warmup.max_new_tokens)
         job = _WarmupJob(place, speculator, params=params, traffic=traffic, held_out=held_out)
@@ -103,6 +113,15 @@ def _check(config: WarmupConfig) -> None:
     """Raises ValueError for settings that would be ignored."""
     if not config.train.enabled:
         raise ValueError("train.enabled must be true for a warm-up, got false; leave it out")
+    if config.train.learner != "shared":
+        raise ValueError(
+            f"train.learner must be shared for a warm-up, where nobody is served, got {config.train.learner!r}; "
+            "leave it out"
+        )
+    if config.model.placement == "tensor":
+        raise ValueError(
+            "model.placement must not be 'tensor' for a warm-up; try device_map, or zero3 with warmup.source=texts"
+        )
     if config.train.schedule not in SCHEDULES:
         raise ValueError(
             f"train.schedule must be {' or '.join(SCHEDULES)} for a warm-up, which drafts nothing and so earns no "
@@ -144,10 +163,13 @@ def encode_text(speculator: SelfSpeculator, answered: AnsweredPrompt, *, max_pos
 
 
 class _WarmupJob(Job):
-    """Learns from the traffic's texts, one after the other.
+    """Learns from the traffic's texts in turns.
 
-    Several ranks take every so many-th text each and make a step together whenever one of them owes one, which is then
-    paid by all: where their texts are of like length that is as often as one rank alone would, on so many more blocks.
+    Several ranks take every so many-th text each. In a turn each records and stores its next one; then they add up the
+    steps that they owe, as many as a single rank would for the same texts, and make them together. What they do depends
+    on no clock, so a run of as many ranks that is resumed ends with the drafter that it would have had, to the bit. In
+    every turn all wait for the one with the longest text, and for one that decodes: train.peer_timeout_s must be enough
+    for BATCHES_AT_ONCE batches of answers. A signal is heard at the end of a turn.
     """
 
     noun = "texts"
@@ -155,8 +177,13 @@ class _WarmupJob(Job):
 
     def __init__(self, place: Place, *args: object, **options: object) -> None:
         super().__init__(place, *args, **options)
-        self.learner = RecordingLearner(self.trainer, positions_per_step=self.config.warmup.positions_per_step)
-        self.trainer.follows_rounds = False
+        trainer, split = self.trainer, self.speculator.split
+        # Of a step each rank has but a part, so that each owes as many of them as if it had them all.
+        positions_per_step = self.config.warmup.positions_per_step * self.peers.num_ranks * trainer.part_here
+        self.learner = RecordingLearner(trainer, positions_per_step=positions_per_step)
+        trainer.follows_rounds, trainer.must_step = False, True
+        self._is_sharded = isinstance(split, ShardedBackbone)
+        self._record_text = split.record if self._is_sharded else functools.partial(record, split)
 
     @property
     def owed_steps(self) -> float:
@@ -170,52 +197,38 @@ class _WarmupJob(Job):
         return {"cut_texts": self.num_cut, "source": self.config.warmup.source}
 
     def _work(self, metrics: MetricsWriter, signals: Signals) -> None:
-        attendance = JobLearner(self, metrics, signals)
-
-        def attend() -> None:
-            """Does this rank's part in the ticks; a step that was made is paid for. Raises Interrupted."""
-            if attendance.step_if_due(is_idle=self.trainer.must_step) is not None:
-                self.learner.owed_steps -= 1
-            if attendance.lost is not None:
-                raise attendance.lost
-
+        self._metrics, self._signals, self._saved_s = metrics, signals, time.monotonic()
         num_texts = len(self.traffic) if isinstance(self.traffic, list) else None
+        texts = self._open_texts()
         with RunDisplay(
             self.console, num_requests=num_texts, num_done=self.position.num_done, doing="warming up", noun=self.noun
         ) as display:
-            for index, text in self._open_texts(attend):
-                self._learn(index, text, metrics, display, attend)
-                attendance.save_if_due()
-                attend()
-        attendance.wait_for_others()
+            # First the steps that the earlier run still owed: its checkpoint is of before they were made.
+            self._end_turn(is_done=False)
+            is_over = False
+            while not is_over:
+                numbered = next(texts, None)
+                if numbered is not None:
+                    self._learn(*numbered, display)
+                elif self._is_sharded:
+                    self.speculator.split.stand_by()
+                is_over = self._end_turn(is_done=numbered is None)
         self.trainer.publish_now()
 
-    def _learn(
-        self, index: int, text: Text, metrics: MetricsWriter, display: RunDisplay, attend: Callable[[], None]
-    ) -> None:
-        """Measures the drafter on the text as it was before, then has it learn from it."""
-        recorded = record(self.speculator.split, text.token_ids, prompt_len=text.prompt_len)
+    def _learn(self, index: int, text: Text, display: RunDisplay) -> None:
+        """Measures the drafter on the text as it was before, then stores the text."""
+        recorded = self._record_text(text.token_ids, prompt_len=text.prompt_len)
         stats = replay_rounds(
             self.trainer.drafter, [recorded], num_draft_tokens=max(self.config.draft.num_draft_tokens, 1)
         )
         stats.new_tokens = recorded.num_answered
-        if self.peers.is_alone:
-            for report in self.learner.learn(recorded):
-                metrics.write("update", **dataclasses.asdict(report))
-            self.position.finish(index)
-        else:
-            # A checkpoint may be agreed on in any tick: then the text is done, and its steps are still owed.
-            self.learner.store(recorded)
-            self.position.finish(index)
-            self.trainer.must_step = True
-            while self.learner.is_step_due:
-                attend()
-            self.trainer.must_step = False
+        self.learner.store(recorded)
+        self.position.finish(index)
         self.num_tokens += recorded.num_answered
         self.num_cut += text.is_cut
         version = self.speculator.drafter.version
         if stats.num_rounds:  # a text too short for one says nothing of the drafter
-            metrics.write(
+            self._metrics.write(
                 "request", index=index, tokens_seen=self.num_tokens, new_tokens=recorded.num_answered,
                 prompt_tokens=text.prompt_len, rounds=stats.num_rounds, drafted=stats.num_drafted,
                 accepted=stats.num_accepted, acceptance=stats.acceptance_rate,
@@ -223,10 +236,41 @@ class _WarmupJob(Job):
             )  # fmt: skip
         display.finish_request(stats, self.trainer.last_report, speed_up=None, drafter_version=version)
 
+    def _end_turn(self, *, is_done: bool) -> bool:
+        """Makes the steps that all ranks owe together; whether all are done.
+
+        Before that it saves, if it is time. Raises Interrupted when any rank was asked to end.
+        """
+        trainer = self.trainer
+        trainer.notices.num_done = self.num_done_here
+        is_save_due = time.monotonic() - self._saved_s >= self.config.output.checkpoint_every_s
+        mine = Ballot(
+            is_done=is_done, is_interrupted=self._signals.received is not None,
+            wants_save=self.peers.is_first and is_save_due, num_done=self.num_done_here,
+            wants_step=self.learner.steps_due,
+        )  # fmt: skip
+        agreed = trainer.agreed = Ballot.of(wait(self.peers.total(mine.tensor())))
+        if agreed.wants_save:
+            self.save()
+            self._saved_s = time.monotonic()
+        if agreed.is_interrupted:
+            raise Interrupted
+        for _ in range(int(agreed.wants_step)):
+            self.learner.owed_steps -= 1 / self.peers.num_ranks
+            self._metrics.write("update", **dataclasses.asdict(trainer.step()))
+        return agreed.is_done == self.peers.num_ranks
+
+    def _drafts_alike(self, reloaded: nn.Module) -> bool:
+        """As of any job; where nothing can be decoded, whether the weights are the same to the bit."""
+        if not self._is_sharded:
+            return super()._drafts_alike(reloaded)
+        own, other = self.speculator.drafter.state_dict(), reloaded.state_dict()
+        return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+
     # Texts
 
-    def _open_texts(self, attend: Callable[[], None]) -> Iterator[tuple[int, Text]]:
-        """What of this rank's share has not been learnt from yet. attend: called now and then, may raise."""
+    def _open_texts(self) -> Iterator[tuple[int, Text]]:
+        """What of this rank's share has not been learnt from yet. Alone it raises Interrupted on a signal."""
         share = ((index, prompt) for index, prompt in enumerate(self.traffic) if self._is_mine(index))
         if self.config.warmup.source == "texts":
             for index, prompt in share:
@@ -241,11 +285,15 @@ class _WarmupJob(Job):
             chunk = [self._request(index, prompt) for index, prompt in numbered]
             answers = decode_answers(
                 self.speculator, [request.token_ids for request in chunk], batch_size=self.config.data.batch_size,
-                max_new_tokens=self.params.max_new_tokens, on_answer=attend,
+                max_new_tokens=self.params.max_new_tokens, on_answer=self._look_up,
             )
             for request, answer in zip(chunk, answers, strict=True):
                 if not self.position.is_done(request.index):
                     yield request.index, Text(*answer, is_cut=request.is_cut)
+
+    def _look_up(self) -> None:
+        if self.peers.is_alone and self._signals.received is not None:
+            raise Interrupted
 
     def _request(self, index: int, prompt: Messages | AnsweredPrompt) -> Request:
         """Also no longer than leaves room for an answer in a text. Of a text alone the first half is the prompt."""

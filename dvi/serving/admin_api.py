@@ -15,15 +15,14 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Depends, Request
 
 from dvi.serving.access import ADMIN_KEY_VARIABLE, Access, adapter_folder, check_name
-from dvi.serving.api_schema import ApiError, KeyBody, NameBody, VersionBody, invalid, parse_body
+from dvi.serving.api_schema import KeyBody, NameBody, VersionBody, parse_body
 from dvi.serving.door import read_body
 from dvi.serving.loop import EngineLoop
+from dvi.serving.protocol import ADMIN_TIMEOUT_S, ApiError, invalid
 from dvi.serving.request import DEFAULT_DRAFTER, Draining
 from dvi.settings import ServeConfig
 
 T = TypeVar("T")
-
-TIMEOUT_S = 120.0  # an action waits for the round, and a large drafter for its disk
 
 
 def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRouter:
@@ -126,12 +125,14 @@ async def _answer(future: Future[T]) -> T:
     """What the engine's thread answers. A ValueError there is the state's no: 409; a refusing disk is 507."""
     try:
         answer: Awaitable[T] = asyncio.wrap_future(future)
-        return await asyncio.wait_for(answer, TIMEOUT_S)
+        return await asyncio.wait_for(answer, ADMIN_TIMEOUT_S)
     except ValueError as error:
         raise ApiError(409, str(error), code="conflict") from None
     except Draining as error:
         raise ApiError(503, str(error), code="draining") from None
     except TimeoutError:
         raise ApiError(504, "the engine does not answer", code="timeout") from None
+    except ConnectionError as error:
+        raise ApiError(503, str(error), code="peer_lost") from None
     except OSError as error:
         raise ApiError(507, f"the disk refuses: {error}", code="storage") from None

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from dvi.records import SamplingParams
+from dvi.serving.protocol import ApiError, invalid
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice
 from dvi.settings import DraftSettings, RequestSettings, ServeSettings
 from dvi.speculator import GOODPUT_BUCKETS
@@ -38,26 +39,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,), "documents": ([],), "length_penalty": (1,), "typical_p": (1,),
     "skip_special_tokens": (True,), "template": (), "reasoning_effort": ("none",), "web_search_options": (),
 }  # fmt: skip
-
-
-class ApiError(Exception):
-    """An answer other than 2xx: OpenAI's error object. `code` also names the reason in the metrics."""
-
-    def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
-
-    @property
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def invalid(message: str, *, param: str | None = None, status: int = 400) -> ApiError:
-    return ApiError(status, message, code="invalid_request", param=param)
 
 
 class _Body(BaseModel):

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dvi.serving.access import Access, is_loopback
-from dvi.serving.api_schema import ApiError
+from dvi.serving.protocol import ApiError
 
 OPEN_PATHS = {"/health"}
 BODY_TIMEOUT_S = 30.0
@@ -117,6 +118,15 @@ def error_response(request: Request, error: ApiError) -> JSONResponse:
     """OpenAI's error object; counted by its code."""
     request.scope["state"]["on_rejected"](error.code)
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+def routing_error(request: Request, error: HTTPException) -> JSONResponse:
+    """What FastAPI itself refuses, as OpenAI's error object."""
+    messages = {404: "there is nothing at this address", 405: "this address takes another method"}
+    message = messages.get(error.status_code, "the request cannot be served")
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    headers = dict(error.headers or {})
+    return error_response(request, ApiError(error.status_code, message, code=code, headers=headers))
 
 
 def _too_large(limit: int) -> ApiError:

@@ -12,6 +12,8 @@ import contextlib
 import math
 import os
 import socket
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -28,17 +30,16 @@ from starlette.exceptions import HTTPException
 
 from dvi.serving import aggregation
 from dvi.serving.access import API_KEY_VARIABLE, Access, is_loopback, load_access
-from dvi.serving.admin_api import TIMEOUT_S as ADMIN_TIMEOUT_S
-from dvi.serving.api_schema import ApiError
-from dvi.serving.door import Door, error_response, read_body
+from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.front_page import PAGE_HEADERS, front_page
-from dvi.serving.http_api import routing_error
+from dvi.serving.protocol import ADMIN_TIMEOUT_S, ApiError
 from dvi.serving.relay import Message, Relay, conversation_of, message_of
 from dvi.serving.replicas import Fleet, Replica
-from dvi.serving.server import KEEP_ALIVE_S, MAX_HEADER_BYTES, SIGNAL_BASE, open_socket, url_of
+from dvi.serving.sockets import KEEP_ALIVE_S, MAX_HEADER_BYTES, open_socket, url_of
 from dvi.settings import RouteSettings
-from dvi.terminal import say
+from dvi.terminal import SIGNAL_BASE, say
 
+OF_THE_DRAFTER = {"rollback", "pin", "unpin", "save"}  # actions that replicas which learn together do as one
 IDLE_S = KEEP_ALIVE_S / 2  # the door closes idle connections before a replica does
 
 
@@ -148,12 +149,14 @@ class FrontDoor:
     # The door's own addresses
 
     async def _admin(self, request: Request) -> JSONResponse:
-        """Asks every replica, and tells what each has answered."""
+        """Asks every replica, or the first for all that learn together, and tells what each has answered."""
         if not request.scope["state"]["key"].is_admin:
             raise ApiError(403, "this needs an admin key", code="forbidden")
         body = await read_body(request) if request.method == "POST" else b""
         message = message_of(request, body)
-        answers = await asyncio.gather(*(self._ask(replica, message) for replica in self.fleet.replicas))
+        is_for_first = self._settings.learn_together and request.path_params["path"] in OF_THE_DRAFTER
+        replicas = self.fleet.replicas[:1] if is_for_first else self.fleet.replicas
+        answers = await asyncio.gather(*(self._ask(replica, message) for replica in replicas))
         statuses = {answer["status"] for answer in answers}
         num_done = sum(answer["status"] < 300 for answer in answers)
         if num_done == len(answers):
@@ -254,10 +257,17 @@ class DoorServer(uvicorn.Server):
             os._exit(SIGNAL_BASE + sig)
         self.should_exit = True
 
+    def end_with_parent(self) -> None:
+        """Waits for the end of stdin, which comes however its writer ends, and ends `serve`."""
+        sys.stdin.buffer.read()
+        self.should_exit = True
 
-def run_front_door(settings: RouteSettings) -> None:
+
+def run_front_door(settings: RouteSettings, *, listener: socket.socket | None = None) -> None:
     """Serves until a signal ends it. Blocks; signals need the main thread.
 
+    listener: what the process that started this one listens on, whose end, seen at stdin, is this one's end, too, and
+    which speaks for both.
     DVI_API_KEY, where it is set, is the key with which replicas are asked for their load. Raises ValueError for a port
     in use, keys that cannot be read, and a host that strangers reach while there are no keys.
     """
@@ -268,8 +278,13 @@ def run_front_door(settings: RouteSettings) -> None:
             f"{API_KEY_VARIABLE}, or try --host 127.0.0.1"
         )
     door = FrontDoor(settings, access, polling_key=os.environ.get(API_KEY_VARIABLE))
+    server = DoorServer(door, settings)
+    if listener is not None:
+        threading.Thread(target=server.end_with_parent, name="parent", daemon=True).start()
+        server.run(sockets=[listener])
+        return
     with open_socket(settings.host, settings.port) as listener:
-        server, url = DoorServer(door, settings), url_of(listener)
+        url = url_of(listener)
 
         def announce() -> None:
             num_healthy, num_all = door.fleet.num_in("healthy"), len(settings.replicas)

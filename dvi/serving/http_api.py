@@ -24,28 +24,26 @@ from starlette.exceptions import HTTPException
 from dvi.serving.access import Access, ApiKey
 from dvi.serving.admin_api import admin_routes
 from dvi.serving.api_schema import (
-    ApiError,
     ChatBody,
     CompletionBody,
     GenerationBody,
     check_limits,
     draft_choice,
-    invalid,
     new_tokens,
     parse_body,
     sampling_params,
 )
 from dvi.serving.dashboard import routes as dashboard_routes
-from dvi.serving.door import Door, error_response, read_body
+from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.loop import EngineLoop
 from dvi.serving.prompts import PromptEncoder, TokenTexts
+from dvi.serving.protocol import TRAIN_HEADER, ApiError, invalid
 from dvi.serving.replies import Reply
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, RequestOutput, Timeouts
 from dvi.serving.request import Request as EngineRequest
 from dvi.settings import ServeConfig
 
 VERSION_HEADER = "X-DVI-Drafter-Version"
-TRAIN_HEADER = "X-DVI-Train"
 POLL_S = 1.0  # how late a dead or hanging engine may be noticed
 GRACE_S = 5.0  # the engine ends late requests itself; where it hangs, the door does so much later
 
@@ -322,12 +320,3 @@ async def _cancel_when_gone(request: Request, flight: Flight) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     flight.cancel()
-
-
-def routing_error(request: Request, error: HTTPException) -> JSONResponse:
-    """What FastAPI itself refuses, as OpenAI's error object."""
-    messages = {404: "there is nothing at this address", 405: "this address takes another method"}
-    message = messages.get(error.status_code, "the request cannot be served")
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    headers = dict(error.headers or {})
-    return error_response(request, ApiError(error.status_code, message, code=code, headers=headers))

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 class EngineLoop:
     """Runs an engine, and a learner beside it, on a thread of their own.
 
+    A learner on one of several ranks has a method `rest`: while pinned it is told to rest, and called on all the same,
+    because the others wait for it.
+
     learner_error   why learning stopped; None while it is well, or where there is no learner.
     """
 
@@ -130,9 +133,14 @@ class EngineLoop:
         """Drafts with this version (None: the live one), and the learner rests, until `unpin`."""
 
         def pin() -> DrafterVersion:
-            live = self._live()
-            if version is not None and version != live.version:
-                live = self._roll_back(version)
+            self._rest(True)
+            try:
+                live = self._live()
+                if version is not None and version != live.version:
+                    live = self._roll_back(version)
+            except BaseException:
+                self._rest(self.is_pinned)
+                raise
             self.is_pinned = True
             self.monitor.on_event("pin", version=live.version)
             return live
@@ -143,6 +151,7 @@ class EngineLoop:
         def unpin() -> None:
             if not self.is_pinned:
                 raise ValueError("no drafter version is pinned")
+            self._rest(False)
             self.is_pinned = False
             self.monitor.on_event("unpin")
 
@@ -276,7 +285,15 @@ class EngineLoop:
 
     @property
     def _may_learn(self) -> bool:
-        return self.learner is not None and self.learner_error is None and not self.is_pinned
+        return self.learner is not None and self.learner_error is None and (not self.is_pinned or self._rests_itself)
+
+    @property
+    def _rests_itself(self) -> bool:
+        return hasattr(self.learner, "rest")
+
+    def _rest(self, is_resting: bool) -> None:
+        if self._rests_itself:
+            self.learner.rest(is_resting)
 
     def _teach(self, transitions: list[Transitions]) -> None:
         if self.learner is None or self.learner_error is not None:

@@ -22,8 +22,7 @@ from fastapi import Request, Response
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
-from dvi.serving.api_schema import ApiError
-from dvi.serving.http_api import TRAIN_HEADER
+from dvi.serving.protocol import TRAIN_HEADER, ApiError
 from dvi.serving.replicas import Fleet, Replica
 
 CONVERSATION_HEADER, REQUEST_HEADER, REPLICA_HEADER = "x-conversation-id", "x-request-id", "x-dvi-replica"

@@ -6,7 +6,6 @@ learner it is given.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket
@@ -24,36 +23,14 @@ from dvi.serving.engine import Engine
 from dvi.serving.http_api import build_app
 from dvi.serving.loop import EngineLoop
 from dvi.serving.scheduler import SchedulerLimits
+from dvi.serving.sockets import KEEP_ALIVE_S, MAX_HEADER_BYTES
 from dvi.settings import ServeConfig
 from dvi.speculator import SelfSpeculator
+from dvi.terminal import SIGNAL_BASE
 
-SIGNAL_BASE = 128
-KEEP_ALIVE_S = 30
-MAX_HEADER_BYTES = 16384
 FLUSH_S = 5  # for clients to read the end of what the engine has finished
 
 log = logging.getLogger(__name__)
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to host and port, not listening yet: whether it can be had is known before a model is loaded.
-
-    Raises ValueError when another process has the port, and for a host that is not of this machine.
-    """
-    try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ValueError(f"serve.host must be a name or address of this machine, got {host!r}: {error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        return listener
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"port {port} of {host} is in use; try serve.port={port + 1}") from error
-        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
 
 
 def leave_a_core(config: ServeConfig) -> None:
@@ -86,6 +63,8 @@ class Server(uvicorn.Server):
     """uvicorn over an app and its loop. A first SIGTERM or SIGINT drains, a second one ends the process at once.
 
     While it drains it still listens: running answers are finished, new requests and /health get 503.
+
+    on_listening, on_end   called once each: when clients are answered, and when it begins to drain.
     """
 
     def __init__(self, config: ServeConfig, loop: EngineLoop, access: Access) -> None:
@@ -97,21 +76,29 @@ class Server(uvicorn.Server):
         ))  # fmt: skip
         self._loop, self._drain_s = loop, serve.drain_s
         self._draining: threading.Thread | None = None
+        self._has_signal = False
         self.on_listening: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
+        if hasattr(loop.learner, "on_end"):  # of one rank of several, which end together
+            loop.learner.on_end, self.on_end = self.begin_end, loop.learner.begin_end
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.on_listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is not None:
+        if self._has_signal:
             os._exit(SIGNAL_BASE + sig)
+        self._has_signal = True
         self.begin_end()
 
     def begin_end(self) -> None:
         """Drains beside the event loop, which has answers to deliver meanwhile, and then ends `serve`."""
+        if self._draining is not None:
+            return
         self._draining = threading.Thread(target=self._drain, name="drain", daemon=True)
         self._draining.start()
+        self.on_end()
 
     def _drain(self) -> None:
         self._loop.stop(drain_s=self._drain_s)
@@ -128,8 +115,3 @@ def run_server(server: Server, loop: EngineLoop, listener: socket.socket) -> Non
         close: Any = getattr(loop.learner, "close", None)
         if close is not None:
             close()
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,285 @@
+"""How a rank of a job keeps company with the others between its rounds: who learns, when all save, when all end.
+
+Knows a learner, ranks, signals and a clock; knows nothing of models or traffic. There are four ways: alone (which
+ranks in lock-step are, too, each for itself and all alike), learning together by ballots, and, with a dedicated
+learner, serving for it or being it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from dvi.distributed import PeerLostError, wait
+from dvi.records import Transitions, UpdateReport
+from dvi.speculator import SelfSpeculator
+from dvi.telemetry import MetricsWriter
+from dvi.terminal import say
+from trainers.ballot import Ballot
+from trainers.channel import GlooChannel
+from trainers.dedicated import DedicatedLearner
+from trainers.online import OnlineTrainer
+from trainers.place import Place
+from trainers.shipping import ShippingLearner
+
+SHIPPING = ("sent_positions", "shed_positions", "sent_bytes")  # of ShippingLearner.stats, for the summary
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came, to this rank or another; raised between rounds."""
+
+
+class Signals:
+    """While entered, the first SIGINT or SIGTERM is only noted in `received`; a second one acts as ever."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received = number
+        self.__exit__()
+
+
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """What an attendance has of its job.
+
+    save        writes this rank's checkpoint, under this number or, if None, the one that all ranks come to.
+    num_done    requests done, of which the earlier runs' are rank 0's.
+    first_step  a number for the first checkpoint, above all that there are.
+    """
+
+    place: Place
+    metrics: MetricsWriter
+    signals: Signals
+    save: Callable[[int | None], object]
+    num_done: Callable[[], int]
+    first_step: int
+
+
+def attend(desk: Desk, speculator: SelfSpeculator, trainer: OnlineTrainer | None) -> Attendance:
+    """The attendance that a rank's place asks for. trainer: None where nothing is learnt, or another rank does it."""
+    if desk.place.peers.is_alone:
+        return LocalAttendance(desk, trainer)
+    if not desk.place.is_dedicated:
+        return VotingAttendance(desk, trainer)
+    if desk.place.peers.is_first:
+        return LearningAttendance(desk, trainer, speculator)
+    return ShippingAttendance(desk, speculator)
+
+
+class Attendance:
+    """The learner as a job's serving sees it, with its updates written down; between rounds it saves, or ends the job.
+
+    serves       False on a rank that takes no requests.
+    last_report  of the newest update here.
+    lost         why nothing is learnt any more; then what is running is to be finished, and nothing begun.
+    save_step    under which to save at the end, where the learner's rank says so; else None.
+    """
+
+    serves = True
+    save_step: int | None = None
+    lost: PeerLostError | None = None
+    last_report: UpdateReport | None = None
+
+    def __init__(self, desk: Desk, learner: OnlineTrainer | ShippingLearner | None = None) -> None:
+        self._desk, self._place, self._learner = desk, desk.place, learner
+        self._saved_s = time.monotonic()
+
+    def observe(self, transitions: list[Transitions]) -> None:
+        if self._learner is not None and self.lost is None:
+            self._learner.observe(transitions)
+
+    def end_request(self, request_id: int) -> None:
+        """Nothing more comes of this request."""
+        if self._learner is not None:
+            self._learner.end_request(request_id)
+
+    def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
+        """As `Learner` has it; raises Interrupted when the job is to end."""
+        raise NotImplementedError
+
+    def save_if_due(self) -> None:
+        """To be called when a request has ended; where ranks agree on the moment, they have saved already."""
+
+    def wait_for_others(self) -> None:
+        """Does its part until no rank has any traffic. Raises Interrupted, and PeerLostError when a rank is lost."""
+
+    def facts(self) -> dict[str, object]:
+        """What the company costs, for the summary: numbers that can be added up over the ranks."""
+        return {}
+
+    def leave(self) -> None:
+        """Takes leave of the others."""
+
+    def _write(self, report: UpdateReport) -> None:
+        self.last_report = report
+        self._desk.metrics.write("update", **dataclasses.asdict(report))
+
+    def _is_stopped(self) -> bool:
+        return self._desk.signals.received is not None
+
+    @property
+    def _is_save_due(self) -> bool:
+        return time.monotonic() - self._saved_s >= self._place.config.output.checkpoint_every_s
+
+    def _save(self) -> None:
+        self._desk.save(None)
+        self._saved_s = time.monotonic()
+
+
+class LocalAttendance(Attendance):
+    """What learns is here and alone. In lock-step all processes of the place do the same, and agree on when they do."""
+
+    _may_save = False
+
+    def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
+        report = None if self._learner is None else self._learner.step_if_due(is_idle=is_idle)
+        if report is not None:
+            self._write(report)
+        # A clock and a signal are one process's own.
+        said = torch.tensor([self._is_stopped(), self._is_save_due], dtype=torch.float64)
+        is_stopped, self._may_save = wait(self._place.processes.total(said)).tolist()
+        if is_stopped:
+            raise Interrupted
+        return report
+
+    def save_if_due(self) -> None:
+        if self._may_save:
+            self._may_save = False
+            self._save()
+
+
+class VotingAttendance(Attendance):
+    """All ranks learn together. At every tick this one says what its job has to say, and does what was agreed on.
+
+    When a rank is lost it lets what is running be finished, without learning.
+    """
+
+    _agreed: Ballot | None = None  # the last one acted on
+
+    def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
+        if self.lost is not None:
+            return None
+        self._announce()
+        try:
+            report = self._learner.step_if_due(is_idle=is_idle)
+            if report is not None:
+                self._write(report)
+            if self._learner.agreed is not self._agreed:
+                self._agreed = self._learner.agreed
+                self._act(self._agreed)
+        except PeerLostError as error:
+            self.lost = error
+            say(f"{error}; finishing what is running")
+            return None
+        return report
+
+    def _announce(self) -> None:
+        notices = self._learner.notices
+        notices.is_interrupted = self._is_stopped()
+        notices.wants_save = self._place.peers.is_first and self._is_save_due
+        notices.num_done = self._desk.num_done()
+
+    def _act(self, agreed: Ballot) -> None:
+        if agreed.wants_save:
+            self._save()
+        if agreed.is_interrupted:
+            raise Interrupted
+
+    def wait_for_others(self) -> None:
+        self._learner.notices.is_done = True
+        num_ranks = self._place.peers.num_ranks
+        while self.lost is None and not (self._agreed is not None and self._agreed.is_done == num_ranks):
+            self.step_if_due(is_idle=True)
+        if self.lost is not None:
+            raise self.lost
+
+
+class ShippingAttendance(Attendance):
+    """This rank serves, and rank 0 learns from what it ships there; rank 0 says when to save and when to end."""
+
+    def __init__(self, desk: Desk, speculator: SelfSpeculator) -> None:
+        train = desk.place.config.train
+        channel = GlooChannel(0, timeout_s=train.peer_timeout_s)
+        super().__init__(desk, ShippingLearner(
+            speculator, channel, train, outbox_positions=train.outbox_positions, on_save=desk.save
+        ))  # fmt: skip
+
+    @property
+    def lost(self) -> PeerLostError | None:
+        return self._learner.lost
+
+    def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
+        report = self._learner.step_if_due(is_idle=is_idle)
+        if report is not None:
+            self._write(report)
+        if self.lost is None and (self._is_stopped() or self._learner.ending is not None):
+            self.wait_for_others()
+        return report
+
+    def wait_for_others(self) -> None:
+        ending = self._learner.finish(self._is_stopped)
+        self.save_step = ending.save_step
+        if ending.is_interrupted:
+            raise Interrupted
+
+    def facts(self) -> dict[str, object]:
+        stats = self._learner.stats()
+        return {name: int(stats[name]) for name in SHIPPING}
+
+    def leave(self) -> None:
+        self._learner.leave()
+
+
+class LearningAttendance(Attendance):
+    """This rank only learns, from what all others ship."""
+
+    serves = False
+
+    def __init__(self, desk: Desk, trainer: OnlineTrainer, speculator: SelfSpeculator) -> None:
+        super().__init__(desk)
+        config, peers = desk.place.config, desk.place.peers
+        self._channels = {
+            rank: GlooChannel(rank, timeout_s=config.train.peer_timeout_s) for rank in range(1, peers.num_ranks)
+        }
+        self._dedicated = DedicatedLearner(
+            trainer, speculator, self._channels, checkpoint_every_s=config.output.checkpoint_every_s,
+            on_save=self._save_as, first_step=desk.first_step, on_report=self._write,
+        )  # fmt: skip
+
+    def wait_for_others(self) -> None:
+        ending = self._dedicated.run(self._is_stopped)
+        self.save_step = ending.save_step
+        if ending.is_interrupted:
+            raise Interrupted
+
+    def facts(self) -> dict[str, object]:
+        return dict.fromkeys(SHIPPING, 0)
+
+    def leave(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+
+    def _save_as(self, step: int) -> None:
+        self._desk.save(step)
+        stats = self._dedicated.stats()
+        self._place.console.print(
+            f"step {stats['steps']:.0f}, {stats['received_positions']:.0f} positions received, "
+            f"{stats['ranks_serving']:.0f} ranks serving"
+        )

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 POLL_S = 0.002  # between two looks at a collective that somebody has nothing else to do than to wait for
@@ -190,13 +191,25 @@ def join(*, timeout_s: float) -> Peers:
         torch.cuda.set_device(local_rank)
     try:
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
+                store=_meeting_point(rank, num_ranks, timeout_s), rank=rank, world_size=num_ranks,
+            )
     except (RuntimeError, ValueError) as error:
         raise PeerLostError(
             f"rank {rank} of {num_ranks} did not find the others at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} within {timeout_s:g} s: {str(error).splitlines()[0]}"
         ) from error
     return Peers(rank=rank, num_ranks=num_ranks, local_rank=local_rank)
+
+
+def _meeting_point(rank: int, num_ranks: int, timeout_s: float) -> dist.Store:
+    """Where the processes find each other."""
+    store, _, _ = next(rendezvous("env://", rank, num_ranks, timeout=timedelta(seconds=timeout_s)))
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(num_ranks):
+        return store  # several machines count their restarts apart, and have a new store after each
+    # On one machine torchrun keeps the store, with the addresses of processes that have died since.
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def wait(pieces: Pieces[T]) -> T:

@@ -143,7 +143,7 @@ def test_all_ranks_publish_the_same_versions(num_rounds, changes):
     assert all(rank["rollbacks"] == first["rollbacks"] and rank["losses"] == first["losses"] for rank in ranks)
     num_with_data = sum(rounds >= 40 for rounds in num_rounds)
     blocks_each = max(SETTINGS.blocks_per_step // len(num_rounds), SMALLEST_PART)
-    assert first["positions"] >= 0.9 * num_with_data * blocks_each * SETTINGS.block_len
+    assert first["positions"] >= 0.8 * num_with_data * blocks_each * SETTINGS.block_len
     assert first["vocab"] == (12 if "tokens_before_trim" in changes else 30)
     for rank in ranks:
         shared = rank["digests"].keys() & first["digests"].keys()

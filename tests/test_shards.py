@@ -134,7 +134,9 @@ def test_as_many_ranks_go_on_bit_for_bit(tmp_path, is_shared):
         assert now == then | {"is_own": True, "done": list(range(5))}
 
 
-@pytest.mark.parametrize(("num_before", "num_after"), [(2, 1), (1, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("num_before", "num_after"), [(2, 1), (1, 2), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((2, 4), (4, 2)))]
+)
 def test_other_ranks_share_out_all_there_was(tmp_path, num_before, num_after):
     """Catches experience, requests and counts that are lost or doubled, and ranks that part."""
     before = run(tmp_path, num_before, [0, 7])

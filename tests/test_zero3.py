@@ -187,6 +187,14 @@ def test_a_warm_up_beside_shards_leaves_a_drafter_for_the_whole_model(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_a_launch_that_would_shard_the_drafter_is_refused(tmp_path, monkeypatch):
+    """Catches a second DeepSpeed engine, around a drafter that nobody asked to share out."""
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file")
+    overrides = ["model.placement=zero3", "warmup.source=texts", "eval.limit=0", f"output.folder={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="start it with torchrun"):
+        run_warmup(load_config(None, overrides, schema=WarmupConfig), console=Console(quiet=True))
+
+
 def test_a_sharded_model_is_refused_where_it_would_have_to_decode(tmp_path):
     """Catches hours of fetching a model for every token."""
     config = load_config(

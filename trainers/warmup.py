@@ -32,6 +32,7 @@ from trainers.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
 from trainers.place import Place
 from trainers.position import read_traffic
 from trainers.progress import RunDisplay
+from trainers.sharded_student import is_launched_with_deepspeed
 
 BATCHES_AT_ONCE = 4  # batches of prompts that are decoded before their texts are learnt from: rows that end refill
 SCHEDULES = ("kl_only", "lk")  # the others need rewards, and nothing is drafted here
@@ -111,6 +112,11 @@ def run_warmup(config: WarmupConfig, *, console: Console) -> dict[str, object]:
 
 def _check(config: WarmupConfig) -> None:
     """Raises ValueError for settings that would be ignored."""
+    if config.model.placement == "zero3" and is_launched_with_deepspeed():
+        raise ValueError(
+            "model.placement 'zero3' must not be launched with a DeepSpeed config, which would be for the drafter; "
+            "start it with torchrun, or with configs/accelerate/ddp_2.yaml"
+        )
     if not config.train.enabled:
         raise ValueError("train.enabled must be true for a warm-up, got false; leave it out")
     if config.train.learner != "shared":

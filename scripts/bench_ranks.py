@@ -158,7 +158,7 @@ def _receive(pipe: Connection, deadline_s: float) -> Replica:
 
 
 class Bench:
-    """Settings, prompts and folders of all runs. prompts: as many for each core as a turn asks for."""
+    """All runs, each with its settings, its prompts and a folder of its own."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self._arguments, self._folder, self._num_runs = arguments, folder, 0
@@ -213,19 +213,25 @@ class Bench:
 
     def lessons(self) -> list[tuple[Replica, Replica]]:
         """Per seed, rank 0 of two and the single process, measured after the same requests."""
-        arguments, pairs = self._arguments, []
-        for seed in track(range(arguments.seeds), "acceptance", console=CONSOLE):
-            paths = json.dumps([str(path) for path in self._paths])
-            options = [
-                f"data.prompts={paths}", f"data.limit={arguments.learn_requests}", f"data.shuffle_seed={seed}",
-                f"train.seed={seed}", "train.budget=1", "drafter.adapter=null", f"eval.limit={arguments.held_out}",
-            ]  # fmt: skip
-            ranks = [self._config("learning-ranks", *options)] * len(arguments.cores)
-            two = run_together(ranks, arguments.cores, are_ranks=True, num_uncounted=1)[0]
-            config = self._config("learning-single", *options)
-            one = run_together([config], arguments.cores[:1], are_ranks=False, num_uncounted=1)[0]
-            pairs.append((two, one))
-        return pairs
+        cores = self._arguments.cores
+        two = [
+            run_together([self._lesson(seed)] * len(cores), cores, are_ranks=True, num_uncounted=1)[0]
+            for seed in track(range(self._arguments.seeds), "acceptance, two ranks", console=CONSOLE)
+        ]
+        one: list[Replica] = []
+        # A lesson takes no times, so single processes may run side by side.
+        for first in track(range(0, len(two), len(cores)), "acceptance, one process", console=CONSOLE):
+            configs = [self._lesson(seed) for seed in range(first, min(first + len(cores), len(two)))]
+            one += run_together(configs, cores[: len(configs)], are_ranks=False, num_uncounted=1)
+        return list(zip(two, one, strict=True))
+
+    def _lesson(self, seed: int) -> TrainConfig:
+        arguments = self._arguments
+        return self._config(
+            "lesson", f"data.prompts={json.dumps([str(path) for path in self._paths])}", f"data.shuffle_seed={seed}",
+            f"data.limit={arguments.learn_requests}", f"train.seed={seed}", "train.budget=1", "drafter.adapter=null",
+            f"eval.limit={arguments.held_out}",
+        )  # fmt: skip
 
 
 def throughput_ratios(turns: list[dict[str, list[Replica]]], base: str) -> dict[str, float]:
@@ -299,19 +305,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cores", type=int, nargs=2, help="one for each process; default the first two")
     parser.add_argument("--adapter", default=ADAPTER, help="drafter that throughput starts from; none: untrained")
     parser.add_argument("--data", type=Path, default=STREAMS, help="a JSONL file or a folder of them")
-    parser.add_argument("--repeats", type=int, default=4, help="turns of every arm")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of every arm")
     parser.add_argument("--requests", type=int, default=40, help="of each process in a turn")
     parser.add_argument("--uncounted", type=int, default=5, help="requests of each process before those")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=3, help="of the comparison of acceptance")
+    parser.add_argument("--seeds", type=int, default=2, help="of the comparison of acceptance")
     parser.add_argument("--learn-requests", type=int, default=200, help="learnt from in all, for the acceptance")
-    parser.add_argument("--held-out", type=int, default=40, help="requests that acceptance is measured on")
-    parser.add_argument("--quick", action="store_true", help="about two minutes: two turns, one seed, fewer requests")
+    parser.add_argument("--held-out", type=int, default=24, help="requests that acceptance is measured on")
+    parser.add_argument("--quick", action="store_true", help="minutes fewer: one turn, one seed, fewer requests")
     parser.add_argument("overrides", nargs="*", help="settings of all runs, such as train.budget=0.1")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments = argparse.Namespace(**vars(arguments) | {
-            "repeats": 2, "requests": 15, "uncounted": 3, "seeds": 1, "learn_requests": 80, "held_out": 20
+            "repeats": 1, "requests": 15, "uncounted": 3, "seeds": 1, "learn_requests": 80, "held_out": 10
         })  # fmt: skip
     if arguments.adapter == "none":
         arguments.adapter = None

@@ -210,3 +210,30 @@ def test_a_rollback_of_rank_0_holds_on_all():
     assert first == second and weights == others
     assert [source for _, source in first].count("rollback") == 1
     assert "rank 0" in refusal
+
+
+def be_busy(patience_s: float) -> tuple[int, int]:
+    """Steps made while rank 1 had no time for any, and then with it."""
+    peers = join(timeout_s=30)
+    trainer = OnlineTrainer(serving(), SETTINGS, peers=peers)
+    has_time, allows = peers.is_first, trainer.budget.allows
+    trainer.budget.allows = lambda *args, **options: allows(*args, **options) and has_time
+    num_steps = []
+    for _ in range(2):
+        until_s = time.monotonic() + patience_s
+        while time.monotonic() < until_s:
+            trainer.observe([stretch(len(num_steps))])
+            trainer.step_if_due(is_idle=True)
+        num_steps.append(trainer.num_steps)
+        has_time = True
+    trainer.notices.is_done = True
+    while trainer.agreed.is_done < 2:
+        trainer.step_if_due(is_idle=True)
+    peers.leave()
+    return tuple(num_steps)
+
+
+def test_a_rank_without_time_makes_no_step_because_another_has_some():
+    """Catches budgets that add up: each rank's steps at every rank's cost."""
+    for while_busy, afterwards in run_ranks(be_busy, 1.0):
+        assert while_busy == 0 < afterwards

@@ -321,9 +321,11 @@ class OnlineTrainer:
     def _do_pieces(self, *, is_whole: bool = False) -> UpdateReport | None:
         """Works on the tick or step in progress, or on a new one, up to the end of a piece; the report when it is done.
 
-        is_whole, or a step that is not sliced: up to its end, or until it has to wait for other ranks.
+        is_whole, or a step that is not sliced: up to its end, or until it has to wait for other ranks. After a wait,
+        which takes no time that counts, whether there is time to go on is for the caller to see.
         """
         while True:
+            has_waited = self._is_waiting
             start_s = time.perf_counter()
             if self._work is None:
                 self._work_s = 0.0
@@ -344,7 +346,8 @@ class OnlineTrainer:
             if report is not None:
                 report.seconds = self._work_s
                 self.last_report = report
-            if self._work is None or self._is_waiting or not (is_whole or not self.config.blocks_per_slice):
+            is_piece = has_waited or self.config.blocks_per_slice
+            if self._work is None or self._is_waiting or (is_piece and not is_whole):
                 return report
 
     def _tick(self) -> Pieces[UpdateReport | None]:

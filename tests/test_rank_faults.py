@@ -16,6 +16,7 @@ from dvi.config import load_config
 from dvi.distributed import Peers
 from tests.rank_jobs import job_settings, saved, served
 from tests.ranks import Ranks, run_ranks, try_ranks
+from trainers import online
 from trainers.job import Job, run_training
 from trainers.shards import CHECKPOINTS
 
@@ -118,6 +119,26 @@ def test_a_rank_that_no_longer_answers_is_given_up(tmp_path):
         is_well, reason = ranks.outcome(0, timeout_s=PATIENCE_S)
     assert not is_well and is_named_loss(reason), reason
     check_folder(tmp_path / "run", 2)
+
+
+def lose_one_at_the_start(settings: list[str]) -> None:
+    """Rank 1 dies when it is to build its learner, which all ranks do together inside a library."""
+    build = online.build_student
+
+    def build_or_die(*args: object, peers: Peers) -> object:
+        if not peers.is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return build(*args, peers=peers)
+
+    online.build_student = build_or_die
+    serve(settings)
+
+
+def test_a_rank_lost_inside_a_library_is_the_named_error_too(tmp_path):
+    """Catches a stranger's exception, and exit code, where the ranks wait for each other outside of our own sums."""
+    settings = job_settings(tmp_path, num_requests=2, num_tokens=8)
+    (is_well, reason), _ = try_ranks(lose_one_at_the_start, settings, timeout_s=PATIENCE_S)
+    assert not is_well and is_named_loss(reason), reason
 
 
 def watch_a_loss(settings: list[str]) -> dict:

@@ -17,10 +17,10 @@ from tests.ranks import CONTEXT, free_port, rank_environment
 
 STORIES = Path(__file__).parent / "stories260k"
 PATIENCE_S = 60.0  # a deadline, not a wait
-# Steps come fast and versions with them; lengths are fixed, so that nothing depends on how fast this machine is.
+# Steps are made while nobody waits; lengths are fixed, so that nothing depends on how fast this machine is.
 SETTINGS = (
     f"model.path={STORIES}", "model.split_layer=2", "drafter.anchor_hidden=16", "drafter.draft_vocab_size=0",
-    "draft.policy=fixed", "train.budget=1", "train.rounds_per_step=1", "train.blocks_per_slice=0",
+    "draft.policy=fixed", "train.budget=0.5", "train.rounds_per_step=1", "train.blocks_per_slice=0",
     "train.blocks_per_step=16", "train.steps_per_publish=4", "train.steps_per_canary=1000", "train.settle_rounds=0",
     "train.peer_timeout_s=60", "serve.port=0", "serve.drain_s=5",
 )  # fmt: skip
@@ -41,7 +41,6 @@ class Job:
         wait_until(lambda: self._url or not processes[0].is_alive(), what="the door is open")
         assert self._url, self.log(0)
         self.client = httpx2.Client(base_url=self._url, timeout=PATIENCE_S)
-        wait_until(lambda: self.health()["status"] == "ok", what="all replicas are healthy")
 
     @property
     def _url(self) -> str | None:
@@ -89,7 +88,10 @@ def serving_job(folder: Path, *settings: str, num_ranks: int = 2) -> Iterator[Jo
         processes.append(CONTEXT.Process(target=_serve, args=(environment, log, arguments)))
         processes[-1].start()
     try:
-        yield Job(folder, processes, logs)
+        job = Job(folder, processes, logs)
+        with job.client:
+            wait_until(lambda: job.health()["status"] == "ok", what="all replicas are healthy")
+            yield job
     finally:
         for process in processes:
             process.kill()

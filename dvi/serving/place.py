@@ -43,8 +43,8 @@ class ServerPlace:
     def __init__(self, config: ServeConfig) -> None:
         if config.train.learner == "dedicated":
             raise ValueError(
-                "train.learner must be 'shared' in a server, got 'dedicated': a dedicated learner cannot be told to rest "
-                "while a version is pinned"
+                "train.learner must be 'shared' in a server, got 'dedicated': such a learner cannot yet be told to "
+                "rest while a version is pinned"
             )
         self.config, serve = config, config.serve
         self.peers = join(timeout_s=config.train.peer_timeout_s)

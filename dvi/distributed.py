@@ -159,7 +159,8 @@ class Peers:
         reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
         return PeerLostError(
             f"rank {self.rank} of {self.num_ranks} lost another rank: {reason}; "
-            "its own log says why, and output.resume=true goes on from the last checkpoint"
+            "its own log says why; started again (dvi train with output.resume=true) the job goes on from its last "
+            "checkpoint"
         )
 
 

@@ -241,6 +241,7 @@ class OnlineTrainer:
             self._work = self._batch = None
             self._roll_back(code)
             return self.versions()[-1]
+        self.finish_tick()  # its step may lead back to the best by itself
         num_before = self.num_rollbacks
         self.notices.rollback = code
         while self.num_rollbacks == num_before:

@@ -155,17 +155,13 @@ def fall_silent(victim: int, is_dead: bool) -> str:
     """What a rank meets when another dies, or no longer answers."""
     peers = join(timeout_s=3)
     trainer = OnlineTrainer(serving(), SETTINGS, peers=peers)
-    for index in range(30):
-        trainer.observe([stretch(index)])
-        trainer.step_if_due(is_idle=True)
-    if peers.rank == victim:
-        if is_dead:
-            os._exit(1)
-        time.sleep(8)
-        os._exit(1)
     try:
-        while True:
+        for index in itertools.count():
+            trainer.observe([stretch(index)])
             trainer.step_if_due(is_idle=True)
+            if peers.rank == victim and index == 30:
+                time.sleep(0 if is_dead else 8)
+                os._exit(1)
     except PeerLostError as error:
         with pytest.raises(PeerLostError):
             trainer.step_if_due()
@@ -215,7 +211,7 @@ def test_a_rollback_of_rank_0_holds_on_all():
 def be_busy(patience_s: float) -> tuple[int, int]:
     """Steps made while rank 1 had no time for any, and then with it."""
     peers = join(timeout_s=30)
-    trainer = OnlineTrainer(serving(), SETTINGS, peers=peers)
+    trainer = OnlineTrainer(serving(), dataclasses.replace(SETTINGS, budget=0.9), peers=peers)
     has_time, allows = peers.is_first, trainer.budget.allows
     trainer.budget.allows = lambda *args, **options: allows(*args, **options) and has_time
     num_steps = []

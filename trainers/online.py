@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dvi.distributed import SOLO, PeerLostError, Peers, Pieces, Progress
+from dvi.distributed import POLL_S, SOLO, PeerLostError, Peers, Pieces, Progress
 from dvi.drafter import MAX_DEPTH
 from dvi.loss_schedule import LossSchedule
 from dvi.losses import BatchTotals, RewardBaseline
@@ -97,7 +97,7 @@ class OnlineTrainer:
         self._batch: ReplayBatch | None = None  # for the next step, with ballots cast on it
         self.notices, self.agreed = Notices(), None
         self.follows_rounds, self.must_step = True, False
-        self._has_woken = self._is_waiting = False
+        self._has_woken = self._is_waiting = self._is_agreed = False
         self._ticked_s = -math.inf
         self._unreported: UpdateReport | None = None
         self._version = self._live.version
@@ -347,7 +347,10 @@ class OnlineTrainer:
             if report is not None:
                 report.seconds = self._work_s
                 self.last_report = report
-            is_piece = has_waited or self.config.blocks_per_slice
+            if self._is_waiting and self._is_agreed and not self.budget.has_limit:
+                time.sleep(POLL_S)  # steps are to follow rounds, whatever time they take: also the others'
+                continue
+            is_piece = (has_waited and self.budget.has_limit) or self.config.blocks_per_slice
             if self._work is None or self._is_waiting or (is_piece and not is_whole):
                 return report
 
@@ -363,7 +366,9 @@ class OnlineTrainer:
             num_drafted=self._drafted_since_step, num_accepted=self._accepted_since_step,
             num_tokens=self._tokens_counted, has_woken=self._has_woken,
         )  # fmt: skip
+        self._is_agreed = False
         agreed, totals = yield from self._agree(mine, BatchTotals.of(batch))
+        self._is_agreed = True
         if agreed.has_woken:
             self.schedule.reset(self.num_steps)
             self._has_woken = False
@@ -414,9 +419,13 @@ class OnlineTrainer:
             total += part_total
             values.update(part_values)
             yield Progress.WORKED
-        yield from student.sum_gradient()
         losses = torch.stack([total, *values.values()]).double().cpu()
-        total, *means = (yield from self._peers.total(losses)).tolist()
+        # Under way together with the gradient: each wait costs rounds.
+        work = None if self._peers.is_alone else self._peers.begin_total(losses)
+        yield from student.sum_gradient()
+        if work is not None:
+            yield from self._peers.arrival(work)
+        total, *means = losses.tolist()
         grad_norm, skipped, scores = student.clip_gradient(), None, None
         if math.isfinite(total) and math.isfinite(grad_norm):
             student.update()

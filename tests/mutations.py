@@ -253,7 +253,7 @@ MUTATIONS = [
         "totals", TEST_RANKS,
     ),
     Mutation(
-        "step_of_a_rank_without_time", ONLINE, "is_piece = has_waited or", "is_piece = False or", TEST_RANKS,
+        "step_of_a_rank_without_time", ONLINE, "is_piece = (has_waited and", "is_piece = (False and", TEST_RANKS,
     ),
     Mutation(
         "trim_by_a_rank_s_own_counts", ONLINE, "yield from self._peers.total(self.token_counts_V.clone())",

@@ -1,0 +1,86 @@
+"""What planning chooses, among what, under which bounds, and what it expects of a choice.
+
+Knows numbers alone. Seconds of a request: its *first token* comes so long after its admission, its *token latency* is
+the time from its first token to its last, by the tokens after the first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, order=True)
+class ServingPlan:
+    """How a server runs.
+
+    split_layer              layers below it draft.
+    num_draft_tokens         T, the most drafted in a round; 0 decodes plainly.
+    max_rows                 requests that decode together.
+    prefill_tokens_per_step  prompt positions read, at most, in a step that reads prompts.
+    rounds_per_prefill       prompts are read before every so many-th round. 1 shares each step between reading and
+                             decoding by the work there is (ExeGPT's workload-aware allocation); more lets the two take
+                             turns (its round-robin allocation).
+    tensor_parallel          processes that share every layer.
+    """
+
+    split_layer: int
+    num_draft_tokens: int
+    max_rows: int
+    prefill_tokens_per_step: int
+    rounds_per_prefill: int = 1
+    tensor_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class PlanSpace:
+    """The values each field of a plan may take, ascending."""
+
+    split_layer: tuple[int, ...]
+    num_draft_tokens: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
+    max_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    prefill_tokens_per_step: tuple[int, ...] = (64, 128, 256, 512)
+    rounds_per_prefill: tuple[int, ...] = (1, 4, 16)
+    tensor_parallel: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            values = getattr(self, field.name)
+            if not values or list(values) != sorted(set(values)):
+                raise ValueError(f"{field.name} must be one value or more, ascending, got {values}")
+
+    def __len__(self) -> int:
+        return math.prod(len(getattr(self, field.name)) for field in fields(self))
+
+    def __iter__(self) -> Iterator[ServingPlan]:
+        """Every plan: what an exhaustive search would look at."""
+        for values in itertools.product(*(getattr(self, field.name) for field in fields(self))):
+            yield ServingPlan(*values)
+
+
+@dataclass(frozen=True)
+class LatencyBound:
+    """What must hold for 99 requests of 100; infinity asks nothing."""
+
+    token_s: float = math.inf
+    first_token_s: float = math.inf
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan gives under steady load: as many requests are there as it has rows, each followed by the next.
+
+    tokens_per_s   generated tokens of all requests by all time, learning included.
+    token_*_s      quantiles over requests of the token latency; first_token_*_s of the first token.
+    """
+
+    tokens_per_s: float
+    token_p50_s: float
+    token_p99_s: float
+    first_token_p50_s: float
+    first_token_p99_s: float
+
+    def meets(self, bound: LatencyBound) -> bool:
+        return self.token_p99_s <= bound.token_s and self.first_token_p99_s <= bound.first_token_s

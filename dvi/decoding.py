@@ -18,16 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from dvi.companions import agreement, token_ratio
 from dvi.cuda_graph import RoundGraphs, can_capture
-from dvi.draft_length import LengthPolicy, RoundInfo, RoundOutcome
+from dvi.draft_length import DraftSight, LengthPolicy, RoundInfo, RoundOutcome
 from dvi.drafter import MAX_DEPTH, Drafter
 from dvi.kv_cache import KeysAndValues
 from dvi.records import Draft, RoundStats, SamplingParams, TokenLogprobs, Transitions, Verdict
 from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.split import SplitModel
-from dvi.verification import VerifyRule, verify_greedy
+from dvi.verification import VerifyRule, verify_by_rejection, verify_greedy
 
 PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations
+CLUE_UNITS = 2**20  # clues cross to the host among integers, in these units
 
 
 @dataclass
@@ -73,6 +75,23 @@ class Sequence:
         return len(committed)
 
 
+@dataclass(frozen=True)
+class RowOutcome:
+    """One row's round in counts: num_waived of num_accepted of num_drafted; num_kept tokens became text."""
+
+    sequence: Sequence
+    num_drafted: int
+    num_accepted: int
+    num_waived: int
+    num_kept: int
+
+    def add_to(self, stats: RoundStats) -> None:
+        stats.count_round(
+            num_drafted=self.num_drafted, num_accepted=self.num_accepted, num_waived=self.num_waived
+        )
+        stats.new_tokens += self.num_kept
+
+
 @dataclass
 class RowState:
     """What the next round of B rows starts from, on the device. Views of fixed buffers."""
@@ -92,12 +111,15 @@ def propose(
 
     Runs the shallow layers over U = T + 1 positions, the last committed token first, and writes their keys and values.
     """
-    sampling = state.sampling
+    sampling, companion, head = state.sampling, policy.companion, drafter.draft_head
     depth_state = drafter.begin(state.anchor_BD) if num_draft_tokens else None
+    companion_state = companion.begin(state.anchor_BD) if companion is not None and num_draft_tokens else None
     is_greedy = sampling.is_all_greedy and not sampling.has_penalties
+    # The output is the verifier's, or the noise's and the verifier's, whatever is verified: nothing can be given away.
+    may_tell_drawn = sampling.is_all_greedy or sampling.is_gumbel
     token_B = state.last_token_B
     counts_B = torch.ones_like(token_B, dtype=torch.bool)
-    tokens, hidden, logits, probs, counted = [], [], [], [], []
+    tokens, hidden, logits, probs, counted, agreements, token_ratios = [], [], [], [], [], [], []
 
     def shallow(token_B: Tensor, depth: int) -> Tensor:
         placement = cache.place(offset=depth, width=1, rows=state.rows)
@@ -106,14 +128,20 @@ def propose(
     for depth in range(num_draft_tokens):
         hidden.append(shallow(token_B, depth))
         logits_BV = drafter.step(hidden[-1], depth_state, depth)
-        confidence_B = logits_BV.softmax(-1).amax(-1) if policy.needs_confidence else state.last_token_B
-        counts_B = counts_B & policy.keep(depth, confidence_B)
+        if is_greedy:
+            drawn_B = head.to_token_ids(logits_BV.argmax(-1))
+        else:
+            drawn_B, probs_BV = _draw(drafter, cache, state, logits_BV, tokens, depth)
+        if companion is not None:
+            companion_BV = companion.step(token_B, hidden[-1], logits_BV, companion_state, depth)
+            agreements.append(agreement(logits_BV, companion_BV))
+            token_ratios.append(token_ratio(logits_BV, companion_BV, head.to_draft_ids(drawn_B)))
+        told = token_ratios if may_tell_drawn else token_ratios[:-1]
+        counts_B = counts_B & policy.keep(DraftSight(depth, counts_B, logits_BV, agreements, told))
         if token_B.device.type == "cpu" and not counts_B.any():
             break  # the last hidden state is the last drafted token's: nothing is left to compute
-        if is_greedy:
-            token_B = drafter.draft_head.to_token_ids(logits_BV.argmax(-1))
-        else:
-            token_B, probs_BV = _draw(drafter, cache, state, logits_BV, tokens, depth)
+        token_B = drawn_B
+        if not is_greedy:
             probs.append(probs_BV)
         tokens.append(token_B)
         logits.append(logits_BV)
@@ -122,12 +150,14 @@ def propose(
         hidden.append(shallow(token_B, num_draft_tokens))
 
     token_ids_BT = torch.stack(tokens, 1) if tokens else token_B.new_zeros(token_B.shape[0], 0)
+    clues = [torch.stack(both, -1) for both in zip(agreements, token_ratios, strict=True)][: len(tokens)]
     return Draft(
         token_ids_BT=token_ids_BT,
         num_drafted_B=torch.stack(counted, 1).sum(1) if counted else torch.zeros_like(token_B),
         hidden_BUD=torch.stack(hidden, 1),
         probs_BTV=torch.stack(probs, 1) if probs else None,
         log_probs_BT=_log_probs(drafter, logits, token_ids_BT) if wants_log_probs and tokens else None,
+        clues_BTC=torch.stack(clues, 1) if clues else None,
         drafter_version=drafter.version,
     )
 
@@ -161,19 +191,23 @@ def judge(draft: Draft, logits_BUV: Tensor, cache: object, state: RowState, rule
     """The verifier's verdict on a draft from its own logits."""
     sampling, lengths_B = state.sampling, cache.lengths_B[state.rows]
     seen_BUV = None if state.seen is None else state.seen.with_drafts(draft.token_ids_BT)
+    drafted = draft.token_ids_BT, draft.num_drafted_B
+    waived_BT = None
+    if not rule.is_lossless:
+        waived_BT = rule.waives(draft.token_ids_BT, sampling.warp_logits(logits_BUV, seen_BUV)[:, :-1])
     if sampling.is_all_greedy:
-        return verify_greedy(draft.token_ids_BT, draft.num_drafted_B, sampling.argmax(logits_BUV, seen_BUV))
+        return verify_greedy(*drafted, sampling.argmax(logits_BUV, seen_BUV), waived_BT)
     depth_U = torch.arange(logits_BUV.shape[1], device=logits_BUV.device)
     target_probs_BUV = sampling.warp(logits_BUV, seen_BUV)
     if sampling.is_gumbel:
         noise_BUV = hash_gumbel(sampling.seed_B, lengths_B[:, None] + depth_U + 1, sampling.vocab_size)
-        return verify_greedy(draft.token_ids_BT, draft.num_drafted_B, gumbel_argmax(target_probs_BUV, noise_BUV))
+        return verify_greedy(*drafted, gumbel_argmax(target_probs_BUV, noise_BUV), waived_BT)
     accept_uniform_BT = uniform(sampling.seed_B[:, None], lengths_B[:, None], depth_U[:-1], Role.ACCEPT)
     # The depth is part of no recovered token's key: a round has one, whatever depth it falls on.
     recover_uniform_B = uniform(sampling.seed_B, lengths_B, 0, Role.RECOVER)
     draft_probs_BTV = target_probs_BUV[:, :0] if draft.probs_BTV is None else draft.probs_BTV
-    return rule.verify(
-        draft.token_ids_BT, draft.num_drafted_B, draft_probs_BTV, target_probs_BUV, accept_uniform_BT, recover_uniform_B
+    return verify_by_rejection(
+        *drafted, draft_probs_BTV, target_probs_BUV, accept_uniform_BT, recover_uniform_B, waived_BT
     )
 
 
@@ -183,8 +217,9 @@ class VerifiedRound:
 
     input_ids_BU  the last committed token and the drafted ones; final_BUD their final hidden states.
     anchor_BD     the final hidden state at the position whose logits gave next_token.
-    for_host_BH   int64 [B, T + 4]: drafted ids, is_finite, next token, num_accepted, num_drafted. is_finite is 0 where
-                  the verifier's final states hold NaN or infinity: nothing of such a row may be used.
+    for_host_BH   int64 [B, T + 5]: drafted ids, is_finite, next token, num_waived, num_accepted, num_drafted. is_finite
+                  is 0 where the verifier's final states hold NaN or infinity: nothing of such a row may be used. Where
+                  a companion drafts along, 2 T clues follow the drafted ids, in units of 1 / CLUE_UNITS.
     logits_BUV    the verifier's, where somebody wants log-probabilities.
     """
 
@@ -210,10 +245,15 @@ def draft_and_verify(
     verdict = judge(draft, logits_BUV, cache, state, rule)
     row_B = torch.arange(len(input_ids_BU), device=input_ids_BU.device)
     is_finite_B = final_BUD.sum((1, 2), dtype=torch.float32).isfinite().long()
-    counts_B4 = torch.stack([is_finite_B, verdict.next_token_B, verdict.num_accepted_B, draft.num_drafted_B], dim=1)
+    num_waived_B = torch.zeros_like(row_B) if verdict.num_waived_B is None else verdict.num_waived_B
+    counts_B5 = torch.stack(
+        [is_finite_B, verdict.next_token_B, num_waived_B, verdict.num_accepted_B, draft.num_drafted_B], dim=1
+    )
+    clues = [] if draft.clues_BTC is None else [(draft.clues_BTC * CLUE_UNITS).long().flatten(1)]
     return VerifiedRound(
         draft, verdict, input_ids_BU, final_BUD, anchor_BD=final_BUD[row_B, verdict.num_accepted_B],
-        for_host_BH=torch.cat([draft.token_ids_BT, counts_B4], dim=1), logits_BUV=logits_BUV if keeps_logits else None,
+        for_host_BH=torch.cat([draft.token_ids_BT, *clues, counts_B5], dim=1),
+        logits_BUV=logits_BUV if keeps_logits else None,
     )
 
 
@@ -221,7 +261,7 @@ class DecodingBatch:
     """Rows that decode together: they join and leave between rounds and always fill rows 0 .. num_rows - 1.
 
     sequences   the rows that decode. The rows after them hold `prefilling`: prompts read so far in part.
-    outcomes    of the newest round, one per row: (sequence, num_drafted, num_accepted, tokens kept).
+    outcomes    of the newest round, one per row.
     """
 
     def __init__(
@@ -238,7 +278,7 @@ class DecodingBatch:
         self.cache = split.make_cache(max_rows, capacity)
         self.sequences: list[Sequence] = []
         self.prefilling: list[Sequence] = []
-        self.outcomes: list[tuple[Sequence, int, int, int]] = []
+        self.outcomes: list[RowOutcome] = []
         self._last_token_B = torch.zeros(max_rows, dtype=torch.int64, device=split.device)
         self._anchor_BD = torch.zeros(max_rows, split.hidden_size, dtype=split.dtype, device=split.device)
         self._state: RowState | None = None
@@ -338,6 +378,8 @@ class DecodingBatch:
         state, cache = self._row_state(), self.cache
         info = RoundInfo(num_rows=len(self.sequences), drafter_version=self.drafter.version)
         num_draft_tokens, num_captures = self.policy.choose(info), len(self._graphs or ())
+        if self.policy.companion is not None:
+            self.policy.companion.follow(self.drafter, self.sequences)
         verified = self._on_device(state, num_draft_tokens)
         if state.seen is not None:
             state.seen.add(*_committed(verified.draft, verified.verdict))
@@ -349,7 +391,10 @@ class DecodingBatch:
         transitions = self._account(host_rows, verified)
         # A round that captured a graph says nothing of what rounds cost.
         seconds = time.perf_counter() - start_s if len(self._graphs or ()) == num_captures else None
-        self.policy.observe(RoundOutcome([r[-1] for r in host_rows], [r[-2] for r in host_rows], seconds=seconds))
+        self.policy.observe(RoundOutcome(
+            [r[-1] for r in host_rows], [r[-2] for r in host_rows], seconds=seconds,
+            clues=None if verified.draft.clues_BTC is None else [_clues(r) for r in host_rows],
+        ))
         return transitions
 
     def _on_device(self, state: RowState, num_draft_tokens: int) -> VerifiedRound:
@@ -363,7 +408,9 @@ class DecodingBatch:
             )
 
         # A graph holds addresses: sampling settings live at new ones for every set of rows, so only greedy rounds.
-        if self._graphs is None or not state.sampling.is_all_greedy or state.seen is not None or keeps_logits:
+        # A companion may follow the host.
+        is_fixed = state.sampling.is_all_greedy and state.seen is None and self.policy.companion is None
+        if self._graphs is None or not is_fixed or keeps_logits:
             return run()
         visible = self.cache.place(offset=0, width=num_draft_tokens + 1, rows=state.rows).visible
         # A drafter's buffers stay where they are until a learner trims its vocabulary.
@@ -377,16 +424,16 @@ class DecodingBatch:
         transitions, self.outcomes = [], []
         drafts = _drafts_by_position(verified.draft) if self._wants_transitions else None
         for row, (sequence, host_row) in enumerate(zip(self.sequences, host_rows, strict=True)):
-            is_finite, next_token, num_accepted, num_drafted = host_row[-4:]
+            is_finite, next_token, num_waived, num_accepted, num_drafted = host_row[-5:]
             if not is_finite:
                 sequence.finish_reason = "error"
                 continue
             committed = [*host_row[:num_accepted], next_token]
             num_kept = sequence.extend(committed)
-            sequence.stats.count_round(num_drafted=num_drafted, num_accepted=num_accepted)
-            sequence.stats.new_tokens += num_kept
+            outcome = RowOutcome(sequence, num_drafted, num_accepted, num_waived, num_kept)
+            outcome.add_to(sequence.stats)
             sequence.kept_per_round.append(num_kept)
-            self.outcomes.append((sequence, num_drafted, num_accepted, num_kept))
+            self.outcomes.append(outcome)
             if sequence.num_logprobs is not None:
                 logits_WV = verified.logits_BUV[row, :num_kept]
                 sequence.logprobs += _logprobs(logits_WV, committed[:num_kept], sequence.num_logprobs)
@@ -395,7 +442,7 @@ class DecodingBatch:
                 transitions.append(_cut(
                     verified, drafts, row, sequence, num_drafted=num_drafted, num_accepted=num_accepted,
                     start_position=self.cache.lengths[row] - len(committed), num_kept=num_kept,
-                    is_honest=self._rule.is_lossless,
+                    is_honest=num_waived == 0,
                 ))
         return transitions
 
@@ -472,6 +519,13 @@ def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
     is_accepted_BT = depth_T < verdict.num_accepted_B[:, None]
     ids_BU = torch.cat([draft.token_ids_BT, verdict.next_token_B[:, None]], dim=1)
     return ids_BU, torch.cat([is_accepted_BT, torch.ones_like(ids_BU[:, :1], dtype=torch.bool)], dim=1)
+
+
+def _clues(host_row: list[int]) -> list[tuple[float, float]]:
+    """(S, A) of each drafted position, out of a row for the host that has T ids, 2 T clues and 5 counts."""
+    num_drafts = (len(host_row) - 5) // 3
+    numbers = [units / CLUE_UNITS for units in host_row[num_drafts:-5]]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _logprobs(logits_WV: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:

@@ -1,6 +1,6 @@
 """How many tokens to draft: once per round from earlier rounds, and within a round from the draft distributions.
 
-Knows counts, confidences and measured seconds; knows nothing of token ids, which is what keeps it lawful: under
+Knows counts, draft distributions and measured seconds; knows no token ids, which is what keeps it lawful: under
 sampling, whether position i is verified may depend on committed tokens, drafted tokens before i and distributions at
 i, never on the token drawn at i or later. (Stopping *because of* the token drawn at i would keep it more often when it
 suits, and the output would no longer follow the target.)
@@ -9,12 +9,13 @@ suits, and the output would no longer follow the target.)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dvi.companions import Companion
 from dvi.round_costs import CostTable, LiveCosts
 
 # What a burst of probes may cost, in rounds of the length in use; see `GoodputLength`.
@@ -45,11 +46,13 @@ class RoundOutcome:
     num_accepted  0..num_drafted.
     seconds       wall time of the whole round; None where it was not measured, or would mislead (a round that captured
                   a graph).
+    clues         where a companion drafted along: (S, A) of each of the row's T positions, counted or not.
     """
 
     num_drafted: list[int]
     num_accepted: list[int]
     seconds: float | None = None
+    clues: list[list[tuple[float, float]]] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -61,25 +64,42 @@ class RoundOutcome:
         return max(self.num_drafted)
 
 
+@dataclass(frozen=True)
+class DraftSight:
+    """All that may be known when it is decided whether the position at `depth` of a draft counts. B rows.
+
+    depth           0..T-1.
+    is_open_B       bool: rows whose earlier positions all count. The others' entries below mean nothing.
+    logits_BV       the drafter's at this position, before temperature and filters (warped greedy distributions are
+                    one-hot and say nothing).
+    agreements      S of depths 0 .. depth, float32 [B] each, and
+    token_ratios    A of depths 0 .. depth - 1, where a companion drafts along (`dvi.companions`); else both are empty.
+                    Where the output cannot depend on what is verified, in greedy and Gumbel-coupled rounds, also A of
+                    this depth: it tells of the token drawn here.
+    """
+
+    depth: int
+    is_open_B: Tensor
+    logits_BV: Tensor
+    agreements: list[Tensor] = field(default_factory=list)
+    token_ratios: list[Tensor] = field(default_factory=list)
+
+
 class LengthPolicy(Protocol):
     """Chooses T on the host and which of the T positions count on the device.
 
-    buckets            the values `choose` may return, ascending, so that shapes can be prepared.
-    needs_confidence   whether `keep` reads its confidence; if not, callers may pass any tensor with one entry a row.
+    buckets     the values `choose` may return, ascending, so that shapes can be prepared.
+    companion   drafts along, for the policy's sake; None: nothing does.
     """
 
     buckets: tuple[int, ...]
-    needs_confidence: bool
+    companion: Companion | None
 
     def choose(self, info: RoundInfo) -> int:
         """T for the coming round, out of `buckets`; called once per round."""
 
-    def keep(self, depth: int, confidence_B: Tensor) -> Tensor:
-        """bool [B]: whether position `depth` counts as drafted. A row's num_drafted is its leading run of True.
-
-        confidence_B: the largest probability of the drafter's distribution at this position, before temperature and
-        filters (warped greedy distributions are one-hot and say nothing).
-        """
+    def keep(self, sight: DraftSight) -> Tensor:
+        """bool [B]: whether position `sight.depth` counts as drafted; num_drafted is a row's leading run of True."""
 
     def observe(self, outcome: RoundOutcome) -> None:
         """Takes in the outcome of the round last chosen for."""
@@ -88,7 +108,7 @@ class LengthPolicy(Protocol):
 class FixedLength:
     """Always T = num_draft_tokens."""
 
-    needs_confidence = False
+    companion = None
 
     def __init__(self, num_draft_tokens: int) -> None:
         self.buckets = _checked_buckets((num_draft_tokens,))
@@ -96,8 +116,8 @@ class FixedLength:
     def choose(self, info: RoundInfo) -> int:
         return self.buckets[0]
 
-    def keep(self, depth: int, confidence_B: Tensor) -> Tensor:
-        return torch.ones_like(confidence_B, dtype=torch.bool)
+    def keep(self, sight: DraftSight) -> Tensor:
+        return torch.ones_like(sight.is_open_B)
 
     def observe(self, outcome: RoundOutcome) -> None:
         """Nothing to learn."""
@@ -106,10 +126,8 @@ class FixedLength:
 class ConfidenceStop(FixedLength):
     """At most num_draft_tokens, ending before the first position where the drafter is less sure than `threshold`.
 
-    0.6 is Kangaroo's threshold (arXiv 2404.18911). A NaN confidence stops.
+    Sure: the largest probability. 0.6 is Kangaroo's threshold (arXiv 2404.18911). A NaN confidence stops.
     """
-
-    needs_confidence = True
 
     def __init__(self, num_draft_tokens: int, *, threshold: float = 0.6) -> None:
         super().__init__(num_draft_tokens)
@@ -117,8 +135,8 @@ class ConfidenceStop(FixedLength):
             raise ValueError(f"threshold must be in [0, 1], got {threshold}; 0 never stops")
         self.threshold = threshold
 
-    def keep(self, depth: int, confidence_B: Tensor) -> Tensor:
-        return confidence_B >= self.threshold
+    def keep(self, sight: DraftSight) -> Tensor:
+        return sight.logits_BV.softmax(-1).amax(-1) >= self.threshold
 
 
 class AcceptanceEstimate:
@@ -186,10 +204,10 @@ class GoodputLength:
     from that: margin + probe_share bounds what is lost against the best T at steady state, as far as costs and
     estimates are right. The last BURST_ROUNDS earned are kept for news: at the start, and whenever the drafter's
     version has changed since, every other round is a probe until they are spent.
-    Same rule with a companion model's estimate: Speculative Verification (arXiv 2509.24328).
+    Same rule with a companion's estimate: Speculative Verification (arXiv 2509.24328).
     """
 
-    needs_confidence = False
+    companion = None
 
     def __init__(
         self,
@@ -268,8 +286,8 @@ class GoodputLength:
         place = self.buckets.index(current)
         return sorted({0, *self.buckets[max(place - 1, 0) : place + 2], self.buckets[-1]} - {current})
 
-    def keep(self, depth: int, confidence_B: Tensor) -> Tensor:
-        return torch.ones_like(confidence_B, dtype=torch.bool)
+    def keep(self, sight: DraftSight) -> Tensor:
+        return torch.ones_like(sight.is_open_B)
 
     def observe(self, outcome: RoundOutcome) -> None:
         self.acceptance.observe(outcome)

@@ -83,6 +83,7 @@ class Draft:
     probs_BTV       the distribution each token was drawn from, after all warping; None when drafting was greedy.
     log_probs_BT    log-probability under the drafter, unwarped, of each token; None when nobody learns from it.
     drafter_version the version whose weights drafted every token of this round.
+    clues_BTC       where a companion drafted along: (S, A) of each position, float32, see `dvi.companions`.
     """
 
     token_ids_BT: Tensor
@@ -91,6 +92,7 @@ class Draft:
     probs_BTV: Tensor | None
     log_probs_BT: Tensor | None
     drafter_version: int
+    clues_BTC: Tensor | None = None
 
 
 @dataclass
@@ -99,10 +101,12 @@ class Verdict:
 
     num_accepted_B  int64, 0..num_drafted.
     next_token_B    int64: the recovered token (after a rejection) or the bonus token (after full acceptance).
+    num_waived_B    int64, 0..num_accepted: accepted by a lossy rule alone; None where the rule is lossless.
     """
 
     num_accepted_B: Tensor
     next_token_B: Tensor
+    num_waived_B: Tensor | None = None
 
 
 @dataclass
@@ -121,7 +125,7 @@ class Transitions:
     draft_token_ids_W   int64; -1 where nothing was drafted.
     draft_log_probs_W   float32; 0 where nothing was drafted.
     is_prefill          True for prompt text: the verifier read it, nobody generated it.
-    is_honest           False when a lossy rule may have accepted: usable for KL, never as a reward.
+    is_honest           False when a lossy rule accepted one of its drafts: usable for KL, never as a reward.
     tenant              whose request it was: the API key's name; "" where there are no keys.
     """
 
@@ -206,11 +210,13 @@ class RoundStats:
 
     `new_tokens` counts ids really emitted (a block cut by a stop counts only what was kept), while accepted,
     drafted and `committed_tokens` count what the verifier decided, so that acceptance is not biased by stops.
+    `num_waived` of the accepted ones were accepted by a lossy rule alone.
     """
 
     num_rounds: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_waived: int = 0
     committed_tokens: int = 0
     new_tokens: int = 0
     prompt_tokens: int = 0
@@ -219,11 +225,12 @@ class RoundStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
-    def count_round(self, *, num_drafted: int, num_accepted: int) -> None:
+    def count_round(self, *, num_drafted: int, num_accepted: int, num_waived: int = 0) -> None:
         """Adds one round of one row. drafted_per_depth counts depths reached: up to the first rejection."""
         self.num_rounds += 1
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
+        self.num_waived += num_waived
         self.committed_tokens += num_accepted + 1
         num_reached = min(num_accepted + 1, num_drafted)
         while len(self.drafted_per_depth) < num_reached:
@@ -235,8 +242,8 @@ class RoundStats:
 
     def add(self, other: RoundStats) -> None:
         """Adds another run's counts and seconds to this one's."""
-        for name in ("num_rounds", "num_drafted", "num_accepted", "committed_tokens", "new_tokens", "prompt_tokens",
-                     "prefill_s", "decode_s"):
+        for name in ("num_rounds", "num_drafted", "num_accepted", "num_waived", "committed_tokens", "new_tokens",
+                     "prompt_tokens", "prefill_s", "decode_s"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for mine, theirs in ((self.drafted_per_depth, other.drafted_per_depth),
                              (self.accepted_per_depth, other.accepted_per_depth)):

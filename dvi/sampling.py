@@ -80,6 +80,15 @@ class SamplingBatch:
         logits_BQV = self._penalise(logits_BQV, seen_BQV)
         if self.is_all_greedy:
             return _one_hot_argmax(logits_BQV)
+        probs_BQV = self._filter(logits_BQV).softmax(-1)
+        return torch.where(self.is_greedy_B[:, None, None], _one_hot_argmax(logits_BQV), probs_BQV)
+
+    def warp_logits(self, logits_BQV: Tensor, seen_BQV: Tensor | None = None) -> Tensor:
+        """The logits behind `warp`, [B, Q, V]: -inf where a filter excludes a token. Greedy rows have temperature 1."""
+        return self._filter(self._penalise(logits_BQV, seen_BQV))
+
+    def _filter(self, logits_BQV: Tensor) -> Tensor:
+        """Penalised logits after temperature and filters."""
         scaled_BQV = logits_BQV / self._temperature_B11.to(logits_BQV.dtype)
         # Filters only choose what to keep, and one softmax in vocabulary order follows: bits never depend on a sort.
         if self._has_ranking:
@@ -87,8 +96,7 @@ class SamplingBatch:
         if self._has_min_p:
             floor_BQ1 = scaled_BQV.amax(-1, keepdim=True) + self._log_min_p_B11.to(scaled_BQV.dtype)
             scaled_BQV = scaled_BQV.masked_fill(scaled_BQV < floor_BQ1, -math.inf)
-        probs_BQV = scaled_BQV.softmax(-1)
-        return torch.where(self.is_greedy_B[:, None, None], _one_hot_argmax(logits_BQV), probs_BQV)
+        return scaled_BQV
 
     def argmax(self, logits_BQV: Tensor, seen_BQV: Tensor | None = None) -> Tensor:
         """The greedy token ids [B, Q], penalties applied: what `warp` puts all mass on in greedy rows."""

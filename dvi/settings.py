@@ -95,6 +95,24 @@ class DraftSettings:
 
 
 @dataclass(frozen=True)
+class VerifySettings:
+    """What the verifier lets pass.
+
+    rule               "strict": the output is the verifier's own. The others are lossy, and all they touch is stamped
+                       so: "margin" also keeps a drafted runner-up that comes close to the verifier's choice, "typical"
+                       whatever the verifier finds likely enough.
+    margin_theta       "margin": how close, as the share of the highest logit that the second must exceed.
+    typical_threshold  "typical": a token this likely is always kept, ...
+    typical_alpha      ... and one likelier than this times exp(-entropy).
+    """
+
+    rule: Literal["strict", "margin", "typical"] = "strict"
+    margin_theta: Annotated[float, Gt(0), Lt(1)] = 0.9
+    typical_threshold: Annotated[float, Gt(0), Le(1)] = 0.3
+    typical_alpha: Annotated[float, Gt(0), Le(1)] = 0.09
+
+
+@dataclass(frozen=True)
 class RequestSettings:
     """How a request's tokens are chosen and when it stops: keys of `dvi.records.SamplingParams`, its bounds."""
 
@@ -321,6 +339,7 @@ class TrainConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     drafter: DrafterSettings = field(default_factory=DrafterSettings)
     draft: DraftSettings = field(default_factory=DraftSettings)
+    verify: VerifySettings = field(default_factory=VerifySettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: LearningSettings = field(default_factory=LearningSettings)
@@ -340,6 +359,7 @@ class ServeConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     drafter: DrafterSettings = field(default_factory=lambda: DrafterSettings(draft_vocab_size=1024))
     draft: DraftSettings = field(default_factory=DraftSettings)
+    verify: VerifySettings = field(default_factory=VerifySettings)
     sampling: RequestSettings = field(default_factory=RequestSettings)
     train: LearningSettings = field(
         default_factory=lambda: LearningSettings(schedule="kl_only", steps_per_publish=32, blocks_per_slice=16)

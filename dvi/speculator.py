@@ -27,7 +27,7 @@ from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.split import SplitModel
 from dvi.text import TextStream
 from dvi.traffic import Messages, as_text
-from dvi.verification import RejectionRule, VerifyRule
+from dvi.verification import StrictRule, VerifyRule, make_rule
 
 Prompt = str | list[int] | list[dict[str, str]]
 
@@ -82,7 +82,7 @@ class SelfSpeculator:
             self.check_lock_step()
         self.policy, self.num_draft_tokens = policy, num_draft_tokens
         self.confidence_threshold = confidence_threshold
-        self.rule: VerifyRule = rule or RejectionRule()
+        self.rule: VerifyRule = rule or StrictRule()
         self._goodput: dict[int, GoodputLength] = {}
         self._request_ids = itertools.count()
 
@@ -396,7 +396,7 @@ def build_speculator(
         model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
         device=model.device, placement=model.placement, adapter=drafter.adapter, mode=model.mode, path=model.path_kind,
         policy=draft.policy, num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
-        seed=config.train.seed,
+        seed=config.train.seed, rule=None if isinstance(config, WarmupConfig) else make_rule(config.verify),
         trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,
     )
     if not isinstance(config, ServeConfig) and config.data.template == "vicuna":

@@ -2,6 +2,9 @@
 
 Knows distributions, token ids and uniforms; knows nothing of models or of where the uniforms come from. No host syncs
 and no data-dependent shapes. In Leviathan et al. 2023 (arXiv 2211.17192) our draft_probs is q and target_probs is p.
+
+The honest verdicts are functions. A `VerifyRule` can waive the honest test for some drafted tokens: they are kept
+whatever it says, and counted, so that nobody takes them for what the target would have produced.
 """
 # B rows, T drafted tokens, U = T + 1 verified positions, V vocabulary.
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from dvi.records import Verdict
 from dvi.sampling import sample_from
+from dvi.settings import VerifySettings
 
 
 def count_leading(mask_BT: Tensor) -> Tensor:
@@ -21,13 +25,18 @@ def count_leading(mask_BT: Tensor) -> Tensor:
     return mask_BT.long().cumprod(-1).sum(-1)
 
 
-def verify_greedy(draft_ids_BT: Tensor, num_drafted_B: Tensor, target_ids_BU: Tensor) -> Verdict:
+def verify_greedy(
+    draft_ids_BT: Tensor, num_drafted_B: Tensor, target_ids_BU: Tensor, waived_BT: Tensor | None = None
+) -> Verdict:
     """Keeps drafts as long as they equal what the target chose, then takes the target's own choice.
 
     target_ids_BU: int64, the target's choice at each position: its argmax, perturbed by noise under Gumbel coupling.
+    waived_BT: bool, of `VerifyRule.waives`.
     """
-    num_accepted_B = count_leading(_is_drafted(draft_ids_BT, num_drafted_B) & (draft_ids_BT == target_ids_BU[:, :-1]))
-    return Verdict(num_accepted_B, target_ids_BU.gather(1, num_accepted_B[:, None]).squeeze(1))
+    is_honest_BT = draft_ids_BT == target_ids_BU[:, :-1]
+    num_accepted_B, num_waived_B = _count_accepted(is_honest_BT, waived_BT, num_drafted_B)
+    next_token_B = target_ids_BU.gather(1, num_accepted_B[:, None]).squeeze(1)
+    return Verdict(num_accepted_B, next_token_B, num_waived_B)
 
 
 def acceptance_probs(draft_ids_BT: Tensor, draft_probs_BTV: Tensor, target_probs_BUV: Tensor) -> Tensor:
@@ -57,6 +66,7 @@ def verify_by_rejection(
     target_probs_BUV: Tensor,
     accept_uniform_BT: Tensor,
     recover_uniform_B: Tensor,
+    waived_BT: Tensor | None = None,
 ) -> Verdict:
     """Exact rejection sampling: whatever the drafter, the committed tokens are distributed as the target's.
 
@@ -67,51 +77,114 @@ def verify_by_rejection(
 
     draft_probs_BTV, target_probs_BUV   after the same warping; draft_probs is what the tokens were really drawn from.
     accept_uniform_BT, recover_uniform_B  float64 in [0, 1), independent of each other and of the drafts.
+    waived_BT  bool, of `VerifyRule.waives`; with any the result is exact no longer.
     Does not check that the drafts have positive draft probability: that would need a host sync.
     Source: Leviathan et al. 2023 (arXiv 2211.17192), Algorithm 1; Chen et al. 2023 (arXiv 2302.01318).
     """
     draft_BT, target_BT = _probs_of_drafts(draft_ids_BT, draft_probs_BTV, target_probs_BUV)
-    is_accepted_BT = accept_uniform_BT * draft_BT.double() < target_BT.double()
-    num_accepted_B = count_leading(_is_drafted(draft_ids_BT, num_drafted_B) & is_accepted_BT)
+    is_honest_BT = accept_uniform_BT * draft_BT.double() < target_BT.double()
+    num_accepted_B, num_waived_B = _count_accepted(is_honest_BT, waived_BT, num_drafted_B)
     next_probs_BV = _row_at(target_probs_BUV, num_accepted_B)
     max_drafted = draft_ids_BT.shape[1]
     if max_drafted > 0:
         draft_row_BV = _row_at(draft_probs_BTV, num_accepted_B.clamp(max=max_drafted - 1))
         is_rejected_B1 = (num_accepted_B < num_drafted_B)[:, None]
         next_probs_BV = torch.where(is_rejected_B1, residual_probs(draft_row_BV, next_probs_BV), next_probs_BV)
-    return Verdict(num_accepted_B, sample_from(next_probs_BV, recover_uniform_B))
+    return Verdict(num_accepted_B, sample_from(next_probs_BV, recover_uniform_B), num_waived_B)
 
 
 class VerifyRule(Protocol):
-    """How a round with distributions on both sides is judged. Arguments as for `verify_by_rejection`.
+    """Which drafted tokens are kept whatever the honest test says.
 
-    is_lossless: False for a rule that may keep what the target would not have produced; every result it touched is
-    then stamped and none of its acceptances counts as an honest reward.
+    is_lossless: True for a rule that waives nothing, and is never asked. Every result that another rule touched is
+    stamped "lossy", and no round in which it waived something counts as an honest reward.
     """
 
     is_lossless: bool
 
-    def verify(
-        self,
-        draft_ids_BT: Tensor,
-        num_drafted_B: Tensor,
-        draft_probs_BTV: Tensor,
-        target_probs_BUV: Tensor,
-        accept_uniform_BT: Tensor,
-        recover_uniform_B: Tensor,
-    ) -> Verdict:
-        """The verdict of every row."""
+    def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+        """bool [B, T]: drafted tokens to keep.
+
+        logits_BTV: the target's at the drafted positions, after penalties, temperature (none in greedy rows) and
+        filters; -inf where a filter excludes a token.
+        """
 
 
-class RejectionRule:
-    """The default: exact for greedy rows (one-hot distributions) and sampled rows alike."""
+class StrictRule:
+    """The default: the honest tests alone."""
 
     is_lossless = True
-    verify = staticmethod(verify_by_rejection)
+
+    def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+        return torch.zeros_like(draft_ids_BT, dtype=torch.bool)
 
 
-def _is_drafted(draft_ids_BT: Tensor, num_drafted_B: Tensor) -> Tensor:
-    return torch.arange(draft_ids_BT.shape[1], device=draft_ids_BT.device) < num_drafted_B[:, None]
+class MarginRule:
+    """Keeps a drafted runner-up, or leader, where the target's two highest logits z1 >= z2 are close: z2 > theta z1.
+
+    That is the ratio test z2 / z1 > theta of MARS (Song et al. 2026, arXiv 2601.15498), at the same positions, wherever
+    z1 > 0. Where z1 <= 0 a ratio says nothing (of two negative logits it is above 1), and nothing is waived.
+    The test does not depend on the temperature. In greedy rows a leader is kept anyway, so only the runner-up is new;
+    in sampled rows either of the two is kept without its coin.
+    """
+
+    is_lossless = False
+
+    def __init__(self, theta: float = 0.9) -> None:
+        if not 0 < theta < 1:
+            raise ValueError(f"margin_theta must be in (0, 1), got {theta}; try 0.9, or the strict rule")
+        self.theta = theta
+
+    def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+        highest_BT2, ids_BT2 = logits_BTV.topk(2, dim=-1)
+        first_BT, second_BT = highest_BT2.unbind(-1)
+        is_close_BT = (first_BT > 0) & (second_BT > self.theta * first_BT)
+        return is_close_BT & (draft_ids_BT[..., None] == ids_BT2).any(-1)
+
+
+class TypicalRule:
+    """Keeps a drafted token that the target finds likely enough: p > min(threshold, alpha exp(-H)), H the entropy of p.
+
+    Typical acceptance of Medusa (Cai et al. 2024, arXiv 2401.10774), with its defaults.
+    """
+
+    is_lossless = False
+
+    def __init__(self, threshold: float = 0.3, alpha: float = 0.09) -> None:
+        for name, value in (("typical_threshold", threshold), ("typical_alpha", alpha)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}; try 0.3 and 0.09, or the strict rule")
+        self.threshold, self.alpha = threshold, alpha
+
+    def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+        probs_BTV = logits_BTV.softmax(-1)
+        floor_BT = (self.alpha * torch.exp(-torch.special.entr(probs_BTV).sum(-1))).clamp(max=self.threshold)
+        return probs_BTV.gather(-1, draft_ids_BT[..., None]).squeeze(-1) > floor_BT
+
+
+def make_rule(settings: VerifySettings) -> VerifyRule:
+    """The rule of a run's settings."""
+    return {
+        "strict": lambda: StrictRule(),
+        "margin": lambda: MarginRule(settings.margin_theta),
+        "typical": lambda: TypicalRule(settings.typical_threshold, settings.typical_alpha),
+    }[settings.rule]()
+
+
+def _count_accepted(
+    is_honest_BT: Tensor, waived_BT: Tensor | None, num_drafted_B: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """How many drafts each row keeps, and how many of those by a waiver alone; None where nothing is waived."""
+    is_drafted_BT = _is_drafted(is_honest_BT, num_drafted_B)
+    if waived_BT is None:
+        return count_leading(is_drafted_BT & is_honest_BT), None
+    num_accepted_B = count_leading(is_drafted_BT & (is_honest_BT | waived_BT))
+    is_waived_BT = _is_drafted(is_honest_BT, num_accepted_B) & ~is_honest_BT
+    return num_accepted_B, is_waived_BT.sum(-1)
+
+
+def _is_drafted(drafts_BT: Tensor, num_drafted_B: Tensor) -> Tensor:
+    return torch.arange(drafts_BT.shape[1], device=drafts_BT.device) < num_drafted_B[:, None]
 
 
 def _probs_of_drafts(draft_ids_BT: Tensor, draft_probs_BTV: Tensor, target_probs_BUV: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from dvi.drafter import DrafterConfig, build_drafter
 from dvi.records import SamplingParams
 from dvi.sampling import SamplingBatch
 from dvi.split import SplitModel
-from dvi.verification import RejectionRule
+from dvi.verification import StrictRule
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -75,7 +75,7 @@ class Rounds:
         self.graphs = RoundGraphs()
 
     def __call__(self, num_draft_tokens: int) -> Callable[[], object]:
-        policy, rule = FixedLength(num_draft_tokens), RejectionRule()
+        policy, rule = FixedLength(num_draft_tokens), StrictRule()
 
         def run() -> object:
             with torch.no_grad():

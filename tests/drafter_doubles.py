@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dvi.draft_length import RoundInfo, RoundOutcome
+from dvi.draft_length import DraftSight, RoundInfo, RoundOutcome
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.records import SamplingParams, Transitions
 from dvi.speculator import PLAIN, SelfSpeculator
@@ -102,7 +102,7 @@ def plain_text(
 class RaggedLength:
     """Any T in 0..most for a round and any rows ending anywhere in it, at random: the least regular lawful rule."""
 
-    needs_confidence = False
+    companion = None
 
     def __init__(self, most: int, *, seed: int, keep: float = 0.8) -> None:
         self.buckets = tuple(range(most + 1))
@@ -112,8 +112,8 @@ class RaggedLength:
     def choose(self, info: RoundInfo) -> int:
         return int(torch.randint(len(self.buckets), (), generator=self._generator))
 
-    def keep(self, depth: int, confidence_B: Tensor) -> Tensor:
-        return torch.rand(len(confidence_B), generator=self._generator) < self._keep
+    def keep(self, sight: DraftSight) -> Tensor:
+        return torch.rand(len(sight.is_open_B), generator=self._generator) < self._keep
 
     def observe(self, outcome: RoundOutcome) -> None:
         assert all(a <= d for a, d in zip(outcome.num_accepted, outcome.num_drafted, strict=True))

@@ -52,7 +52,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tokens_past_a_length_stop_accepted", VERIFICATION,
-        "count_leading(_is_drafted(draft_ids_BT, num_drafted_B) & is_accepted_BT)", "count_leading(is_accepted_BT)",
+        "count_leading(is_drafted_BT & is_honest_BT)", "count_leading(is_honest_BT)",
         "tests/test_verification.py",
     ),
     Mutation(
@@ -147,7 +147,7 @@ MUTATIONS = [
         TEST_DECODING,
     ),
     Mutation(
-        "lossy_acceptance_called_honest", DECODING, "is_honest=self._rule.is_lossless", "is_honest=True", TEST_DECODING,
+        "lossy_acceptance_called_honest", DECODING, "is_honest=num_waived == 0", "is_honest=True", TEST_DECODING,
     ),
     Mutation(
         "wait_inside_drafting", DECODING,

@@ -47,7 +47,7 @@ def test_right_decoding_matches_and_has_really_drafted(load, mode):
 class AcceptEverything:
     """A broken verifier: every draft is kept, whatever the target says."""
 
-    def __call__(self, token_ids_BT, num_drafted_B, argmax_BU):
+    def __call__(self, token_ids_BT, num_drafted_B, argmax_BU, waived_BT):
         last_B = argmax_BU.gather(1, num_drafted_B[:, None])[:, 0]
         return Verdict(num_accepted_B=num_drafted_B, next_token_B=last_B)
 

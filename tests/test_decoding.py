@@ -17,7 +17,7 @@ from dvi.decoding import DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, LengthPolicy
 from dvi.records import SamplingParams, Transitions
 from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.verification import RejectionRule
+from dvi.verification import StrictRule
 from tests.drafter_doubles import (
     MemoryDrafter,
     RaggedLength,
@@ -57,7 +57,7 @@ def knowing(prompts: list[list[int]], params: SamplingParams, *, path: str = "di
 
 def batch_of(speculator: SelfSpeculator, policy: LengthPolicy, *, max_rows: int) -> DecodingBatch:
     return DecodingBatch(
-        speculator.split, speculator.drafter, max_rows=max_rows, capacity=0, policy=policy, rule=RejectionRule(),
+        speculator.split, speculator.drafter, max_rows=max_rows, capacity=0, policy=policy, rule=StrictRule(),
         wants_transitions=True,
     )  # fmt: skip
 
@@ -235,15 +235,18 @@ def test_transitions_carry_the_version_and_log_probs_of_the_drafter_that_drafted
 def test_a_lossy_rule_stamps_its_results_and_marks_its_experience():
     """Law: what a lossy rule accepted is never trained on as if it were an honest acceptance."""
 
-    class AcceptsAll(RejectionRule):
+    class AcceptsAll:
         is_lossless = False
+
+        def waives(self, draft_ids_BT: torch.Tensor, logits_BTV: torch.Tensor) -> torch.Tensor:
+            return torch.ones_like(draft_ids_BT, dtype=torch.bool)
 
     speculator = with_drafter(random_drafter(speculator_of().split, seed=1))
     speculator.rule = AcceptsAll()
     try:
         (result,) = speculator.generate([PROMPTS[0]], greedy(6, temperature=1.0), policy=FixedLength(2))
     finally:
-        speculator.rule = RejectionRule()
+        speculator.rule = StrictRule()
     assert result.level == "lossy"
     assert not any(s.is_honest for s in result.transitions if not s.is_prefill)
 

@@ -13,33 +13,39 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
-from dvi.draft_length import ConfidenceStop, CostTable, FixedLength, GoodputLength, RoundInfo, RoundOutcome
+from dvi.companions import agreement, token_ratio
+from dvi.draft_length import ConfidenceStop, CostTable, DraftSight, FixedLength, GoodputLength, RoundInfo, RoundOutcome
 from dvi.records import SamplingParams, Verdict
 from dvi.sampling import SamplingBatch, SeenTokens, sample_from
-from dvi.verification import RejectionRule, VerifyRule, acceptance_probs, count_leading, residual_probs
+from dvi.verification import acceptance_probs, count_leading, residual_probs, verify_by_rejection
 
 TOLERANCE = 1e-12
 BISECTIONS = 56  # thresholds to 2**-56, far below the tolerance
 BELOW_ONE = 1 - 2.0**-53
 
-# (depth, confidence_R, token_R) -> bool_R. Only planted rules look at the token drawn at that depth.
-Keep = Callable[[int, Tensor, Tensor], Tensor]
+# (sight, token_R) -> bool_R. Only planted rules look at the token drawn at that depth.
+Keep = Callable[[DraftSight, Tensor], Tensor]
+Verify = Callable[..., Verdict]  # arguments as of `verify_by_rejection`
 
 
 @dataclass
 class Instances:
-    """Random context-dependent models. *_logits[d]: [N, V**d, V], logits after each drafted prefix of d tokens."""
+    """Random context-dependent models. *_logits[d]: [N, V**d, V], logits after each drafted prefix of d tokens.
+
+    companion_logits: of a third model, whose S and A the length rules are told of; empty where there is none.
+    """
 
     params: list[SamplingParams]
     seen_NV: Tensor
     draft_logits: list[Tensor]
     target_logits: list[Tensor]
+    companion_logits: list[Tensor] = field(default_factory=list)
 
     @property
     def vocab_size(self) -> int:
@@ -59,6 +65,7 @@ def random_instances(params: list[SamplingParams], *, vocab_size: int, num_draft
         seen_NV=torch.rand(num, vocab_size, generator=generator) < 0.5,
         draft_logits=[logits(depth) for depth in range(num_draft_tokens)],
         target_logits=[logits(depth) for depth in range(num_draft_tokens + 1)],
+        companion_logits=[logits(depth) for depth in range(num_draft_tokens)],
     )
 
 
@@ -98,7 +105,7 @@ def target_law(instances: Instances, horizon: int) -> tuple[Tensor, list[Tensor]
     return law, factors
 
 
-def measured_law(instances: Instances, *, num_draft_tokens: int, keep: Keep, rule: VerifyRule) -> Tensor:
+def measured_law(instances: Instances, *, num_draft_tokens: int, keep: Keep, verify: Verify) -> Tensor:
     """The law of T + 1 emitted tokens, [N, V**(T+1)]: one speculative round, then plain target steps."""
     num, vocab_size, depths = len(instances.params), instances.vocab_size, num_draft_tokens
     paths_PT = digits(depths, vocab_size)
@@ -115,13 +122,18 @@ def measured_law(instances: Instances, *, num_draft_tokens: int, keep: Keep, rul
 
     # Draft as an engine does: one position at a time, each knowing the tokens before it.
     path_weight_R = torch.ones(num * num_paths, dtype=torch.float64)
-    draft_probs, keeps = [], []
+    draft_probs, keeps, agreements, token_ratios = [], [], [], []
+    is_open_R = torch.ones(num * num_paths, dtype=torch.bool)
     for depth in range(depths):
         logits_RV = along_paths(instances.draft_logits, depth)
-        confidence_R = logits_RV.softmax(-1).amax(-1)
         draft_probs.append(batch.warp(logits_RV[:, None], seen.after_drafts(ids_RT[:, :depth]))[:, 0])
         path_weight_R = path_weight_R * draft_probs[-1].gather(1, ids_RT[:, depth, None])[:, 0]
-        keeps.append(keep(depth, confidence_R, ids_RT[:, depth]))
+        if instances.companion_logits:
+            companion_RV = along_paths(instances.companion_logits, depth)
+            agreements.append(agreement(logits_RV, companion_RV))
+            token_ratios.append(token_ratio(logits_RV, companion_RV, ids_RT[:, depth]))
+        keeps.append(keep(DraftSight(depth, is_open_R, logits_RV, agreements, token_ratios[:-1]), ids_RT[:, depth]))
+        is_open_R = is_open_R & keeps[-1]
     no_drafts = torch.zeros(num * num_paths, 0, vocab_size, dtype=torch.float64)
     draft_probs_RTV = torch.stack(draft_probs, 1) if depths else no_drafts
     num_drafted_R = count_leading(torch.stack(keeps, 1)) if depths else torch.zeros(num * num_paths, dtype=torch.int64)
@@ -132,7 +144,7 @@ def measured_law(instances: Instances, *, num_draft_tokens: int, keep: Keep, rul
     live = path_weight_R > 0
     inputs = [x[live] for x in (ids_RT, num_drafted_R, draft_probs_RTV, target_probs_RUV)]
     branch_laws_LUV = torch.zeros(len(live), depths + 1, vocab_size, dtype=torch.float64)
-    branch_laws_LUV[live] = measure_rule(rule, *inputs)
+    branch_laws_LUV[live] = measure_verdicts(verify, *inputs)
     weighted_NPUV = (path_weight_R[:, None, None] * branch_laws_LUV).view(num, num_paths, depths + 1, vocab_size)
 
     _, factors = target_law(instances, depths + 1)
@@ -146,13 +158,13 @@ def measured_law(instances: Instances, *, num_draft_tokens: int, keep: Keep, rul
     return law
 
 
-def measure_rule(rule: VerifyRule, ids_RT, num_drafted_R, draft_probs_RTV, target_probs_RUV) -> Tensor:
-    """P(exactly j drafts accepted, then token v) as the rule really behaves, [R, U, V], by bisection over uniforms."""
+def measure_verdicts(verify: Verify, ids_RT, num_drafted_R, draft_probs_RTV, target_probs_RUV) -> Tensor:
+    """P(exactly j drafts accepted, then token v) as the verdicts really fall, [R, U, V], by bisection over uniforms."""
     num_rows, depths = ids_RT.shape
     vocab_size = target_probs_RUV.shape[-1]
 
-    def verify(accept_RT: Tensor, recover_R: Tensor) -> Verdict:
-        return rule.verify(ids_RT, num_drafted_R, draft_probs_RTV, target_probs_RUV, accept_RT, recover_R)
+    def judge(accept_RT: Tensor, recover_R: Tensor) -> Verdict:
+        return verify(ids_RT, num_drafted_R, draft_probs_RTV, target_probs_RUV, accept_RT, recover_R)
 
     zeros_R = torch.zeros(num_rows, dtype=torch.float64)
     all_accept_RT = torch.zeros(num_rows, depths, dtype=torch.float64)
@@ -167,16 +179,16 @@ def measure_rule(rule: VerifyRule, ids_RT, num_drafted_R, draft_probs_RTV, targe
             def goes_on(uniform_R: Tensor, depth: int = accepted) -> Tensor:
                 accept_RT = all_accept_RT.clone()
                 accept_RT[:, depth] = uniform_R
-                return verify(accept_RT, zeros_R).num_accepted_B > depth
+                return judge(accept_RT, zeros_R).num_accepted_B > depth
 
             accept_R = torch.where(is_last_R, 0.0, bisect_threshold(goes_on, num_rows))
         else:
             accept_R = zeros_R
         weight_R = torch.where(accepted <= num_drafted_R, reach_R * (1 - accept_R), 0.0)
-        lands_R = verify(branch_RT, zeros_R).num_accepted_B == accepted
+        lands_R = judge(branch_RT, zeros_R).num_accepted_B == accepted
         assert (lands_R | (weight_R < 2.0**-50)).all(), "a uniform just below 1 must reject where rejection is possible"
         cumulative = [
-            bisect_threshold(lambda u, v=v, b=branch_RT: verify(b, u).next_token_B <= v, num_rows)
+            bisect_threshold(lambda u, v=v, b=branch_RT: judge(b, u).next_token_B <= v, num_rows)
             for v in range(vocab_size - 1)
         ]
         cumulative_RV = torch.stack([zeros_R, *cumulative, zeros_R + 1], 1)
@@ -196,21 +208,22 @@ def bisect_threshold(predicate: Callable[[Tensor], Tensor], num_rows: int) -> Te
     return torch.where(near_one, 1.0, torch.where(at_zero, high, 0.0))
 
 
-def law_error(instances: Instances, *, num_draft_tokens: int, keep: Keep | None = None, rule=None) -> float:
+def law_error(
+    instances: Instances, *, num_draft_tokens: int, keep: Keep | None = None, verify: Verify = verify_by_rejection
+) -> float:
     """The largest absolute difference between what a round emits and the target's law. NaN counts as infinite."""
-    keep = keep or always
-    measured = measured_law(instances, num_draft_tokens=num_draft_tokens, keep=keep, rule=rule or RejectionRule())
+    measured = measured_law(instances, num_draft_tokens=num_draft_tokens, keep=keep or always, verify=verify)
     expected, _ = target_law(instances, num_draft_tokens + 1)
     assert torch.allclose(expected.sum(1), torch.ones(len(expected), dtype=torch.float64), atol=TOLERANCE)
     return (measured - expected).abs().nan_to_num(nan=math.inf).max().item()
 
 
-def always(depth: int, confidence_R: Tensor, token_R: Tensor) -> Tensor:
+def always(sight: DraftSight, token_R: Tensor) -> Tensor:
     return torch.ones_like(token_R, dtype=torch.bool)
 
 
 def honest(policy) -> Keep:
-    return lambda depth, confidence_R, token_R: policy.keep(depth, confidence_R)
+    return lambda sight, token_R: policy.keep(sight)
 
 
 SAMPLED = [SamplingParams(temperature=1.0)] * 60
@@ -301,7 +314,7 @@ def test_acceptance_and_residual_functions_tell_the_law_the_rule_has():
     draft, target = (torch.randn(2, 400, 4, generator=generator, dtype=torch.float64) * 2).softmax(-1)
     ids_RT = torch.randint(0, 4, (400, 1), generator=generator)
     draft_RTV, target_RUV = draft[:, None], target[:, None].expand(-1, 2, -1)
-    law_RUV = measure_rule(RejectionRule(), ids_RT, torch.ones(400, dtype=torch.int64), draft_RTV, target_RUV)
+    law_RUV = measure_verdicts(verify_by_rejection, ids_RT, torch.ones(400, dtype=torch.int64), draft_RTV, target_RUV)
     accept_R = acceptance_probs(ids_RT, draft_RTV, target_RUV)[:, 0]
     expected_RV = (1 - accept_R)[:, None] * residual_probs(draft, target)
     assert (law_RUV[:, 0] - expected_RV).abs().max() <= TOLERANCE
@@ -314,7 +327,7 @@ def test_acceptance_and_residual_functions_tell_the_law_the_rule_has():
 def test_a_length_rule_that_peeks_at_the_token_is_caught():
     """Verifying a position only if its own token suits us is biased; so the check above must notice it."""
     instances = random_instances(SAMPLED, vocab_size=3, num_draft_tokens=2, seed=8)
-    assert law_error(instances, num_draft_tokens=2, keep=lambda d, c, token: token != 0) > 1e-3
+    assert law_error(instances, num_draft_tokens=2, keep=lambda sight, token: token != 0) > 1e-3
 
 
 def test_a_length_rule_that_peeks_at_the_probability_of_the_token_is_caught():
@@ -322,7 +335,7 @@ def test_a_length_rule_that_peeks_at_the_probability_of_the_token_is_caught():
     instances = random_instances(SAMPLED, vocab_size=3, num_draft_tokens=1, seed=9)
     draft_NV = instances.draft_logits[0][:, 0].softmax(-1)
 
-    def keep(depth: int, confidence_R: Tensor, token_R: Tensor) -> Tensor:
+    def keep(sight: DraftSight, token_R: Tensor) -> Tensor:
         return draft_NV.repeat_interleave(3, 0).gather(1, token_R[:, None])[:, 0] >= 0.4
 
     assert law_error(instances, num_draft_tokens=1, keep=keep) > 1e-3
@@ -330,8 +343,6 @@ def test_a_length_rule_that_peeks_at_the_probability_of_the_token_is_caught():
 
 class BrokenRule:
     """Rejection sampling with one planted fault."""
-
-    is_lossless = False
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
@@ -360,7 +371,7 @@ class BrokenRule:
 def test_the_faultless_form_of_the_broken_rule_passes():
     """Otherwise the next test would prove nothing."""
     instances = random_instances(SAMPLED, vocab_size=3, num_draft_tokens=2, seed=10)
-    assert law_error(instances, num_draft_tokens=2, rule=BrokenRule("none")) <= TOLERANCE
+    assert law_error(instances, num_draft_tokens=2, verify=BrokenRule("none").verify) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -376,4 +387,4 @@ def test_the_faultless_form_of_the_broken_rule_passes():
 def test_a_planted_fault_in_the_rule_is_caught(fault):
     """The classic wrong samplers; a law check that passes any of them is worthless."""
     instances = random_instances(SAMPLED, vocab_size=3, num_draft_tokens=2, seed=10)
-    assert law_error(instances, num_draft_tokens=2, rule=BrokenRule(fault)) > 1e-3
+    assert law_error(instances, num_draft_tokens=2, verify=BrokenRule(fault).verify) > 1e-3

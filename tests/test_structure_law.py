@@ -12,7 +12,7 @@ from dvi.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
 from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator
-from dvi.verification import RejectionRule
+from dvi.verification import StrictRule
 from tests.drafter_doubles import random_drafter, randomise, small_config
 from tests.tiny_models import tiny_model
 from trainers.online import OnlineTrainer
@@ -29,7 +29,7 @@ def speculator_of(kind: str, *, tied: bool = True, path: str = "auto") -> SelfSp
 def serve_one_round(speculator: SelfSpeculator) -> tuple[Tensor, list[Tensor]]:
     """The verifier's final hidden states of a drafted round and the cache that it read, committed positions only."""
     batch = DecodingBatch(
-        speculator.split, speculator.drafter, max_rows=1, capacity=64, policy=FixedLength(0), rule=RejectionRule(),
+        speculator.split, speculator.drafter, max_rows=1, capacity=64, policy=FixedLength(0), rule=StrictRule(),
         wants_transitions=True,
     )  # fmt: skip
     batch.admit(Sequence(0, PROMPT, SamplingParams(), lambda _token: None, max_new_tokens=16))

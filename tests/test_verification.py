@@ -8,11 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from dvi.draft_length import ConfidenceStop
+from dvi.draft_length import ConfidenceStop, DraftSight
 from dvi.records import SamplingParams
 from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.verification import (
-    RejectionRule,
     acceptance_probs,
     count_leading,
     residual_probs,
@@ -135,7 +134,7 @@ def test_rows_of_a_batch_are_judged_independently():
     accept = torch.rand(rows, depths, generator=generator, dtype=torch.float64)
     recover = torch.rand(rows, generator=generator, dtype=torch.float64)
     inputs = (ids, num_drafted, draft, target, accept, recover)
-    together = RejectionRule().verify(*inputs)
+    together = verify_by_rejection(*inputs)
     assert set(together.num_accepted_B.tolist()) == {0, 1, 2, 3}
     for row in range(rows):
         alone = verify_by_rejection(*(x[row, None] for x in inputs))
@@ -202,7 +201,8 @@ def judge_a_round(batch: SamplingBatch, seen: SeenTokens, start_B, draft_logits_
         logits_B1V = draft_logits_BTV[:, depth, None]
         probs.append(batch.warp(logits_B1V, seen.after_drafts(drafts_BT)))
         ids.append(sample_from(probs[-1][:, 0], uniform(batch.seed_B, start_B, depth, Role.DRAFT)))
-        keep.append(ConfidenceStop(depths, threshold=0.3).keep(depth, logits_B1V.softmax(-1).amax((1, 2))))
+        sight = DraftSight(depth, torch.ones_like(start_B, dtype=torch.bool), logits_B1V[:, 0])
+        keep.append(ConfidenceStop(depths, threshold=0.3).keep(sight))
         drafts_BT = torch.stack(ids, 1)
     num_drafted_B = count_leading(torch.stack(keep, 1))
     seen_BUV = seen.with_drafts(drafts_BT)

@@ -13,7 +13,7 @@ from dvi.drafter import build_drafter
 from dvi.records import SamplingParams
 from dvi.sampling import SamplingBatch, SeenTokens
 from dvi.split import SplitModel
-from dvi.verification import RejectionRule
+from dvi.verification import StrictRule
 from tests.drafter_doubles import random_drafter, small_config
 from tests.tiny_models import tiny_model
 
@@ -46,7 +46,7 @@ def test_a_round_waits_for_the_device_once(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a second wait for the device"))
     for num_draft_tokens in (0, 3):
         batch = DecodingBatch(
-            split, drafter, max_rows=2, capacity=0, policy=FixedLength(num_draft_tokens), rule=RejectionRule(),
+            split, drafter, max_rows=2, capacity=0, policy=FixedLength(num_draft_tokens), rule=StrictRule(),
             wants_transitions=True,
         )  # fmt: skip
         for index, prompt in enumerate([[5, 9, 33], [7]]):
@@ -54,7 +54,7 @@ def test_a_round_waits_for_the_device_once(monkeypatch):
         fetched.clear()
         with CountWaits() as waits:
             batch.round()
-        assert fetched == [(2, num_draft_tokens + 4)]
+        assert fetched == [(2, num_draft_tokens + 5)]
         assert waits.num_waits == num_draft_tokens  # the CPU's early end
 
 
@@ -91,7 +91,7 @@ def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, 
     state = RowState(rows, last_token_B, torch.zeros(2, 16, device="meta"), sampling, seen)
     with torch.no_grad():
         verified = draft_and_verify(
-            split, drafter, cache, state, policy, 3, RejectionRule(), wants_log_probs=True
+            split, drafter, cache, state, policy, 3, StrictRule(), wants_log_probs=True
         )
-    assert verified.for_host_BH.shape == (2, 7)
+    assert verified.for_host_BH.shape == (2, 8)
     assert verified.draft.hidden_BUD.shape == (2, 4, 16)

@@ -203,16 +203,15 @@ class Engine:
         if not transitions and not batch.sequences:
             return []
         seconds, num_rows, num_committed = time.perf_counter() - start_s, len(batch.sequences), 0
-        for sequence, num_drafted, num_accepted, num_kept in batch.outcomes:
-            active = lane.by_sequence[sequence.request_id]
+        for outcome in batch.outcomes:
+            active = lane.by_sequence[outcome.sequence.request_id]
             tallies = [report.rounds]
             if active.request.domain:
                 tallies.append(report.rounds_by_domain.setdefault(active.request.domain, RoundStats()))
             for tally in tallies:
-                tally.count_round(num_drafted=num_drafted, num_accepted=num_accepted)
-                tally.new_tokens += num_kept
-            num_committed += num_accepted + 1
-            self.scheduler.grew(sequence.request_id, num_accepted + 1)
+                outcome.add_to(tally)
+            num_committed += outcome.num_accepted + 1
+            self.scheduler.grew(outcome.sequence.request_id, outcome.num_accepted + 1)
         report.num_rows += num_rows
         report.rounds.decode_s += seconds
         costs = batch.policy.costs if isinstance(batch.policy, GoodputLength) else self.costs()

@@ -36,6 +36,8 @@ class SchedulerLimits:
     max_positions            cached positions of all running requests together, each with its headroom.
     max_waiting              requests that may be here beyond max_rows: what waits when all rows are taken.
     prefill_tokens_per_step  positions prefilled in a step, all requests together: what a decoding row waits at most.
+    rounds_per_prefill       rounds from one step that prefills to the next, as long as any row decodes; 1 prefills
+                             before every round, more lets prefilling and decoding take turns.
     headroom                 most positions that a round writes beyond a row's committed ones: the deepest draft + 1.
     """
 
@@ -43,6 +45,7 @@ class SchedulerLimits:
     max_positions: int = 32768
     max_waiting: int = 64
     prefill_tokens_per_step: int = 256
+    rounds_per_prefill: int = 1
     headroom: int = 17
 
     def __post_init__(self) -> None:
@@ -115,7 +118,10 @@ class _Entry:
 
 
 class Scheduler:
-    """Plans each step from what the engine reports of the last; see the module for the order it keeps."""
+    """Plans each step from what the engine reports of the last; see the module for the order it keeps.
+
+    limits: others may take their place between two steps, as long as no request that is here outgrows them.
+    """
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
@@ -126,6 +132,7 @@ class Scheduler:
         # Positions served to each tenant since the server last stood idle, and to the one admitted last.
         self._served: dict[str, int] = {}
         self._virtual_time = 0
+        self._rounds_since_prefill = 0
         # (deadline, request id): one per entry that can expire, no later than it will; some are of requests gone.
         self._deadlines: list[tuple[float, int]] = []
         self._now_s = 0.0
@@ -304,12 +311,18 @@ class Scheduler:
         return min(heads, key=lambda entry: (self._served[entry.request.tenant], entry.order))
 
     def _share_prefill(self) -> list[tuple[int, int]]:
+        if any(entry.num_missing == 0 for entry in self._running.values()):  # else there is no round to wait for
+            self._rounds_since_prefill += 1
+            if self._rounds_since_prefill < self.limits.rounds_per_prefill:
+                return []
         allotted, num_left = [], self.limits.prefill_tokens_per_step
         for request_id, entry in self._running.items():
             num_positions = min(entry.num_missing, num_left)
             if num_positions:
                 allotted.append((request_id, num_positions))
                 num_left -= num_positions
+        if allotted:
+            self._rounds_since_prefill = 0
         return allotted
 
     def _leave_queue(self, entry: _Entry) -> None:

@@ -157,7 +157,7 @@ MUTATIONS = [
     ),
     Mutation(
         "stop_counts_what_nobody_saw", DECODING,
-        "sequence.stats.new_tokens += num_kept", "sequence.stats.new_tokens += len(committed)", TEST_DECODING,
+        "stats.new_tokens += self.num_kept", "stats.new_tokens += self.num_accepted + 1", TEST_DECODING,
     ),
     # The cache and the paths
     Mutation(

@@ -13,8 +13,10 @@ ROWS = (
     "dvi.settings",
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
     "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.round_costs dvi.cuda_graph dvi.traffic dvi.durable "
-    "dvi.chat_templates dvi.placement dvi.companions",
-    "dvi.views dvi.direct dvi.split dvi.drafter dvi.draft_length dvi.replay dvi.losses dvi.loss_schedule",
+    "dvi.chat_templates dvi.placement",
+    "dvi.views dvi.direct dvi.split dvi.drafter dvi.replay dvi.losses dvi.loss_schedule",
+    "dvi.companions",
+    "dvi.draft_length",
     "dvi.adapter_store dvi.memory_plan",
     "dvi.decoding dvi.exact dvi.autotune dvi.text",
     "dvi.speculator",

@@ -11,6 +11,7 @@ import dataclasses
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -83,7 +84,7 @@ def attend(desk: Desk, speculator: SelfSpeculator, trainer: OnlineTrainer | None
     return ShippingAttendance(desk, speculator)
 
 
-class Attendance:
+class Attendance(ABC):
     """The learner as a job's serving sees it, with its updates written down; between rounds it saves, or ends the job.
 
     serves       False on a rank that takes no requests.
@@ -110,9 +111,9 @@ class Attendance:
         if self._learner is not None:
             self._learner.end_request(request_id)
 
+    @abstractmethod
     def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
         """As `Learner` has it; raises Interrupted when the job is to end."""
-        raise NotImplementedError
 
     def save_if_due(self) -> None:
         """To be called when a request has ended; where ranks agree on the moment, they have saved already."""

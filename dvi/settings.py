@@ -282,6 +282,12 @@ class ServeSettings:
     max_waiting               requests that may wait while all rows are taken; more are told to come back later. Half of
                               max_rows: nobody then takes more than about half as long again as in a full server.
     prefill_tokens_per_step   prompt tokens read between two rounds, so that a long prompt holds nobody up.
+    rounds_per_prefill        prompts are read before every so many-th round, as long as anybody decodes.
+    max_token_latency_ms      per token after the first, for 99 requests of 100; null asks nothing.
+    max_first_token_ms        from the end of the wait in the queue to the first token, likewise. With either of the two
+                              the server measures this machine at its start, and then chooses how it runs by its own
+                              traffic: max_rows, prefill_tokens_per_step and draft.num_draft_tokens are then the most
+                              that it may choose. See docs/planning.md.
     prefix_cache_positions    cached positions kept of prompts and answers gone by, 0 keeps none.
     max_prompt_tokens         null: as many as the model's context holds; max_new_tokens the same.
     max_stop, max_stop_chars  stop strings of a request (and stop token ids), and the length of each.
@@ -300,6 +306,9 @@ class ServeSettings:
     max_positions: PositiveCount = 32768
     max_waiting: PositiveCount = 8
     prefill_tokens_per_step: PositiveCount = 256
+    rounds_per_prefill: PositiveCount = 1
+    max_token_latency_ms: Positive | None = None
+    max_first_token_ms: Positive | None = None
     prefix_cache_positions: Count = 16384
     max_connections: PositiveCount = 1024
     max_body_bytes: PositiveCount = 2_000_000
@@ -316,6 +325,11 @@ class ServeSettings:
     drain_s: NonNegative = 30.0
     learn_sample_rate: Share = 1.0
     trust_remote_code: bool = False
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether a plan, and not these numbers, says how the server runs."""
+        return self.max_token_latency_ms is not None or self.max_first_token_ms is not None
 
 
 @dataclass(frozen=True)

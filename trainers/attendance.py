@@ -115,17 +115,17 @@ class Attendance(ABC):
     def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
         """As `Learner` has it; raises Interrupted when the job is to end."""
 
-    def save_if_due(self) -> None:
+    def save_if_due(self) -> None:  # noqa: B027  nothing to do is a fair default
         """To be called when a request has ended; where ranks agree on the moment, they have saved already."""
 
-    def wait_for_others(self) -> None:
+    def wait_for_others(self) -> None:  # noqa: B027  nothing to do is a fair default
         """Does its part until no rank has any traffic. Raises Interrupted, and PeerLostError when a rank is lost."""
 
     def facts(self) -> dict[str, object]:
         """What the company costs, for the summary: numbers that can be added up over the ranks."""
         return {}
 
-    def leave(self) -> None:
+    def leave(self) -> None:  # noqa: B027  nothing to do is a fair default
         """Takes leave of the others."""
 
     def _write(self, report: UpdateReport) -> None:

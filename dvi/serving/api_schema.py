@@ -224,11 +224,15 @@ def sampling_params(body: GenerationBody, defaults: RequestSettings, *, max_new_
         raise invalid(str(error)[:300]) from None
 
 
-def draft_choice(body: GenerationBody, settings: DraftSettings, *, drafter: str = DEFAULT_DRAFTER) -> DraftChoice:
+def draft_choice(
+    body: GenerationBody, settings: DraftSettings, *, drafter: str = DEFAULT_DRAFTER, has_plan: bool = False
+) -> DraftChoice:
+    """has_plan: the server's own number of draft tokens gives way to a plan's."""
     options = body.dvi
+    is_ours = options.num_draft_tokens is None
     return DraftChoice(
-        drafter, options.policy or settings.policy,
-        settings.num_draft_tokens if options.num_draft_tokens is None else options.num_draft_tokens,
+        drafter, options.policy or settings.policy, settings.num_draft_tokens if is_ours else options.num_draft_tokens,
+        may_draft_less=is_ours and has_plan,
     )
 
 

@@ -6,6 +6,7 @@ is returned, and whoever calls may pass it to a learner before the next step.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from dvi.autotune import measure_costs
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, CostTable, FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import MAX_DEPTH
+from dvi.planning.plans import ServingPlan
 from dvi.records import RoundStats, Transitions
 from dvi.serving.prefix_cache import PrefixCache
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice, Request, RequestOutput, StepReport
@@ -83,8 +85,25 @@ class Engine:
         self._policies: dict[DraftChoice, LengthPolicy] = {}  # they outlive lanes: what they learnt was paid for
         self._requests: dict[int, Request] = {}
         self._active: dict[int, _Active] = {}
+        self._longest_draft = MAX_DEPTH  # of requests that `may_draft_less`
         self._costs = costs
         self._outputs: list[RequestOutput] = []
+
+    def apply(self, plan: ServingPlan) -> None:
+        """Runs by this plan from the next step on; its split layer and ranks were settled when the model was loaded.
+
+        Nobody loses anything by it. Rows beyond the plan's end by themselves; as many requests as before may be here,
+        and those that rows are missing for wait. Who asked for a draft length of his own keeps it.
+        """
+        limits = self.scheduler.limits
+        num_places = limits.max_rows + limits.max_waiting
+        self.scheduler.limits = dataclasses.replace(
+            limits, max_rows=plan.max_rows, max_waiting=max(num_places - plan.max_rows, 1),
+            prefill_tokens_per_step=plan.prefill_tokens_per_step, rounds_per_prefill=plan.rounds_per_prefill,
+        )
+        self._longest_draft = plan.num_draft_tokens
+        for (choice, _), lane in self._lanes.items():
+            lane.batch.policy = self._policy_of(choice)
 
     # Requests
 
@@ -297,16 +316,21 @@ class Engine:
         key = (choice, "rejection" if params.is_greedy else params.coupling)
         if key not in self._lanes:
             is_exact, longest = self.speculator.mode == "exact", self.speculator.max_positions
-            if choice not in self._policies:
-                self._policies[choice] = self._new_policy(choice)
             self._lanes[key] = _Lane(DecodingBatch(
                 self.speculator.passes, self.drafters[choice.drafter], max_rows=FIRST_ROWS,
                 # One capacity for all rows in exact mode: keys and values pass between them, and it is part of shapes.
-                capacity=longest + 2 * (MAX_DEPTH + 1) if is_exact else 0, policy=self._policies[choice],
+                capacity=longest + 2 * (MAX_DEPTH + 1) if is_exact else 0, policy=self._policy_of(choice),
                 rule=self.speculator.rule, wants_transitions=self._wants_transitions,
                 prefill_chunk=EXACT_WIDTH if is_exact else PREFILL_CHUNK,
             ))
         return self._lanes[key]
+
+    def _policy_of(self, choice: DraftChoice) -> LengthPolicy:
+        if choice.may_draft_less:
+            choice = dataclasses.replace(choice, num_draft_tokens=min(choice.num_draft_tokens, self._longest_draft))
+        if choice not in self._policies:
+            self._policies[choice] = self._new_policy(choice)
+        return self._policies[choice]
 
     def _new_policy(self, choice: DraftChoice) -> LengthPolicy:
         """auto is the goodput rule: seeded requests draw by Gumbel noise, whose tokens do not depend on lengths."""

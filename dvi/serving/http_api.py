@@ -182,7 +182,7 @@ class _Api:
         room = self._context - max(map(len, prompts))
         max_new_tokens = new_tokens(body, self._config.sampling, cap=limits.max_new_tokens, room=room)
         params = sampling_params(body, self._config.sampling, max_new_tokens=max_new_tokens)
-        choice = draft_choice(body, self._config.draft, drafter=drafter)
+        choice = draft_choice(body, self._config.draft, drafter=drafter, has_plan=limits.has_bound)
         may_train = self._may_train(request, body, key)
         timeouts = Timeouts(limits.queue_timeout_s, limits.first_token_timeout_s, limits.total_timeout_s)
         return [

@@ -20,11 +20,13 @@ class DraftChoice:
     drafter           "default", the one that learns, or the name of a loaded adapter.
     policy            a name of `dvi.speculator.POLICIES`.
     num_draft_tokens  the most in a round; 0 decodes plainly.
+    may_draft_less    a plan may set a lower number: the server chose this one, not the client.
     """
 
     drafter: str = DEFAULT_DRAFTER
     policy: str = "auto"
     num_draft_tokens: int = 4
+    may_draft_less: bool = False
 
 
 @dataclass(frozen=True)

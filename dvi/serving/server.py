@@ -48,7 +48,7 @@ def build_loop(config: ServeConfig, speculator: SelfSpeculator, learner: Learner
     serve = config.serve
     limits = SchedulerLimits(
         max_rows=serve.max_rows, max_positions=serve.max_positions, max_waiting=serve.max_waiting,
-        prefill_tokens_per_step=serve.prefill_tokens_per_step,
+        prefill_tokens_per_step=serve.prefill_tokens_per_step, rounds_per_prefill=serve.rounds_per_prefill,
     )
     engine = Engine(
         speculator, limits, prefix_positions=serve.prefix_cache_positions, wants_transitions=learner is not None

@@ -57,6 +57,7 @@ class AdapterManifest:
     sha256            of each tensor file, by name.
     metrics, config   whatever the run wants remembered.
     created           ISO 8601, UTC. software: versions by package name.
+    has_learnt_lossy  it learnt, here or before, from text in which only a lossy verify rule let some tokens pass.
     """
 
     format_version: int
@@ -76,6 +77,7 @@ class AdapterManifest:
     config: dict[str, Any]
     created: str
     software: dict[str, str | None]
+    has_learnt_lossy: bool = False
 
 
 def save_drafter(
@@ -117,6 +119,7 @@ def save_drafter(
             config=config or {},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             software={name: _version(name) for name in ("dvi", "torch", "transformers", "peft")},
+            has_learnt_lossy=drafter.has_learnt_lossy,
         )
         (staging / MANIFEST_FILE).write_bytes(TypeAdapter(AdapterManifest).dump_json(manifest, indent=2) + b"\n")
         (staging / "README.md").write_text(_model_card(manifest), encoding="utf-8")
@@ -144,6 +147,7 @@ def load_drafter(folder: str | Path, split: SplitModel) -> nn.Module:
     _check_tensors(tensors, drafter.state_dict(), folder)
     drafter.load_state_dict(tensors)
     drafter.publish(drafter, manifest.drafter_version)
+    drafter.has_learnt_lossy = manifest.has_learnt_lossy
     return drafter
 
 
@@ -340,6 +344,7 @@ def _model_card(manifest: AdapterManifest) -> str:
     base, drafter = json.dumps(manifest.base_model), manifest.drafter  # JSON strings are also YAML's and Python's
     metrics = "".join(f"| {name} | {value} |\n" for name, value in manifest.metrics.items())
     table = f"\n| metric | value |\n|---|---|\n{metrics}" if metrics else ""
+    origin = "It learnt in part from text that a lossy verify rule let pass.\n" if manifest.has_learnt_lossy else ""
     return f"""---
 library_name: peft
 base_model: {base}
@@ -360,7 +365,7 @@ speculator = SelfSpeculator.from_pretrained({base}, split_layer={manifest.split_
 Kind `{drafter.kind}`, rank {drafter.lora_rank}, version {manifest.drafter_version}, saved {manifest.created}.
 `{MANIFEST_FILE}` says what it was trained on and how. The low-rank head correction alone is a PEFT adapter for a
 linear layer named `draft_head`.
-{table}"""
+{origin}{table}"""
 
 
 def sha256_of(content: bytes) -> str:

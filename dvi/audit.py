@@ -90,7 +90,13 @@ def audit(
 
     Noise against the speculative decoder is measured between passes of one row and of U rows, against Hugging Face's
     `generate` between one-row passes and the model's own forward; both over the tokens the two texts share.
+    Raises ValueError for a lossy rule, whose output differs by design.
     """
+    if not speculator.rule.is_lossless:
+        raise ValueError(
+            f"the audit needs the strict rule, got {speculator.rule.name}: a lossy rule's output is not the model's own; "
+            "dvi bench margin measures how far it is from it"
+        )
     report = AuditReport(
         mode=speculator.mode, dtype=str(speculator.split.dtype).removeprefix("torch."),
         num_draft_tokens=speculator.num_draft_tokens, num_huggingface_matches=0 if against_huggingface else None,
@@ -115,7 +121,7 @@ def audit(
         if against_huggingface:
             arms.append(("huggingface", _huggingface_ids(speculator, prompt, max_new_tokens), in_one_pass))
         for arm, other_ids, logits in arms:
-            divergence = _compare(split, prompt, plain_ids, other_ids, index=index, arm=arm, other_logits=logits)
+            divergence = find_divergence(split, prompt, plain_ids, other_ids, index=index, arm=arm, other_logits=logits)
             if divergence is not None:
                 is_explained = divergence.is_explained and not (report.mode == "exact" and arm == "speculative")
                 report.divergences.append(dataclasses.replace(divergence, is_explained=is_explained))
@@ -129,7 +135,7 @@ def audit(
     return report
 
 
-def _compare(
+def find_divergence(
     split: SplitModel, prompt: list[int], plain_ids: list[int], other_ids: list[int], *, index: int, arm: str,
     other_logits: Callable[[list[int], int], Tensor],
 ) -> Divergence | None:

@@ -30,6 +30,9 @@ def measure_costs(
     Medians of interleaved repetitions, so that a busy moment of the machine does not fall on one entry alone. After
     budget_s no further pass is begun, smallest batches first: a slow model gets fewer repetitions, and then fewer
     numbers of rows, which the table extrapolates. The first number of rows is always measured.
+
+    Verified positions are timed as rectangles. A packed pass (`dvi.packing`) of as many took 1.0 to 1.2 times that with
+    4 to 32 rows, T = 4 and 8, PROFILE_CONTEXT positions: its attention still covers its own, wider rectangle.
     """
     passes: list[tuple[str, int, Callable[[], object]]] = []
     for num_rows in sorted(rows):

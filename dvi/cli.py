@@ -19,12 +19,21 @@ from typer.core import TyperGroup
 
 from dvi.bench.commands import app as bench_app
 from dvi.config import load_config, to_yaml
-from dvi.settings import DrafterSettings, DraftSettings, RouteSettings, SamplingSettings, ServeConfig, WarmupConfig
+from dvi.settings import (
+    DrafterSettings,
+    DraftSettings,
+    RouteSettings,
+    SamplingSettings,
+    ServeConfig,
+    VerifySettings,
+    WarmupConfig,
+)
 from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:
     from dvi.serving.loop import EngineLoop
     from dvi.speculator import Prompt, SelfSpeculator
+    from dvi.verification import VerifyRule
 
 USER_ERROR = 2
 PEER_LOST = 3
@@ -33,7 +42,7 @@ SIGINT = 2
 DEBUG = "--debug"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-_SAMPLING, _DRAFT, _DRAFTER = SamplingSettings(), DraftSettings(), DrafterSettings()
+_SAMPLING, _DRAFT, _DRAFTER, _VERIFY = SamplingSettings(), DraftSettings(), DrafterSettings(), VerifySettings()
 
 
 class _Group(TyperGroup):
@@ -100,11 +109,23 @@ def generate(
     seed: int = _SAMPLING.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     num_draft_tokens: DraftTokensOption = _DRAFT.num_draft_tokens,
-    policy: Literal["auto", "fixed", "confidence", "goodput"] = _DRAFT.policy,
+    policy: Literal["auto", "fixed", "confidence", "goodput", "companion"] = _DRAFT.policy,
+    companion: Annotated[
+        Literal["self", "exit", "older", "ema", "model"], typer.Option(help="Second opinion of the companion policy.")
+    ] = _DRAFT.companion,
+    companion_model: Annotated[
+        str | None, typer.Option(help="Of companion model: a small model with the same tokenizer.")
+    ] = None,
     split_layer: SplitLayerOption = None,
     drafter: Annotated[
         Literal["anchored", "lora_head", "recurrent"], typer.Option(help="Kind, without an adapter.")
     ] = _DRAFTER.kind,
+    verify_rule: Annotated[
+        Literal["strict", "margin", "typical"], typer.Option(help="All but strict are lossy, and the result says so.")
+    ] = _VERIFY.rule,
+    margin_theta: Annotated[
+        float | None, typer.Option(help="Of the margin rule: the least share of the highest logit that passes.")
+    ] = None,
     mode: ModeOption = "fast",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -126,7 +147,8 @@ def generate(
         raise ValueError("there must be a prompt, got none; give a text or --prompts-file")
     speculator = _load(
         model, adapter=adapter, split_layer=split_layer, drafter=drafter, mode=mode, dtype=dtype, device=device,
-        policy=policy, num_draft_tokens=num_draft_tokens,
+        policy=policy, num_draft_tokens=num_draft_tokens, companion=companion, companion_model=companion_model,
+        rule=_rule(verify_rule, margin_theta),
     )
     waiting = _as_prompts(speculator, messages, chat)
     stats, start_s = RoundStats(), time.perf_counter()
@@ -147,7 +169,8 @@ def generate(
         mean_accepted_tokens=stats.mean_accepted_tokens,
         seconds=round(seconds, 3), tokens_per_s=round(stats.new_tokens / seconds, 1),
         finish_reasons=[r.finish_reason for r in sorted(results, key=lambda r: r.index)],
-        drafter_version=speculator.drafter.version, level=results[0].level,
+        drafter_version=speculator.drafter.version, level=results[0].level, verify_rule=speculator.rule.name,
+        waived=stats.num_waived,
     )
 
 
@@ -465,6 +488,23 @@ def _load(model: str, **options: Any) -> SelfSpeculator:
     from dvi.speculator import SelfSpeculator
 
     return SelfSpeculator.from_pretrained(model, **options)
+
+
+def _rule(name: str, margin_theta: float | None) -> VerifyRule:
+    """The rule as the options have it; one that is lossy is announced."""
+    import dataclasses
+
+    from dvi.verification import make_rule
+
+    settings = dataclasses.replace(_VERIFY, rule=name)
+    if margin_theta is not None:
+        if name != "margin":
+            raise ValueError(f"--margin-theta goes with --verify-rule margin, got {name}; leave it out")
+        settings = dataclasses.replace(settings, margin_theta=margin_theta)
+    rule = make_rule(settings)
+    if not rule.is_lossless:
+        say(f"warning: verify rule {rule.name} is lossy: what follows is not the model's own output")
+    return rule
 
 
 def _show_in_background(loop: EngineLoop, *, until: Callable[[], bool]) -> None:

@@ -6,19 +6,26 @@ companion's, at one position of a draft:
     S = sum over v of min(Pd(v), Pc(v))      how well the two agree, whatever was drawn
     A = min(1, Pc(a) / Pd(a))                what the companion thinks of the drawn token a
 
-Both before temperature and filters. Knows draft logits and shallow states; decides nothing.
+Both before temperature and filters. Knows draft logits, shallow states and the rows' texts; decides nothing. One that
+is a model of its own is in `dvi.companion_model`.
 """
 # B rows, D hidden, V the drafter's vocabulary (trimmed or full).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dvi.drafter import Drafter
+from dvi.drafter import Drafter
+
+SURE = 1e4  # a logit that leaves nothing to any other, in half precision too
+# Of the average after a publish, what it was before: about the five newest versions. Of more it would lag behind a
+# drafter that learns, and be a worse opinion rather than a second one.
+EMA_MOMENTUM = 0.8
 
 
 class Row(Protocol):
@@ -59,3 +66,107 @@ def token_ratio(draft_logits_BV: Tensor, companion_logits_BV: Tensor, draft_ids_
         for logits_BV in (draft_logits_BV, companion_logits_BV)
     )
     return (companion_B - draft_B).clamp(max=0.0).exp().nan_to_num(nan=0.0)
+
+
+class SelfCompanion:
+    """The drafter itself, sharpened to its first choice.
+
+    S is then the drafter's largest probability, its confidence; A is 1 for the first choice and 0 for any other token.
+    """
+
+    def follow(self, drafter: Drafter, rows: Sequence[Row]) -> None:
+        """All it knows is told at every step."""
+
+    def begin(self, anchor_BD: Tensor) -> None:
+        return None
+
+    def step(self, token_B: Tensor, hidden_BD: Tensor, draft_logits_BV: Tensor, state: None, depth: int) -> Tensor:
+        first_B1 = draft_logits_BV.argmax(-1, keepdim=True)
+        return torch.zeros_like(draft_logits_BV).scatter(-1, first_B1, SURE)
+
+
+class ExitCompanion:
+    """A second exit at the split: the model's own final norm and head, on the shallow state that the drafter reads.
+
+    An exit below the split would need states that no shallow pass keeps. At split layer 0 it knows one token only.
+    """
+
+    def __init__(self, final_norm: nn.Module) -> None:
+        self._final_norm = final_norm
+        self._drafter: Drafter | None = None
+
+    def follow(self, drafter: Drafter, rows: Sequence[Row]) -> None:
+        self._drafter = drafter
+
+    def begin(self, anchor_BD: Tensor) -> None:
+        return None
+
+    def step(self, token_B: Tensor, hidden_BD: Tensor, draft_logits_BV: Tensor, state: None, depth: int) -> Tensor:
+        return self._drafter.draft_head.frozen_logits(self._final_norm(hidden_BD))
+
+
+class _PastDrafter:
+    """Drafts along with what the drafter has been; equal to it until it publishes.
+
+    With another drafter, or one whose vocabulary has been trimmed, the past begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._drafter: Drafter | None = None
+        self._version = 0
+        self._past: Drafter | None = None  # published into buffers of its own
+
+    @torch.no_grad()
+    def follow(self, drafter: Drafter, rows: Sequence[Row]) -> None:
+        is_same = drafter is self._drafter and drafter.draft_head.vocab_size == self._past.draft_head.vocab_size
+        if not is_same:
+            self._drafter = drafter
+            self._start(drafter)
+        elif drafter.version != self._version:
+            self._move_on(drafter)
+        self._version = drafter.version
+
+    def begin(self, anchor_BD: Tensor) -> object:
+        return self._past.begin(anchor_BD)
+
+    def step(self, token_B: Tensor, hidden_BD: Tensor, draft_logits_BV: Tensor, state: object, depth: int) -> Tensor:
+        return self._past.step(hidden_BD, state, depth)
+
+    def _start(self, drafter: Drafter) -> None:
+        self._past = _copy_of(drafter)
+
+    def _move_on(self, drafter: Drafter) -> None:
+        """The drafter has published another version."""
+        raise NotImplementedError
+
+
+class OlderCompanion(_PastDrafter):
+    """The version before the present one, as far as rounds have met both."""
+
+    def _start(self, drafter: Drafter) -> None:
+        super()._start(drafter)
+        self._newest = _copy_of(drafter, is_published=False)
+
+    def _move_on(self, drafter: Drafter) -> None:
+        self._past.publish(self._newest, self._version)
+        self._newest.load_state_dict(drafter.state_dict())
+
+
+class EmaCompanion(_PastDrafter):
+    """An exponential moving average of the versions' parameters."""
+
+    def _move_on(self, drafter: Drafter) -> None:
+        for average, newest in zip(self._past.parameters(), drafter.parameters(), strict=True):
+            average.lerp_(newest, 1 - EMA_MOMENTUM)
+        # A version gone NaN is taken back by its learner; an average would never come back.
+        is_finite = all(bool(average.isfinite().all()) for average in self._past.parameters())
+        self._past.publish(self._past if is_finite else drafter, drafter.version)
+
+
+def _copy_of(drafter: Drafter, *, is_published: bool = True) -> Drafter:
+    """The drafter as it is, its parameters and published buffers copied; the frozen head stays shared."""
+    head = drafter.draft_head
+    kept = {id(tensor): tensor for tensor in head._frozen if tensor is not None}
+    if not is_published:
+        kept[id(head._published_DV)] = None
+    return copy.deepcopy(drafter, kept)

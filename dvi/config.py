@@ -29,7 +29,7 @@ Schema = TypeVar("Schema")
 def load_config(
     path: str | Path | None = None, overrides: Iterable[str] = (), *, schema: type[Schema] = TrainConfig
 ) -> Schema:
-    """The checked settings: defaults, then the YAML file, then each `section.key=value` in turn.
+    """The checked settings: defaults, then the YAML file, then each `section.key=value` or further YAML file in turn.
 
     Values are written as in YAML, with 1e-3 a number; one value where a list is expected stands for a list of one.
     Raises ValueError naming key, value, bound and remedy; it lists every wrong value, but stops at an unknown key.
@@ -38,7 +38,10 @@ def load_config(
     if path is not None:
         _merge(settings, _read_yaml(Path(path)), source=str(path), schema=schema)
     for override in overrides:
-        _merge(settings, _parse_override(override), source="the command line", schema=schema)
+        if _is_file(override):
+            _merge(settings, _read_yaml(Path(override)), source=override, schema=schema)
+        else:
+            _merge(settings, _parse_override(override), source="the command line", schema=schema)
     return _validate(settings, schema)
 
 
@@ -87,6 +90,10 @@ def _parse_yaml(text: str, *, source: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} must be valid YAML: {error}") from error
+
+
+def _is_file(override: str) -> bool:
+    return "=" not in override and override.endswith((".yaml", ".yml"))
 
 
 def _parse_override(override: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from dvi.companions import agreement, token_ratio
 from dvi.cuda_graph import RoundGraphs, can_capture
 from dvi.draft_length import DraftSight, LengthPolicy, RoundInfo, RoundOutcome
 from dvi.drafter import MAX_DEPTH, Drafter
-from dvi.kv_cache import KeysAndValues
+from dvi.kv_cache import KeysAndValues, Placement
+from dvi.packing import Packing, is_worth_packing
 from dvi.records import Draft, RoundStats, SamplingParams, TokenLogprobs, Transitions, Verdict
 from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.split import SplitModel
@@ -119,6 +120,7 @@ def propose(
     may_tell_drawn = sampling.is_all_greedy or sampling.is_gumbel
     token_B = state.last_token_B
     counts_B = torch.ones_like(token_B, dtype=torch.bool)
+    num_positions = len(token_B) if token_B.device.type == "cpu" else None  # where to ask costs nothing
     tokens, hidden, logits, probs, counted, agreements, token_ratios = [], [], [], [], [], [], []
 
     def shallow(token_B: Tensor, depth: int) -> Tensor:
@@ -138,8 +140,11 @@ def propose(
             token_ratios.append(token_ratio(logits_BV, companion_BV, head.to_draft_ids(drawn_B)))
         told = token_ratios if may_tell_drawn else token_ratios[:-1]
         counts_B = counts_B & policy.keep(DraftSight(depth, counts_B, logits_BV, agreements, told))
-        if token_B.device.type == "cpu" and not counts_B.any():
-            break  # the last hidden state is the last drafted token's: nothing is left to compute
+        if num_positions is not None:
+            num_open = int(counts_B.count_nonzero())
+            if num_open == 0:
+                break  # the last hidden state is the last drafted token's: nothing is left to compute
+            num_positions += num_open
         token_B = drawn_B
         if not is_greedy:
             probs.append(probs_BV)
@@ -155,6 +160,7 @@ def propose(
         token_ids_BT=token_ids_BT,
         num_drafted_B=torch.stack(counted, 1).sum(1) if counted else torch.zeros_like(token_B),
         hidden_BUD=torch.stack(hidden, 1),
+        num_positions=num_positions,
         probs_BTV=torch.stack(probs, 1) if probs else None,
         log_probs_BT=_log_probs(drafter, logits, token_ids_BT) if wants_log_probs and tokens else None,
         clues_BTC=torch.stack(clues, 1) if clues else None,
@@ -240,10 +246,10 @@ def draft_and_verify(
     draft = propose(split, drafter, cache, state, policy, num_draft_tokens, wants_log_probs=wants_log_probs)
     input_ids_BU = torch.cat([state.last_token_B[:, None], draft.token_ids_BT], dim=1)
     placement = cache.place(offset=0, width=input_ids_BU.shape[1], rows=state.rows)
-    final_BUD = split.deep(draft.hidden_BUD, input_ids_BU, cache, placement)
-    logits_BUV = split.head(final_BUD)
+    final_BUD, logits_BUV = _verify(split, draft, input_ids_BU, cache, placement)
     verdict = judge(draft, logits_BUV, cache, state, rule)
     row_B = torch.arange(len(input_ids_BU), device=input_ids_BU.device)
+    # Of all that was computed: NaN in the cache does harm even where it is masked. What was left out is not in it.
     is_finite_B = final_BUD.sum((1, 2), dtype=torch.float32).isfinite().long()
     num_waived_B = torch.zeros_like(row_B) if verdict.num_waived_B is None else verdict.num_waived_B
     counts_B5 = torch.stack(
@@ -255,6 +261,22 @@ def draft_and_verify(
         for_host_BH=torch.cat([draft.token_ids_BT, *clues, counts_B5], dim=1),
         logits_BUV=logits_BUV if keeps_logits else None,
     )
+
+
+def _verify(
+    split: SplitModel, draft: Draft, input_ids_BU: Tensor, cache: object, placement: Placement
+) -> tuple[Tensor, Tensor]:
+    """Final hidden states [B, U, D] and logits [B, U, V] of the draft's positions, by one deep pass.
+
+    Where rows stop at different depths the positions that do not count may be left out. They then repeat what their
+    row's last counted position gave: nothing reads them, and no round commits them.
+    """
+    if not (split.can_pack and is_worth_packing(draft.num_positions, input_ids_BU.numel())):
+        final_BUD = split.deep(draft.hidden_BUD, input_ids_BU, cache, placement)
+        return final_BUD, split.head(final_BUD)
+    packing = Packing(draft.num_drafted_B + 1, width=input_ids_BU.shape[1])
+    final_MD = split.deep_packed(packing.pack(draft.hidden_BUD), cache, placement, packing)
+    return packing.unpack(final_MD), packing.unpack(split.head(final_MD))
 
 
 class DecodingBatch:
@@ -442,7 +464,7 @@ class DecodingBatch:
                 transitions.append(_cut(
                     verified, drafts, row, sequence, num_drafted=num_drafted, num_accepted=num_accepted,
                     start_position=self.cache.lengths[row] - len(committed), num_kept=num_kept,
-                    is_honest=num_waived == 0,
+                    num_waived=num_waived,
                 ))
         return transitions
 
@@ -549,7 +571,7 @@ def _drafts_by_position(draft: Draft) -> tuple[Tensor, Tensor]:
 
 def _cut(
     verified: VerifiedRound, drafts: tuple[Tensor, Tensor], row: int, sequence: Sequence, *, start_position: int,
-    num_drafted: int, num_accepted: int, num_kept: int, is_honest: bool,
+    num_drafted: int, num_accepted: int, num_kept: int, num_waived: int,
 ) -> Transitions:
     """One row's committed stretch of a round, as views of the round's tensors. drafts: of `_drafts_by_position`."""
     width = min(num_accepted + 1, num_kept)
@@ -559,5 +581,5 @@ def _cut(
         hidden_WD=verified.draft.hidden_BUD[row, :width], target_hidden_WD=verified.final_BUD[row, :width],
         num_drafted=num_drafted, num_accepted=num_accepted, draft_token_ids_W=draft_ids_BU[row, :width],
         draft_log_probs_W=log_probs_BU[row, :width], drafter_version=verified.draft.drafter_version,
-        is_honest=is_honest, tenant=sequence.tenant,
+        num_waived=num_waived, tenant=sequence.tenant,
     )

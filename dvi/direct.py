@@ -7,7 +7,8 @@ On CPUs the weights are packed a second time: each projection is stored as panel
 reads every weight once for any small number of rows, where one ordinary matrix product repacks them on every call.
 Measured, 2 cores of an AVX2 server, float32, 256 -> 1408: 1 row 154 -> 86 us, 5 rows 396 -> 119 us.
 """
-# B rows, Q query positions, M = B * Q matrix rows, P panels, H query heads, G key/value heads, d head size.
+# B rows, Q query positions, M matrix rows (B * Q, or fewer where a packing leaves some out), N = B * Q, P panels,
+# H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvi.kv_cache import Placement, RollbackCache
+from dvi.packing import Packing
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary variants whose angles depend on position alone, so that one table serves every length.
@@ -67,19 +69,32 @@ class PanelHead:
 
 
 class PassPlace:
-    """What all layers of one pass share: its placement, rotary factors and masks."""
+    """What all layers of one pass share: its placement, rotary factors and masks, and which positions are computed."""
 
-    def __init__(self, placement: Placement, cos_Sd: Tensor, sin_Sd: Tensor, *, group: int) -> None:
+    def __init__(
+        self, placement: Placement, cos_Sd: Tensor, sin_Sd: Tensor, *, group: int, packing: Packing | None
+    ) -> None:
         self.placement = placement
         self.rows, self.width = placement.positions_BQ.shape
-        self.is_single_row = self.rows == 1 and placement.slots is not None
+        self._packing = packing
+        self.is_single_row = self.rows == 1 and placement.slots is not None and packing is None
         if self.is_single_row:
             self.cos_Md, self.sin_Md = cos_Sd[placement.slots], sin_Sd[placement.slots]
         else:
             positions_M = placement.positions_BQ.reshape(-1)
+            if packing is not None:
+                positions_M = positions_M[packing.kept_M]
             self.cos_Md, self.sin_Md = cos_Sd[positions_M], sin_Sd[positions_M]
         self._group = group
         self._folded_masks: dict[int | None, Tensor | None] = {}
+
+    def spread(self, x: Tensor, dim: int) -> Tensor:
+        """M computed positions in `dim` -> the N that attention reads."""
+        return x if self._packing is None else x.index_select(dim, self._packing.source_N)
+
+    def gather(self, x_ND: Tensor) -> Tensor:
+        """[N, D] of attention -> [M, D]."""
+        return x_ND if self._packing is None else x_ND.index_select(0, self._packing.kept_M)
 
     def needs_mask(self, window: int | None) -> bool:
         """False when every query may see every visible slot."""
@@ -159,13 +174,14 @@ class _PackedBlock:
         if self._qk_gain_P1d is not None:
             qk_PMd.copy_(_normalise(qk_PMd, self._qk_floor) * self._qk_gain_P1d)
         _rotate(qk_PMd, place, out=qk_PMd)
+        qkv_PNd = place.spread(qkv_PMd, 1)
         # Queries of a group are stacked as rows of their shared key/value head: attention is three calls.
         if place.is_single_row:
-            stacked_2gSd = cache.write_stacked(index, qkv_PMd[h:].view(2, g, width, d), place.placement)
+            stacked_2gSd = cache.write_stacked(index, qkv_PNd[h:].view(2, g, width, d), place.placement)
             keys, values = stacked_2gSd.unbind()
-            queries = qkv_PMd[:h].view(g, shape.group * width, d)
+            queries = qkv_PNd[:h].view(g, shape.group * width, d)
         else:
-            qkv_BPQd = qkv_PMd.view(-1, rows, width, d).transpose(0, 1)
+            qkv_BPQd = qkv_PNd.view(-1, rows, width, d).transpose(0, 1)
             written = cache.write(index, qkv_BPQd[:, h : h + g], qkv_BPQd[:, h + g :], place.placement)
             keys, values = (t.flatten(0, 1) for t in written)
             queries = qkv_BPQd[:, :h].reshape(rows * g, shape.group * width, d)
@@ -173,7 +189,7 @@ class _PackedBlock:
         keys_T = keys.transpose(1, 2)
         scores = torch.bmm(queries, keys_T) if mask is None else torch.baddbmm(mask, queries, keys_T)
         attended = torch.bmm(torch.softmax(scores, dim=-1), values)
-        return attended.view(rows, h, width, d).transpose(1, 2).reshape(rows * width, h * d)
+        return place.gather(attended.view(rows, h, width, d).transpose(1, 2).reshape(rows * width, h * d))
 
 
 class _FusedBlock:
@@ -201,19 +217,19 @@ class _FusedBlock:
     def _attend(self, normed_MD: Tensor, index: int, cache: RollbackCache, place: PassPlace) -> Tensor:
         shape, rows, width = self.shape, place.rows, place.width
         h, g, d = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        qkv_MPd = F.linear(normed_MD, self._qkv_NK, self._bias_N).view(rows * width, -1, d)
+        qkv_MPd = F.linear(normed_MD, self._qkv_NK, self._bias_N).view(len(normed_MD), -1, d)
         qk_PMd = qkv_MPd[:, : shape.num_rotated].transpose(0, 1)
         if self._qk_norms is not None:
             q_norm, k_norm = self._qk_norms
             qk_PMd = torch.cat([rms_norm(qk_PMd[:h], q_norm), rms_norm(qk_PMd[h:], k_norm)])
-        qk_BPQd = _rotate(qk_PMd, place).view(-1, rows, width, d).transpose(0, 1)
-        values_BgQd = qkv_MPd[:, shape.num_rotated :].view(rows, width, g, d).transpose(1, 2)
+        qk_BPQd = place.spread(_rotate(qk_PMd, place), 1).view(-1, rows, width, d).transpose(0, 1)
+        values_BgQd = place.spread(qkv_MPd[:, shape.num_rotated :], 0).view(rows, width, g, d).transpose(1, 2)
         keys, values = cache.write(index, qk_BPQd[:, h:], values_BgQd, place.placement)
         mask = place.placement.mask_B1QS(window=shape.window) if place.needs_mask(shape.window) else None
         attended_BhQd = F.scaled_dot_product_attention(
             qk_BPQd[:, :h], keys, values, attn_mask=mask, scale=shape.scale, enable_gqa=shape.group > 1
         )
-        return attended_BhQd.transpose(1, 2).reshape(rows * width, h * d)
+        return place.gather(attended_BhQd.transpose(1, 2).reshape(rows * width, h * d))
 
 
 def _rotate(x_PMd: Tensor, place: PassPlace, out: Tensor | None = None) -> Tensor:
@@ -293,11 +309,13 @@ class DirectPath:
             self._sin_Sd = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
         return self._cos_Sd, self._sin_Sd
 
-    def _run(self, x_MD: Tensor, blocks: range, cache: RollbackCache, placement: Placement) -> Tensor:
+    def _run(
+        self, x_MD: Tensor, blocks: range, cache: RollbackCache, placement: Placement, packing: Packing | None = None
+    ) -> Tensor:
         if not blocks:
             return x_MD
         cos, sin = self._rotary_table(cache.capacity)
-        place = PassPlace(placement, cos, sin, group=self._blocks[0].shape.group)
+        place = PassPlace(placement, cos, sin, group=self._blocks[0].shape.group, packing=packing)
         for index in blocks:
             x_MD = self._blocks[index](x_MD, index, cache, place)
         return x_MD
@@ -311,12 +329,16 @@ class DirectPath:
     def deep(self, hidden_BQD: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
         """The verifier's final hidden state [B, Q, D], after the final norm, from stored h_k."""
         flat_MD = hidden_BQD.reshape(-1, hidden_BQD.shape[-1])
-        x_MD = self._run(flat_MD, range(self.split_layer, len(self._blocks)), cache, placement)
+        return self.deep_packed(flat_MD, cache, placement, None).view_as(hidden_BQD)
+
+    def deep_packed(
+        self, hidden_MD: Tensor, cache: RollbackCache, placement: Placement, packing: Packing | None
+    ) -> Tensor:
+        """`deep` of the positions that the packing keeps, [M, D]; None keeps all."""
+        x_MD = self._run(hidden_MD, range(self.split_layer, len(self._blocks)), cache, placement, packing)
         if self._final_floor is not None:
-            normed_MD = _normalise(x_MD, self._final_floor) * self._final_gain_D
-        else:
-            normed_MD = rms_norm(x_MD, self._final_norm)
-        return normed_MD.view_as(hidden_BQD)
+            return _normalise(x_MD, self._final_floor) * self._final_gain_D
+        return rms_norm(x_MD, self._final_norm)
 
     def head(self, final_hidden_BQD: Tensor) -> Tensor:
         """Logits [B, Q, V] of final hidden states."""

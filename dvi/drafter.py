@@ -48,10 +48,14 @@ class DrafterConfig:
 
 
 class Drafter(Protocol):
-    """What decoding and learning ask of a drafter. Versions count publishes; 0 is the untrained drafter."""
+    """What decoding and learning ask of a drafter. Versions count publishes; 0 is the untrained drafter.
+
+    has_learnt_lossy: what it learnt from holds tokens that only a lossy verify rule let pass.
+    """
 
     config: DrafterConfig
     version: int
+    has_learnt_lossy: bool
     draft_head: DraftHead
 
     def begin(self, anchor_BD: Tensor) -> object:
@@ -224,7 +228,7 @@ class LoraHeadDrafter(nn.Module):
     def __init__(self, config: DrafterConfig, norm: nn.Module, draft_head: DraftHead) -> None:
         super().__init__()
         self.config = config
-        self.version = 0
+        self.version, self.has_learnt_lossy = 0, False
         self.norm = norm
         self.draft_head = draft_head
 
@@ -258,7 +262,7 @@ class AnchoredDrafter(nn.Module):
     def __init__(self, config: DrafterConfig, norm: nn.Module, draft_head: DraftHead) -> None:
         super().__init__()
         self.config = config
-        self.version = 0
+        self.version, self.has_learnt_lossy = 0, False
         self.norm = norm
         self.draft_head = draft_head
         width, hidden = draft_head.lora_A.shape[1], config.anchor_hidden

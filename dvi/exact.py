@@ -92,6 +92,8 @@ class ExactSplit:
     Raises ValueError for half precisions, and when the self-check finds that a result depends on its index in the pass.
     """
 
+    can_pack = False  # a pass of fewer positions has another shape, and other bits
+
     def __init__(self, split: SplitModel, *, width: int) -> None:
         if split.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"exact mode needs float32 or float64, got {split.dtype}; use mode=fast")

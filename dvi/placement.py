@@ -28,7 +28,8 @@ from transformers.distributed import DistributedConfig
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 
 PLACEMENTS = ("single", "device_map", "tensor")
-NO_GOODPUT = "policy 'goodput' goes by measured time, which differs between the ranks of a tensor-parallel model"
+TIMED_POLICIES = ("goodput", "companion")
+NOT_TIMED = "policies goodput and companion go by measured time, which differs between ranks of a tensor-parallel model"
 
 
 def load_model(
@@ -93,8 +94,8 @@ def check_settings(config: TrainConfig | ServeConfig | WarmupConfig) -> None:
             "model.placement must not be 'tensor' for a server, whose requests arrive at one rank while all must run "
             "them; use device_map, or an engine such as vLLM for tensor-parallel serving"
         )
-    if config.draft.policy == "goodput":
-        raise ValueError(f"{NO_GOODPUT}; try draft.policy=fixed")
+    if config.draft.policy in TIMED_POLICIES:
+        raise ValueError(f"{NOT_TIMED}; try draft.policy=fixed")
     if config.train.enabled and config.train.budget < 1:
         raise ValueError(
             "train.budget must be 1 with model.placement 'tensor', where every rank must make the same steps and a "

@@ -80,6 +80,8 @@ class Draft:
     token_ids_BT    int64; columns at or beyond num_drafted_B are padding.
     num_drafted_B   int64, 0..T: how many columns of the row count as drafted.
     hidden_BUD      h_k of the U input positions (the last committed token, then the drafted ones).
+    num_positions   how many of all the B x U input positions count, sum of num_drafted + 1; None where the host would
+                    have to wait to know.
     probs_BTV       the distribution each token was drawn from, after all warping; None when drafting was greedy.
     log_probs_BT    log-probability under the drafter, unwarped, of each token; None when nobody learns from it.
     drafter_version the version whose weights drafted every token of this round.
@@ -89,6 +91,7 @@ class Draft:
     token_ids_BT: Tensor
     num_drafted_B: Tensor
     hidden_BUD: Tensor
+    num_positions: int | None
     probs_BTV: Tensor | None
     log_probs_BT: Tensor | None
     drafter_version: int
@@ -125,7 +128,7 @@ class Transitions:
     draft_token_ids_W   int64; -1 where nothing was drafted.
     draft_log_probs_W   float32; 0 where nothing was drafted.
     is_prefill          True for prompt text: the verifier read it, nobody generated it.
-    is_honest           False when a lossy rule accepted one of its drafts: usable for KL, never as a reward.
+    num_waived          0..num_accepted: of the accepted drafts, those that a lossy rule alone let pass.
     tenant              whose request it was: the API key's name; "" where there are no keys.
     """
 
@@ -139,9 +142,14 @@ class Transitions:
     draft_token_ids_W: Tensor
     draft_log_probs_W: Tensor
     drafter_version: int
-    is_honest: bool = True
+    num_waived: int = 0
     is_prefill: bool = False
     tenant: str = ""
+
+    @property
+    def is_honest(self) -> bool:
+        """False when a lossy rule let one of its drafts pass: usable for KL, never as a reward."""
+        return self.num_waived == 0
 
     def __len__(self) -> int:
         return self.token_ids_W.shape[0]
@@ -255,6 +263,11 @@ class RoundStats:
     def acceptance_rate(self) -> float:
         """accepted / drafted; 0 when nothing was drafted."""
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+
+    @property
+    def honest_acceptance_rate(self) -> float:
+        """The same without what a lossy rule alone let pass: what the drafter has earned."""
+        return (self.num_accepted - self.num_waived) / self.num_drafted if self.num_drafted else 0.0
 
     @property
     def acceptance_per_depth(self) -> list[float]:

@@ -83,15 +83,33 @@ class DraftSettings:
     """How many tokens are drafted in a round.
 
     policy                "fixed"; "confidence" stops where the drafter is unsure; "goodput" weighs measured costs and
-                          never loses to plain decoding; "auto" is goodput where the output cannot depend on the
-                          lengths it picks, else fixed.
+                          never loses to plain decoding; "companion" is goodput that also leaves out, token by token,
+                          what a companion makes look too unlikely for its time; "auto" is goodput where the output
+                          cannot depend on the lengths it picks, else fixed.
     num_draft_tokens      the most tokens drafted in a round, 0 decodes plainly.
     confidence_threshold  "confidence" drafts on while the largest draft probability is at least this.
+    companion             "companion"'s second opinion: "self", the drafter's own confidence; "exit", the model's head
+                          on the shallow state; "older", the drafter's version before; "ema", an average of its
+                          versions; "model", another model.
+    companion_model       of "model": the folder or hub name of a small one with the same tokenizer.
     """
 
-    policy: Literal["auto", "fixed", "confidence", "goodput"] = "auto"
+    policy: Literal["auto", "fixed", "confidence", "goodput", "companion"] = "auto"
     num_draft_tokens: Count = 4
     confidence_threshold: Share = 0.6
+    companion: Literal["self", "exit", "older", "ema", "model"] = "self"
+    companion_model: str | None = None
+
+    def __post_init__(self) -> None:
+        check_companion(self.companion, self.companion_model)
+
+
+def check_companion(companion: str, companion_model: object | None) -> None:
+    """Raises ValueError when one of the two is given without the other."""
+    if companion == "model" and companion_model is None:
+        raise ValueError("companion 'model' needs companion_model, the folder or hub name of one, got none; try 'self'")
+    if companion != "model" and companion_model is not None:
+        raise ValueError(f"companion_model goes with companion 'model', got {companion!r}; leave it out")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,13 +17,24 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
 from dvi.chat_templates import VICUNA_TEMPLATE
+from dvi.companion_length import CompanionLength
+from dvi.companion_model import ModelCompanion, load_companion
+from dvi.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.exact import ExactSplit
-from dvi.placement import NO_GOODPUT, check_ranks_agree, check_settings, is_tensor_parallel, load_model
+from dvi.placement import (
+    NOT_TIMED,
+    TIMED_POLICIES,
+    check_ranks_agree,
+    check_settings,
+    is_tensor_parallel,
+    load_model,
+)
 from dvi.records import GenerationResult, Learner, SamplingParams
-from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
+from dvi.round_costs import CostTable
+from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
 from dvi.split import SplitModel
 from dvi.text import TextStream
 from dvi.traffic import Messages, as_text
@@ -31,7 +42,8 @@ from dvi.verification import StrictRule, VerifyRule, make_rule
 
 Prompt = str | list[int] | list[dict[str, str]]
 
-POLICIES = ("auto", "fixed", "confidence", "goodput")
+POLICIES = ("auto", "fixed", "confidence", "goodput", "companion")
+COMPANIONS = ("self", "exit", "older", "ema", "model")
 GOODPUT_BUCKETS = (1, 2, 3, 4, 6, 8)
 # 12: GOODPUT_BUCKETS[-1] + 1, room for the longest draft of every policy, and up to a multiple of 4. With 9 rows some
 # float64 matrix products on CPUs treat the last row differently from the others, and the self-check refuses.
@@ -42,8 +54,8 @@ PLAIN = FixedLength(0)
 class SelfSpeculator:
     """A causal language model cut at split_layer, its drafter, and the loop that decodes with them.
 
-    Attributes: model, tokenizer, split, drafter, policy (a name of POLICIES), num_draft_tokens, rule, mode; passes, the
-    split model that decoding runs on: `split` itself, or its exact form.
+    Attributes: model, tokenizer, split, drafter, policy (a name of POLICIES), companion (of COMPANIONS),
+    num_draft_tokens, rule, mode; passes, the split model that decoding runs on: `split` itself, or its exact form.
     """
 
     def __init__(
@@ -59,6 +71,8 @@ class SelfSpeculator:
         policy: str = "auto",
         num_draft_tokens: int = 4,
         confidence_threshold: float = 0.6,
+        companion: str = "self",
+        companion_model: str | Path | None = None,
         rule: VerifyRule | None = None,
         seed: int = 0,
     ) -> None:
@@ -67,11 +81,14 @@ class SelfSpeculator:
             raise ValueError(f"mode must be 'fast' or 'exact', got {mode!r}")
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if companion not in COMPANIONS:
+            raise ValueError(f"companion must be one of {', '.join(COMPANIONS)}, got {companion!r}")
+        check_companion(companion, companion_model)
         if not 0 <= num_draft_tokens <= GOODPUT_BUCKETS[-1]:
             raise ValueError(f"num_draft_tokens must be in 0..{GOODPUT_BUCKETS[-1]}, got {num_draft_tokens}; try 4")
         self._is_lock_step = is_tensor_parallel(model)
-        if self._is_lock_step and policy == "goodput":
-            raise ValueError(f"{NO_GOODPUT}; try policy='fixed'")
+        if self._is_lock_step and policy in TIMED_POLICIES:
+            raise ValueError(f"{NOT_TIMED}; try policy='fixed'")
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         if split_layer is None:
             split_layer = choose_split_layer(model.config, adapter)
@@ -81,9 +98,14 @@ class SelfSpeculator:
         if self._is_lock_step:
             self.check_lock_step()
         self.policy, self.num_draft_tokens = policy, num_draft_tokens
-        self.confidence_threshold = confidence_threshold
+        self.confidence_threshold, self.companion = confidence_threshold, companion
+        self._companion_split: SplitModel | None = None
+        if companion_model is not None:
+            self._companion_split = load_companion(
+                companion_model, split=self.split, tokenizer=tokenizer, max_positions=self.max_positions
+            )
         self.rule: VerifyRule = rule or StrictRule()
-        self._goodput: dict[int, GoodputLength] = {}
+        self._policies: dict[tuple[str, int], LengthPolicy] = {}  # those that learn, by batch size
         self._request_ids = itertools.count()
 
     @classmethod
@@ -111,8 +133,8 @@ class SelfSpeculator:
         placement     "single", "device_map" or "tensor", see `dvi.placement`.
         adapter       folder written by `save_drafter`.
         options       mode "fast" or "exact"; path "auto", "direct" or "views"; policy "auto" (the goodput rule where
-                      the output cannot depend on it, else fixed), "fixed", "confidence" or "goodput";
-                      num_draft_tokens; confidence_threshold; rule; seed.
+                      the output cannot depend on it, else fixed), "fixed", "confidence", "goodput" or "companion";
+                      num_draft_tokens; confidence_threshold; companion, companion_model; rule; seed.
         Raises ValueError for anything that does not fit together, with the reason.
         """
         if not Path(name_or_path).is_dir() and str(name_or_path).startswith((".", "/", "checkpoints/")):
@@ -181,6 +203,11 @@ class SelfSpeculator:
         prompt = messages if self._need_tokenizer("chat messages").chat_template is not None else as_text(messages)
         ids = self.encode(prompt, max_tokens=room + 1)  # one more tells a longer prompt from one that fits
         return ids[-room:], len(ids) > room
+
+    @property
+    def level(self) -> str:
+        """What is promised of the tokens: "exact", "fast", or "lossy" whatever the mode."""
+        return self.mode if self.rule.is_lossless else "lossy"
 
     @property
     def max_positions(self) -> int:
@@ -301,7 +328,7 @@ class SelfSpeculator:
         return GenerationResult(
             index=index, request_id=sequence.request_id, text="" if stream is None else stream.text,
             token_ids=sequence.token_ids, finish_reason=sequence.finish_reason, stats=sequence.stats,
-            drafter_version=self.drafter.version, level=self.mode if self.rule.is_lossless else "lossy",
+            drafter_version=self.drafter.version, level=self.level,
             accept_lengths=sequence.kept_per_round, transitions=kept,
         )
 
@@ -347,16 +374,52 @@ class SelfSpeculator:
         if name == "auto":
             does_length_matter = any(not p.is_greedy and p.coupling == "rejection" for p in params)
             name = "fixed" if does_length_matter or self._is_lock_step else "goodput"
-        if name == "fixed":
-            return FixedLength(self.num_draft_tokens)
-        if name == "confidence":
-            return ConfidenceStop(self.num_draft_tokens, threshold=self.confidence_threshold)
-        if batch_size not in self._goodput:
-            buckets = tuple(t for t in GOODPUT_BUCKETS if t <= self.num_draft_tokens)
+
+        def costs() -> CostTable:
             rows = (*(r for r in (1, 2, 4, 8, 16) if r < batch_size), batch_size)  # a batch that drains has fewer
-            costs = measure_costs(self.passes, self.drafter, buckets=buckets, rows=rows)
-            self._goodput[batch_size] = GoodputLength(buckets, costs)
-        return self._goodput[batch_size]
+            return measure_costs(self.passes, self.drafter, buckets=goodput_buckets(self.num_draft_tokens), rows=rows)
+
+        if name not in TIMED_POLICIES:
+            return self.new_policy(name, self.num_draft_tokens, costs=costs)
+        if (name, batch_size) not in self._policies:
+            self._policies[name, batch_size] = self.new_policy(name, self.num_draft_tokens, costs=costs)
+        return self._policies[name, batch_size]
+
+    def new_policy(self, name: str, num_draft_tokens: int, *, costs: Callable[[], CostTable]) -> LengthPolicy:
+        """A draft-length rule by its name, which has learnt nothing yet.
+
+        name: of POLICIES; "auto" is goodput here: whoever knows better does not ask for it.
+        costs: of a round's parts on this machine, asked for by the rules that weigh them, goodput and companion.
+        """
+        buckets = goodput_buckets(num_draft_tokens)
+        makers: dict[str, Callable[[], LengthPolicy]] = {
+            "fixed": lambda: FixedLength(num_draft_tokens),
+            "confidence": lambda: ConfidenceStop(num_draft_tokens, threshold=self.confidence_threshold),
+            "goodput": lambda: GoodputLength(buckets, costs()),
+            "companion": lambda: CompanionLength(
+                buckets, costs(), self.new_companion(), is_on_cpu=self.split.device.type == "cpu",
+                can_pack=self.passes.can_pack,
+            ),
+        }
+        makers["auto"] = makers["goodput"]
+        return makers[name if num_draft_tokens else "fixed"]()
+
+    def new_companion(self, name: str | None = None) -> Companion:
+        """A companion by its name, of COMPANIONS; default the speculator's own choice. One serves one policy.
+
+        Raises ValueError for "model" when the speculator was made without a companion_model.
+        """
+        name = name or self.companion
+        if name == "model" and self._companion_split is None:
+            check_companion(name, None)
+        makers: dict[str, Callable[[], Companion]] = {
+            "self": SelfCompanion,
+            "exit": lambda: ExitCompanion(self.split.final_norm),
+            "older": OlderCompanion,
+            "ema": EmaCompanion,
+            "model": lambda: ModelCompanion(self._companion_split),
+        }
+        return makers[name]()
 
     @torch.no_grad()
     def check_lock_step(self) -> None:
@@ -396,6 +459,7 @@ def build_speculator(
         model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
         device=model.device, placement=model.placement, adapter=drafter.adapter, mode=model.mode, path=model.path_kind,
         policy=draft.policy, num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
+        companion=draft.companion, companion_model=draft.companion_model,
         seed=config.train.seed, rule=None if isinstance(config, WarmupConfig) else make_rule(config.verify),
         trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,
     )
@@ -429,6 +493,11 @@ def default_split_layer(num_layers: int) -> int:
     """One layer in sixteen. An anchored drafter gains little acceptance from more, and every shallow layer is paid for
     at every drafted token: measured on the bundled model, docs/benchmarks.md; two of 32 layers is the paper's cut."""
     return num_layers // 16
+
+
+def goodput_buckets(num_draft_tokens: int) -> tuple[int, ...]:
+    """The draft lengths that rules which weigh costs choose from."""
+    return tuple(t for t in GOODPUT_BUCKETS if t <= num_draft_tokens)
 
 
 def _is_one_prompt(prompts: object) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dvi.kv_cache import Placement, RollbackCache
+from dvi.packing import Packing
 from dvi.placement import execution_device, gather_module, is_spread
 from dvi.views import ViewsPath, dissect
 
@@ -101,6 +102,20 @@ class SplitModel:
         if self.path == "direct":  # Llama-shaped layers never look at token ids
             return self._path.deep(hidden_BQD, cache, placement)
         return self._path.deep(hidden_BQD, token_ids_BQ, cache, placement).to(self.device)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether positions that a length rule leaves out of a round cost nothing: see `deep_packed`."""
+        # Not on a GPU: how many positions count is known there only after a wait inside the round, shapes that follow
+        # the data cannot be captured as a graph, and few positions cost about what fewer do.
+        return self.path == "direct" and self.device.type == "cpu"
+
+    def deep_packed(self, hidden_MD: Tensor, cache: RollbackCache, placement: Placement, packing: Packing) -> Tensor:
+        """final_hidden_MD: `deep` of the positions alone that the packing keeps of the placement's. Where `can_pack`.
+
+        In the cache the others hold copies of their own row's last kept position, past what the round can commit.
+        """
+        return self._path.deep_packed(hidden_MD, cache, placement, packing)
 
     def head(self, final_hidden: Tensor) -> Tensor:
         """The verifier's logits [..., V] of final hidden states [..., D], as the plain model gives them."""

@@ -96,11 +96,13 @@ def verify_by_rejection(
 class VerifyRule(Protocol):
     """Which drafted tokens are kept whatever the honest test says.
 
-    is_lossless: True for a rule that waives nothing, and is never asked. Every result that another rule touched is
-    stamped "lossy", and no round in which it waived something counts as an honest reward.
+    is_lossless  True for a rule that waives nothing, and is never asked. Every result that another rule touched is
+                 stamped "lossy", and no round in which it waived something counts as an honest reward.
+    name         for stamps and reports: the rule's own name and its numbers, such as "margin 0.9".
     """
 
     is_lossless: bool
+    name: str
 
     def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
         """bool [B, T]: drafted tokens to keep.
@@ -114,6 +116,7 @@ class StrictRule:
     """The default: the honest tests alone."""
 
     is_lossless = True
+    name = "strict"
 
     def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
         return torch.zeros_like(draft_ids_BT, dtype=torch.bool)
@@ -125,7 +128,8 @@ class MarginRule:
     That is the ratio test z2 / z1 > theta of MARS (Song et al. 2026, arXiv 2601.15498), at the same positions, wherever
     z1 > 0. Where z1 <= 0 a ratio says nothing (of two negative logits it is above 1), and nothing is waived.
     The test does not depend on the temperature. In greedy rows a leader is kept anyway, so only the runner-up is new;
-    in sampled rows either of the two is kept without its coin.
+    in sampled rows either of the two is kept without its coin. Every token that ties with z2 is a runner-up: which of
+    them a sort would put second is the machine's whim.
     """
 
     is_lossless = False
@@ -134,18 +138,20 @@ class MarginRule:
         if not 0 < theta < 1:
             raise ValueError(f"margin_theta must be in (0, 1), got {theta}; try 0.9, or the strict rule")
         self.theta = theta
+        self.name = f"margin {theta:g}"
 
     def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
-        highest_BT2, ids_BT2 = logits_BTV.topk(2, dim=-1)
-        first_BT, second_BT = highest_BT2.unbind(-1)
+        first_BT, second_BT = logits_BTV.topk(2, dim=-1).values.unbind(-1)
+        drafted_BT = logits_BTV.gather(-1, draft_ids_BT[..., None]).squeeze(-1)
         is_close_BT = (first_BT > 0) & (second_BT > self.theta * first_BT)
-        return is_close_BT & (draft_ids_BT[..., None] == ids_BT2).any(-1)
+        return is_close_BT & (drafted_BT >= second_BT)
 
 
 class TypicalRule:
     """Keeps a drafted token that the target finds likely enough: p > min(threshold, alpha exp(-H)), H the entropy of p.
 
-    Typical acceptance of Medusa (Cai et al. 2024, arXiv 2401.10774), with its defaults.
+    Typical acceptance of Medusa (Cai et al. 2024, arXiv 2401.10774), with its defaults. Greedy rows, too, are judged by
+    the distribution at temperature 1.
     """
 
     is_lossless = False
@@ -155,6 +161,7 @@ class TypicalRule:
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {value}; try 0.3 and 0.09, or the strict rule")
         self.threshold, self.alpha = threshold, alpha
+        self.name = f"typical {threshold:g}/{alpha:g}"
 
     def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
         probs_BTV = logits_BTV.softmax(-1)

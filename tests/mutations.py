@@ -22,6 +22,7 @@ ONLINE, REPLAY = "trainers/online.py", "dvi/replay.py"
 
 ENGINE = "dvi/serving/engine.py"
 TEST_DECODING, TEST_ENGINE = "tests/test_decoding.py", "tests/test_engine.py"
+TEST_PACKED = "tests/test_packed.py"
 TEST_LAW = "tests/test_sampling_law_engine.py"
 STUDENT, TEST_RANKS = "trainers/student.py", "tests/test_data_parallel.py"
 TEST_ONLINE, TEST_FAULTS = "tests/test_online.py", "tests/test_learner_faults.py"
@@ -147,7 +148,8 @@ MUTATIONS = [
         TEST_DECODING,
     ),
     Mutation(
-        "lossy_acceptance_called_honest", DECODING, "is_honest=num_waived == 0", "is_honest=True", TEST_DECODING,
+        "lossy_acceptance_called_honest", DECODING, "num_waived=num_waived, tenant=sequence.tenant,",
+        "tenant=sequence.tenant,", TEST_DECODING,
     ),
     Mutation(
         "wait_inside_drafting", DECODING,
@@ -168,6 +170,21 @@ MUTATIONS = [
         "window_one_too_wide", CACHE, "mask &= distance_BQS < window", "mask &= distance_BQS <= window",
         "tests/test_direct.py",
     ),
+    Mutation(
+        "places_left_out_repeat_another_row", "dvi/packing.py",
+        "(first_B1 + torch.minimum(column_U, count_B1 - 1)).flatten()",
+        "torch.where(column_U < count_B1, first_B1 + column_U, 0).flatten()",
+        TEST_PACKED,
+    ),
+    Mutation(
+        "packed_rows_rotated_as_the_first_places", DIRECT,
+        "positions_M = positions_M[packing.kept_M]", "positions_M = positions_M[: len(packing.kept_M)]", TEST_PACKED,
+    ),
+    Mutation(
+        "rows_that_stopped_still_count", DECODING,
+        "num_positions += num_open", "num_positions += len(counts_B)", TEST_PACKED,
+    ),
+    Mutation("exact_rounds_pack", "dvi/exact.py", "can_pack = False", "can_pack = True", TEST_PACKED),
     Mutation(
         "copied_row_misses_its_last_slot", CACHE,
         "buffer[target, :, :length] = buffer[source, :, :length]",

@@ -146,7 +146,7 @@ def begun(action: Callable[[], Ending]) -> Future[Ending]:
 def test_experience_arrives_as_it_was_sent(dtype):
     """Catches a field lost or swapped, rounds run together, a dtype changed, two ranks' requests taken for one."""
     rounds = [[prompt(0, tenant="a")], [stretch(1, tenant="b"), stretch(2, num_accepted=1, width=2, tenant="a")]]
-    rounds[1][0] = dataclasses.replace(rounds[1][0], is_honest=False, request_id=7, drafter_version=5)
+    rounds[1][0] = dataclasses.replace(rounds[1][0], num_waived=1, request_id=7, drafter_version=5)
     rounds = [[
         dataclasses.replace(s, hidden_WD=s.hidden_WD.to(dtype), target_hidden_WD=s.target_hidden_WD.to(dtype))
         for s in transitions
@@ -204,7 +204,7 @@ BAD_EXPERIENCE = {
     for name, value in (
         ("round", -1), ("request_id", -1), ("request_id", REQUESTS_PER_RANK), ("start_position", -1), ("width", 0),
         ("width", 9), ("num_drafted", -1), ("num_drafted", 99), ("num_accepted", 5), ("num_accepted", 1),
-        ("drafter_version", -1), ("is_honest", 2), ("is_prefill", 1), ("tenant", 1), ("tenant", -1),
+        ("drafter_version", -1), ("num_waived", -1), ("num_waived", 9), ("is_prefill", 1), ("tenant", 1), ("tenant", -1),
     )
 }  # fmt: skip
 

@@ -12,16 +12,18 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "dvi.settings",
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
-    "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.round_costs dvi.cuda_graph dvi.traffic dvi.durable "
+    "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.packing dvi.round_costs dvi.cuda_graph dvi.traffic dvi.durable "
     "dvi.chat_templates dvi.placement",
     "dvi.views dvi.direct dvi.split dvi.drafter dvi.replay dvi.losses dvi.loss_schedule",
-    "dvi.companions",
-    "dvi.draft_length",
+    "dvi.companions dvi.agreement",
+    "dvi.draft_length dvi.companion_model",
+    "dvi.companion_length",
     "dvi.adapter_store dvi.memory_plan",
     "dvi.decoding dvi.exact dvi.autotune dvi.text",
     "dvi.speculator",
     "dvi.recordings",
-    "dvi.planning.plans",
+    "dvi.planning.plans dvi.planning.profile dvi.planning.workload dvi.planning.drift",
+    "dvi.planning.simulator dvi.planning.search",
     "dvi.zero3",
     "dvi.serving.request dvi.serving.figures dvi.serving.aggregation dvi.serving.protocol dvi.serving.sockets",
     "dvi.serving.replicas",

@@ -33,7 +33,7 @@ def make_stretch(
     start_position: int = 0,
     num_drafted: int = 0,
     version: int = 0,
-    is_honest: bool = True,
+    num_waived: int = 0,
     tenant: str = "",
 ) -> Transitions:
     """A stretch whose rows can be told apart: h_k = value, h_L = -value, token = position, action = 100 + column.
@@ -53,7 +53,7 @@ def make_stretch(
         draft_token_ids_W=torch.where(is_drafted_W, 100 + torch.arange(len(values)), -1),
         draft_log_probs_W=torch.where(is_drafted_W, -0.5 - torch.arange(len(values)), 0.0),
         drafter_version=version,
-        is_honest=is_honest,
+        num_waived=num_waived,
         tenant=tenant,
     )
 
@@ -185,7 +185,7 @@ ADD = st.tuples(
     st.integers(0, 6),  # rows; 0 is an empty stretch
     st.integers(0, 5),  # drafted
     st.sampled_from(["next", "next", "next", "again", "jump", "restart"]),
-    st.sampled_from([True, True, False]),  # honest
+    st.sampled_from([0, 0, 1]),  # waived
     st.sampled_from([None, None, None, 0, 2]),  # a row that is not finite
 )
 END_OR_FORGET = st.tuples(st.sampled_from(["end", "end", "forget"]), REQUESTS)
@@ -209,7 +209,7 @@ def play(operations: list[tuple], *replays, value: float = 1.0, after: dict[int,
                 else:
                     replay.open.pop(request_id, None)
             continue
-        num_rows, num_drafted, where, is_honest, bad_row = rest
+        num_rows, num_drafted, where, num_waived, bad_row = rest
         position = next_position[request_id]
         position = {"next": position, "again": max(position - num_rows, 0), "jump": position + 3, "restart": 0}[where]
         next_position[request_id] = position + num_rows
@@ -219,7 +219,7 @@ def play(operations: list[tuple], *replays, value: float = 1.0, after: dict[int,
             values[bad_row] = math.nan
         stretch = make_stretch(
             values, request_id=request_id, start_position=position, num_drafted=num_drafted, version=version,
-            is_honest=is_honest, tenant=f"tenant {request_id % 3}",
+            num_waived=num_waived, tenant=f"tenant {request_id % 3}",
         )
         for replay in replays:
             replay.add(stretch)
@@ -317,7 +317,7 @@ def test_a_sequence_starts_from_a_zero_anchor():
 def test_a_dishonest_round_is_seen_by_kl_but_never_rewarded():
     # Catches training on acceptances that a lossy rule granted.
     buffer = make_buffer(reservoir_fraction=0.0)
-    buffer.add(make_stretch([1.0, 2.0, 3.0], num_drafted=3, is_honest=False))
+    buffer.add(make_stretch([1.0, 2.0, 3.0], num_drafted=3, num_waived=1))
     batch = sample(buffer, aligned_fraction=1.0)
     assert set(starts(batch)) == {1.0, 2.0, 3.0}
     assert not batch.has_reward_NT.any()

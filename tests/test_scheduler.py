@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from collections import Counter
@@ -43,13 +44,20 @@ class FakeEngine:
         self.admitted: list[int] = []
         self.finished: list[int] = []
         self.served: Counter[str] = Counter()
-        self.num_preempted, self.num_steps_since_admission = 0, 0
+        self.num_preempted, self.num_steps_since_admission, self.num_rounds_since_prefill = 0, 0, 0
 
     def add(self, *requests: Request) -> None:
         self.scheduler.add_all(requests)
         for request in requests:
             self.requests[request.request_id] = request
             self.texts[request.request_id] = list(request.prompt_ids)
+
+    def change(self, **limits: int) -> None:
+        """Other limits from the next step on, with as many places as before."""
+        num_places = self.limits.max_rows + self.limits.max_waiting
+        limits = {"max_rows": self.limits.max_rows} | limits
+        self.limits = dataclasses.replace(self.limits, max_waiting=num_places - limits["max_rows"], **limits)
+        self.scheduler.limits = self.limits
 
     def drop(self, request_id: int) -> None:
         del self.requests[request_id], self.texts[request_id]
@@ -59,12 +67,15 @@ class FakeEngine:
         plan = self.scheduler.schedule(now_s)
         for request, _ in plan.expired:
             self.drop(request.request_id)
+        assert not plan.preempt or not self._has_room(), "rows are taken for room alone"
         for request_id in plan.preempt:
             assert request_id != min(self.rows), "the oldest running request is safe"
             del self.rows[request_id]
         self._check_preemption(plan)
+        self._check_turns(plan)
         for request in plan.admit:
             self._admit(request)
+        assert not plan.admit or len(self.rows) <= self.limits.max_rows
         assert sum(num for _, num in plan.prefill) <= self.limits.prefill_tokens_per_step
         for request_id, num_positions in plan.prefill:
             text, row = self.texts[request_id], self.rows[request_id]
@@ -82,6 +93,21 @@ class FakeEngine:
             assert not plan.admit
             assert self.num_steps_since_admission >= ROUNDS_OF_ROOM, "a newcomer is not sent away at once"
 
+    def _check_turns(self, plan: Plan) -> None:
+        """Prompts are read when that many rounds have passed, or when there is no round to come."""
+        missing = [len(self.texts[i]) - 1 - len(row) for i, row in self.rows.items()]
+        missing += [len(self.texts[request.request_id]) - 1 for request in plan.admit]
+        has_round = 0 in missing
+        self.num_rounds_since_prefill += has_round
+        is_turn = not has_round or self.num_rounds_since_prefill >= self.limits.rounds_per_prefill
+        assert bool(plan.prefill) == (is_turn and any(missing))
+        if plan.prefill:
+            self.num_rounds_since_prefill = 0
+
+    def _has_room(self) -> bool:
+        held = sum(len(self.texts[request_id]) - 1 for request_id in self.rows)
+        return held + len(self.rows) * self.limits.headroom <= self.limits.max_positions
+
     def _admit(self, request: Request) -> None:
         request_id, row = request.request_id, []
         if self.growth is None and self.chance.random() < 0.5:
@@ -96,8 +122,7 @@ class FakeEngine:
         """At the moment a round starts."""
         held = sum(len(self.texts[request_id]) - 1 for request_id in self.rows)
         assert (held, len(self.rows)) == (self.scheduler.num_positions, self.scheduler.num_running)
-        assert held + len(self.rows) * self.limits.headroom <= self.limits.max_positions
-        assert len(self.rows) <= self.limits.max_rows
+        assert self._has_room()
         for tenant in {request.tenant for request in self.requests.values()}:
             is_running = [i in self.rows for i, request in self.requests.items() if request.tenant == tenant]
             assert is_running == sorted(is_running, reverse=True), "first come, first served"
@@ -215,6 +240,27 @@ def test_prefill_shares_one_budget_first_come_first():
     engine = FakeEngine(ROOMY, growth=1)
     engine.add(make_request(0, prompt=131), make_request(1, prompt=51))
     assert [engine.step().prefill for _ in range(3)] == [[(0, 100)], [(0, 30), (1, 50)], []]
+
+
+def test_prefilling_and_decoding_take_turns():
+    """Catches a prompt read before every round all the same, and one that waits for rounds that nobody runs."""
+    engine = FakeEngine(dataclasses.replace(ROOMY, rounds_per_prefill=3), growth=1)
+    engine.add(make_request(0, prompt=131, new=8))
+    assert [engine.step().prefill for _ in range(2)] == [[(0, 100)], [(0, 30)]], "nobody decodes yet"
+    engine.add(make_request(1, prompt=131, new=8))
+    assert [engine.step().prefill for _ in range(6)] == [[], [], [(1, 100)], [], [], [(1, 30)]]
+
+
+def test_fewer_rows_let_those_that_run_end():
+    """Catches a plan that takes rows away, and one that admits more than it has rows for."""
+    engine = FakeEngine(dataclasses.replace(ROOMY, max_rows=6), growth=1)
+    engine.add(*(make_request(i, new=10 + i) for i in range(12)))
+    engine.step()
+    engine.change(max_rows=2)
+    plan = engine.step_until(lambda plan: plan.admit)
+    # Five had ended before, and the sixth did in this step.
+    assert engine.finished == list(range(6)) and len(plan.admit) == 1 and engine.num_preempted == 0
+    engine.run()
 
 
 def test_prefill_goes_on_after_the_positions_that_were_reused():
@@ -425,6 +471,10 @@ class Simulation(RuleBasedStateMachine):
             assert self.engine.scheduler.num_waiting == num_waiting, "all or none"
         else:
             self.num_added += len(requests)
+
+    @rule(max_rows=st.integers(1, 6), rounds=st.sampled_from([1, 2, 5, 50]), num_positions=st.integers(1, 9))
+    def change(self, max_rows, rounds, num_positions) -> None:
+        self.engine.change(max_rows=max_rows, rounds_per_prefill=rounds, prefill_tokens_per_step=num_positions)
 
     @precondition(lambda self: self.engine.requests)
     @rule(data=st.data())

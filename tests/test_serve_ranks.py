@@ -320,6 +320,7 @@ def test_a_door_ends_with_the_process_that_opened_it():
 @pytest.mark.parametrize(("override", "message"), [
     ("serve.port=65535", "must leave a port above it .* local rank 1"),
     ("train.learner=dedicated", "must be 'shared' in a server"),
+    ("serve.max_token_latency_ms=20", "must be kept by one process, got 2 ranks"),
 ])  # fmt: skip
 def test_a_place_that_cannot_be_is_refused(monkeypatch, tmp_path, override, message):
     """Catches an error that only the socket, or the first pin, would have raised."""

@@ -178,9 +178,9 @@ def test_run_json_tells_what_was_run_where_and_how_long_the_prompts_were(run, tm
     assert found["reference"] == "plain" and found["machine"]["torch"] == torch.__version__
     assert found["arms"] == [
         {"name": "plain", "title": "Plain", "model_id": "stories260k-dvi-plain-float32-temp-0.0", "na_reason": None,
-         "is_learning": False, "facts": {"width": 3}},
+         "is_learning": False, "is_lossy": False, "facts": {"width": 3}},
         {"name": "hf", "title": "Hf", "model_id": "stories260k-dvi-hf-float32-temp-0.0",
-         "na_reason": "no checkpoint given", "is_learning": False, "facts": {}},
+         "na_reason": "no checkpoint given", "is_learning": False, "is_lossy": False, "facts": {}},
     ]  # fmt: skip
     lengths = [d.prompt_tokens for d in details(tmp_path, "plain")]
     assert found["prompts"]["per_task"]["qa"] == {"mean": lengths[1][0], "max": lengths[1][0]}

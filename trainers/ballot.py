@@ -36,9 +36,10 @@ class Ballot(Notices):
     """One rank's word at a tick, or the sum of all.
 
     wants_step      a step is owed here, with data and time for it.
-    num_drafted, num_accepted   since the last step.
+    num_drafted, num_accepted   since the last step; accepted by the honest test.
     num_tokens      generated tokens counted so far, for the trim.
     has_woken       acceptance here has drifted.
+    has_waived      a lossy rule has let tokens pass that are learnt from.
     """
 
     wants_step: float = 0
@@ -46,6 +47,7 @@ class Ballot(Notices):
     num_accepted: float = 0
     num_tokens: float = 0
     has_woken: float = 0
+    has_waived: float = 0
 
     def tensor(self) -> Tensor:
         """float64 [SIZE]: counts up to 2^53 survive."""

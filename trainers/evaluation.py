@@ -6,6 +6,7 @@ same process, by the same clock and the same count of emitted ids, prefill apart
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from torch import nn
 from dvi.draft_length import FixedLength, LengthPolicy
 from dvi.records import GenerationResult, RoundStats, SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator
+from dvi.verification import StrictRule
 
 REQUESTS_PER_PROBE = 25  # times the batch size; with PROBE_TOKENS plain tokens a row that is about 1 % of the time
 PROBE_TOKENS = 16
@@ -46,7 +48,12 @@ class Measurement:
 def measure(
     speculator: SelfSpeculator, prompts: list[list[int]], params: SamplingParams, *, num_draft_tokens: int
 ) -> Measurement:
-    """Decodes every prompt with drafts and without, the order taking turns, after one prompt to warm up."""
+    """Decodes every prompt with drafts and without, the order taking turns, after one prompt to warm up.
+
+    By the strict rule, whatever the speculator's own: the figures are the drafter's, and comparable.
+    """
+    speculator = copy.copy(speculator)
+    speculator.rule = StrictRule()
     drafting, stats = FixedLength(num_draft_tokens), RoundStats()
     speeds, plain_speeds, num_mismatches = [], [], 0
     for policy in (drafting, PLAIN):

@@ -336,11 +336,15 @@ class _ServingJob(Job):
     """Serves the traffic, and learns from it beside that."""
 
     noun = "requests"
-    counts = (*Job.counts, "serving_s")
+    counts = (*Job.counts, "serving_s", "num_waived")
     serving_s = 0.0
+    num_waived = 0
 
     def _facts(self) -> dict[str, object]:
-        return {"cut_prompts": self.num_cut, "serving_s": round(self.serving_s, 2), **self._company}
+        return {
+            "level": self.speculator.level, "verify_rule": self.speculator.rule.name, "waived": self.num_waived,
+            "cut_prompts": self.num_cut, "serving_s": round(self.serving_s, 2), **self._company,
+        }  # fmt: skip
 
     def _work(self, metrics: MetricsWriter, signals: Signals) -> None:
         first_step = self._step_offset + self._num_before + 1
@@ -373,7 +377,13 @@ class _ServingJob(Job):
         # A resumed run draws with the seeds that it would have come to.
         params = dataclasses.replace(self.params, seed=self.params.seed + self.position.num_done)
         last_s = time.monotonic()
-        with RunDisplay(self.console, num_requests=num_requests, num_done=self.position.num_done) as display:
+        rule, doing = self.speculator.rule, "serving"
+        if not rule.is_lossless:
+            doing = f"serving, LOSSY ({rule.name})"
+            self.console.print(f"verify rule {rule.name} is LOSSY: what is served is not the model's own output")
+        with RunDisplay(
+            self.console, num_requests=num_requests, num_done=self.position.num_done, doing=doing
+        ) as display:
             for result in self.speculator.generate(waiting(), params, batch_size=batch_size, learner=attendance):
                 self.serving_s += time.monotonic() - last_s
                 request, admitted[result.index] = admitted[result.index], None
@@ -392,10 +402,11 @@ class _ServingJob(Job):
         self.position.finish(request.index)
         self.num_tokens += stats.new_tokens
         self.num_cut += request.is_cut
+        self.num_waived += stats.num_waived
         metrics.write(
             "request", index=request.index, tokens_seen=self.num_tokens, new_tokens=stats.new_tokens,
             prompt_tokens=stats.prompt_tokens, rounds=stats.num_rounds, drafted=stats.num_drafted,
-            accepted=stats.num_accepted, acceptance=stats.acceptance_rate,
+            accepted=stats.num_accepted, waived=stats.num_waived, acceptance=stats.acceptance_rate,
             mean_accepted_tokens=stats.mean_accepted_tokens, tokens_per_s=stats.decode_tokens_per_s,
             drafter_version=result.drafter_version, finish_reason=result.finish_reason, level=result.level,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from trainers.versions import State
 COLUMNS = ("token_ids_W", "hidden_WD", "target_hidden_WD", "draft_token_ids_W", "draft_log_probs_W")
 # What is known of a stretch besides its columns, one column each of an int64 table.
 FACTS = ("round", "request_id", "start_position", "width", "num_drafted", "num_accepted", "drafter_version",
-         "is_honest", "is_prefill", "tenant")  # fmt: skip
+         "num_waived", "is_prefill", "tenant")  # fmt: skip
 # A rank's own ids lie below it and its number above, so that no two ranks' requests are one to the replay.
 REQUESTS_PER_RANK = 1 << 48
 TRIMMED_TO = "draft_head.draft_token_ids_V"
@@ -93,7 +93,7 @@ def pack_experience(rounds: Iterable[list[Transitions]], ended: list[int]) -> Me
     table = [
         [
             index, s.request_id, s.start_position, len(s), s.num_drafted, s.num_accepted, s.drafter_version,
-            int(s.is_honest), int(s.is_prefill), tenants.index(s.tenant),
+            s.num_waived, int(s.is_prefill), tenants.index(s.tenant),
         ]
         for index, transitions in enumerate(rounds) for s in transitions
     ]  # fmt: skip
@@ -144,7 +144,7 @@ def _check_facts(facts: dict[str, Tensor], *, num_tenants: int) -> None:
         "num_drafted": (num_drafted >= 0) & (num_drafted <= torch.where(is_prefill, 0, MAX_DEPTH)),
         "num_accepted": (num_accepted >= 0) & (num_accepted <= num_drafted),
         "drafter_version": facts["drafter_version"] >= 0,
-        "is_honest": facts["is_honest"] == facts["is_honest"].clamp(0, 1),
+        "num_waived": (facts["num_waived"] >= 0) & (facts["num_waived"] <= num_accepted),
         "is_prefill": facts["is_prefill"] == facts["is_prefill"].clamp(0, 1),
         "tenant": (facts["tenant"] >= 0) & (facts["tenant"] < num_tenants),
     }
@@ -158,12 +158,12 @@ def _rounds(
     parts = {name: column.split(facts["width"].tolist()) for name, column in columns.items()}
     rounds: dict[int, list[Transitions]] = {}
     rows = zip(*(facts[name].tolist() for name in FACTS), strict=True)
-    for i, (index, request_id, start, _width, num_drafted, num_accepted, version, is_honest, is_prefill, tenant) in (
+    for i, (index, request_id, start, _width, num_drafted, num_accepted, version, num_waived, is_prefill, tenant) in (
         enumerate(rows)
     ):
         rounds.setdefault(index, []).append(Transitions(
             request_id=rank * REQUESTS_PER_RANK + request_id, start_position=start, num_drafted=num_drafted,
-            num_accepted=num_accepted, drafter_version=version, is_honest=bool(is_honest),
+            num_accepted=num_accepted, drafter_version=version, num_waived=num_waived,
             is_prefill=bool(is_prefill), tenant=tenants[tenant], **{name: parts[name][i] for name in COLUMNS},
         ))  # fmt: skip
     return list(rounds.values())

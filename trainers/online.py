@@ -97,7 +97,7 @@ class OnlineTrainer:
         self._batch: ReplayBatch | None = None  # for the next step, with ballots cast on it
         self.notices, self.agreed = Notices(), None
         self.follows_rounds, self.must_step = True, False
-        self._has_woken = self._is_waiting = self._is_agreed = False
+        self._has_woken = self._has_waived = self._is_waiting = self._is_agreed = False
         self._ticked_s = -math.inf
         self._unreported: UpdateReport | None = None
         self._version = self._live.version
@@ -130,7 +130,9 @@ class OnlineTrainer:
         if self._num_unstored >= STORED_AT_ONCE:
             self._store()
         num_drafted = sum(s.num_drafted for s in transitions)
-        num_accepted = sum(s.num_accepted for s in transitions)
+        # What a lossy rule lets pass is no merit of the drafter's, and no sign of drift.
+        num_accepted = sum(s.num_accepted - s.num_waived for s in transitions)
+        self._has_waived |= not all(s.is_honest for s in transitions)
         if self.follows_rounds and any(not s.is_prefill for s in transitions):
             self.budget.owe_round(part=self._wanted_part)
         self._drafted_since_step += num_drafted
@@ -364,11 +366,12 @@ class OnlineTrainer:
         mine = Ballot(
             **vars(self.notices), wants_step=self._peers.is_alone or self._wants_step,
             num_drafted=self._drafted_since_step, num_accepted=self._accepted_since_step,
-            num_tokens=self._tokens_counted, has_woken=self._has_woken,
+            num_tokens=self._tokens_counted, has_woken=self._has_woken, has_waived=self._has_waived,
         )  # fmt: skip
         self._is_agreed = False
         agreed, totals = yield from self._agree(mine, BatchTotals.of(batch))
         self._is_agreed = True
+        self._has_waived |= bool(agreed.has_waived)
         if agreed.has_woken:
             self.schedule.reset(self.num_steps)
             self._has_woken = False
@@ -551,6 +554,7 @@ class OnlineTrainer:
         """Makes the learner's weights serve under a new number. snapshot: a copy of them."""
         self._version += 1
         self._live.publish(self.drafter, self._version)
+        self._live.has_learnt_lossy |= self._has_waived
         self._history.add(self._version, snapshot, source)
 
     def _return_to_best(self) -> None:
@@ -601,6 +605,7 @@ class OnlineTrainer:
         self._live.load_state_dict(state["live"])
         self._history.load_state_dict(state["versions"], copy_state(self._live))
         self._live.publish(self._live, self._version)
+        self._live.has_learnt_lossy |= self._has_waived
         self.restart_clock()
 
     def take_over(self, states: list[dict[str, object]]) -> None:
@@ -628,6 +633,7 @@ OWN = ("replay", "trend", "token_counts", "generator", "rounds_owed", "counts")
 _SUMMED = ("_drafted_since_step", "_accepted_since_step", "_tokens_counted")
 _COUNTS = (
     "num_steps", "num_skipped", "num_rollbacks", "num_noop_swaps", "train_s", "_version", *_SUMMED, "_has_woken",
+    "_has_waived",
 )
 
 

@@ -61,6 +61,8 @@ class RunDisplay:
             f"acceptance {recent.acceptance_rate:.2f}",
             f"MAT {recent.mean_accepted_tokens:.2f}",
         ]
+        if recent.num_waived:
+            figures.append(f"{recent.num_waived / recent.num_accepted:.0%} of the accepted by a lossy rule")
         if speed_up is not None:
             figures.append(f"{speed_up:.2f}x plain")
         if report is not None:

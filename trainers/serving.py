@@ -212,20 +212,20 @@ class ServingLearner:
         """How the drafter came about, as plain values for `save_drafter(metrics=...)` and its model card.
 
         Counts are of the traffic it learnt from, over all restarts. *_before and *_after are of the first and the
-        newest full window of the traffic, and missing until there is one.
+        newest full window of the traffic, and missing until there is one; acceptance leaves out what was waived.
         """
         total, trainer = self.traffic.total, self.trainer
         facts: dict[str, object] = {
             "requests": self.traffic.num_requests, "prompt_tokens": total.prompt_tokens,
             "tokens": total.committed_tokens, "rounds": total.num_rounds, "drafted": total.num_drafted,
-            "accepted": total.num_accepted, "schedule": trainer.config.schedule,
+            "accepted": total.num_accepted, "waived": total.num_waived, "schedule": trainer.config.schedule,
             "phase": trainer.schedule.phase(max(trainer.num_steps - 1, 0)), "steps": trainer.num_steps,
             "skipped_steps": trainer.num_skipped, "rollbacks": trainer.num_rollbacks,
             "versions": next(v.version for v in trainer.versions() if v.is_live),
         }  # fmt: skip
         for moment, window in (("before", self.traffic.first), ("after", self.traffic.newest)):
             if window is not None:
-                facts[f"acceptance_{moment}"] = round(window.acceptance_rate, 4)
+                facts[f"acceptance_{moment}"] = round(window.honest_acceptance_rate, 4)
                 facts[f"mean_accepted_tokens_{moment}"] = round(window.mean_accepted_tokens, 4)
         return facts
 

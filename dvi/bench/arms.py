@@ -18,13 +18,16 @@ from torch import nn
 from dvi.adapter_store import load_drafter
 from dvi.autotune import measure_costs
 from dvi.bench.records import Arm, ArmAnswer, ArmPlan
-from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
+from dvi.draft_length import LengthPolicy
 from dvi.drafter import DrafterConfig, build_drafter
 from dvi.exact import ExactSplit
 from dvi.records import Learner, SamplingParams
-from dvi.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, POLICIES, SelfSpeculator
+from dvi.round_costs import CostTable
+from dvi.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, POLICIES, SelfSpeculator, goodput_buckets
+from dvi.verification import StrictRule, VerifyRule
 
 OUR_ARMS = ("plain", "plain_padded", "speculative", "online", "online_untrained")
+LOSSY_SUFFIX = "_lossy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class ArmOptions:
     num_draft_tokens  T, the most tokens drafted in a round.
     policy            how our arms choose up to T: a name of `dvi.speculator.POLICIES`.
     batch_size        the most prompts answered together; the goodput rule measures its costs for as many.
+    rule              what our arms that draft verify by.
     """
 
     max_new_tokens: int = 128
@@ -43,6 +47,7 @@ class ArmOptions:
     num_draft_tokens: int = 4
     policy: str = "fixed"
     batch_size: int = 1
+    rule: VerifyRule = dataclasses.field(default_factory=StrictRule)
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_draft_tokens <= GOODPUT_BUCKETS[-1]:
@@ -99,6 +104,7 @@ def plans_of_ours(
 
     adapter       saved drafter that `speculative` and `online` begin with; None is the speculator's own, as it is now.
     make_learner  a learner for a speculator whose drafter it may change; without, the arms that learn are n/a.
+    With a lossy rule the arms that draft have names that end in LOSSY_SUFFIX, and titles that say so.
     The speculator's own drafter never changes. Raises ValueError for unknown names and an adapter that does not fit.
     """
     drafter = speculator.drafter if adapter is None else load_drafter(adapter, speculator.split)
@@ -108,17 +114,23 @@ def plans_of_ours(
         "split_layer": speculator.split.split_layer, "policy": options.policy,
         "num_draft_tokens": options.num_draft_tokens,
     }
-    label = f"{drafter.config.kind} drafter, T = {options.num_draft_tokens}"
+    label, suffix, is_lossy = f"{drafter.config.kind} drafter, T = {options.num_draft_tokens}", "", False
+    if not options.rule.is_lossless:
+        label, suffix, is_lossy = f"{label}, LOSSY ({options.rule.name})", LOSSY_SUFFIX, True
+        facts |= {"level": "lossy", "verify_rule": options.rule.name}
 
     def plan(
         name: str, title: str, make_drafter: Callable[[], nn.Module], *, is_learning: bool, **other_facts: object
     ) -> ArmPlan:
         def build() -> Arm:
-            twin = _twin(speculator, drafter=make_drafter())
+            twin = _twin(speculator, drafter=make_drafter(), rule=options.rule)
             learner = make_learner(twin) if is_learning else None
             return OurArm(twin, _length_policy(twin, options), options, learner=learner)
 
-        found = ArmPlan(name, f"{title}, {label}", build, is_learning=is_learning, facts=facts | other_facts)
+        found = ArmPlan(
+            name + suffix, f"{title}, {label}", build, is_learning=is_learning, is_lossy=is_lossy,
+            facts=facts | other_facts,
+        )
         if is_learning and make_learner is None:
             return dataclasses.replace(found, build=None, na_reason="no learner given")
         return found
@@ -183,10 +195,11 @@ def _untrained(config: DrafterConfig, speculator: SelfSpeculator) -> nn.Module:
 
 def _length_policy(speculator: SelfSpeculator, options: ArmOptions) -> LengthPolicy:
     """A rule of the arm's own, its costs measured now: the speculator's own rule would measure at the first answer."""
-    if options.policy == "fixed" or (options.policy == "auto" and options.temperature > 0):
-        return FixedLength(options.num_draft_tokens)
-    if options.policy == "confidence":
-        return ConfidenceStop(options.num_draft_tokens, threshold=speculator.confidence_threshold)
-    buckets = tuple(t for t in GOODPUT_BUCKETS if t <= options.num_draft_tokens)
-    rows = tuple(sorted({r for r in (1, 2, 4, 8, 16) if r < options.batch_size} | {options.batch_size}))
-    return GoodputLength(buckets, measure_costs(speculator.passes, speculator.drafter, buckets=buckets, rows=rows))
+    name = "fixed" if options.policy == "auto" and options.temperature > 0 else options.policy
+
+    def costs() -> CostTable:
+        rows = tuple(sorted({r for r in (1, 2, 4, 8, 16) if r < options.batch_size} | {options.batch_size}))
+        buckets = goodput_buckets(options.num_draft_tokens)
+        return measure_costs(speculator.passes, speculator.drafter, buckets=buckets, rows=rows)
+
+    return speculator.new_policy(name, options.num_draft_tokens, costs=costs)

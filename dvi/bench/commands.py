@@ -1,4 +1,4 @@
-"""The `dvi bench` verbs: spec-bench, report, ablation, drift, sweep, paper.
+"""The `dvi bench` verbs: spec-bench, report, lengths, margin, ablation, drift, sweep, paper.
 
 Knows arguments; every verb imports what it needs when it runs. Training comes in here, as functions that are passed
 down: nothing else under `dvi.bench` knows of it.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from dvi.config import load_config
-from dvi.settings import DraftSettings, PaperConfig, Rival
+from dvi.settings import DraftSettings, PaperConfig, Rival, TrainConfig
 from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 RIVALS = get_args(Rival)
 MODES = ("frozen", "online", "online_untrained")
+LENGTH_POLICIES = ("confidence", "goodput", "companion")
+COMPANIONS = ("self", "exit", "model")  # older versions of the drafter need one that learns, and here it is frozen
 
 app = typer.Typer(
     no_args_is_help=True, help="Find out how fast it is, against whom, and whether learning helps.",
@@ -67,7 +69,7 @@ def spec_bench(
     num_draft_tokens: Annotated[int, typer.Option(help="The most tokens drafted in a round.")] = (
         DraftSettings().num_draft_tokens
     ),
-    policy: Annotated[Literal["auto", "fixed", "confidence", "goodput"], typer.Option()] = "fixed",
+    policy: Annotated[Literal["auto", "fixed", "confidence", "goodput", "companion"], typer.Option()] = "fixed",
     split_layer: Annotated[int | None, typer.Option(help="Without an adapter; default one layer in sixteen.")] = None,
     draft_checkpoint: Annotated[
         Path | None, typer.Option(help="A draft model for hf_assistant, from dvi export --standalone.")
@@ -76,17 +78,22 @@ def spec_bench(
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], typer.Option()] = "auto",
     device: str = "auto",
     num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
+    verify_rule: Annotated[
+        Literal["strict", "margin", "typical"] | None,
+        typer.Option(help="What our arms that draft verify by; all but strict, the default, are lossy: stamped so."),
+    ] = None,
     spec_bench_dir: SpecBenchDirOption = None,
     training_length: TrainingLengthOption = None,
 ) -> None:
     """Spec-Bench's questions in its own format, with plain decoding and rivals in the same process.
 
-    KEY=VALUE: settings of the learner of the online modes, such as train.schedule=kl_only or train.budget=0.2.
+    KEY=VALUE: settings of the learner of the online modes, such as train.schedule=kl_only or train.budget=0.2, and of
+    a lossy rule, such as verify.margin_theta=0.84.
     """
     quieten_transformers()
     from dvi.bench.session import SpecBenchRequest, run_session
 
-    learning = load_config(None, overrides or ()).train
+    settings = load_config(None, [*(overrides or ()), *([f"verify.rule={verify_rule}"] if verify_rule else ())])
     request = SpecBenchRequest(
         model=model, adapter=adapter, modes=_listed(modes, MODES, "--modes"),
         rivals=RIVALS if rivals == "all" else _listed(rivals, RIVALS, "--rivals"), plain_padded=plain_padded,
@@ -94,9 +101,10 @@ def spec_bench(
         repetitions=repetitions, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
         num_draft_tokens=num_draft_tokens, policy=policy, split_layer=split_layer, draft_checkpoint=draft_checkpoint,
         questions=questions, dtype=dtype, device=device, num_threads=num_threads,
+        verify=settings.verify,
     )
     report = run_session(
-        request, output, make_learner=_learner_maker(learning), console=make_console(),
+        request, output, make_learner=_learner_maker(settings.train), console=make_console(),
         spec_bench_dir=spec_bench_dir, training_length=training_length,
     )
     finish("bench spec-bench", **report)
@@ -119,6 +127,84 @@ def report(
 
 
 @app.command()
+def lengths(
+    output: OutputOption,
+    model: Annotated[str, typer.Option(help="A Hugging Face model folder or hub id.")],
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
+    batches: Annotated[str, typer.Option(help="A list of batch sizes.")] = "1,2,4,8,16,32",
+    policies: Annotated[
+        str, typer.Option(help=f"A list of {', '.join(LENGTH_POLICIES)}; plain and fixed are always there.")
+    ] = ",".join(LENGTH_POLICIES),
+    companions: Annotated[
+        str, typer.Option(help=f"A list of {', '.join(COMPANIONS)}: each is a policy of its own.")
+    ] = "self,exit",
+    companion_model: Annotated[
+        str | None, typer.Option(help="The small model of the companion model, with the same tokenizer.")
+    ] = None,
+    num_draft_tokens: Annotated[int, typer.Option(help="The most tokens drafted in a round.")] = (
+        DraftSettings().num_draft_tokens
+    ),
+    temperature: Annotated[float, typer.Option(help="0 is greedy, and then outputs are compared.")] = 0.0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL rows, those marked eval if any are; default Spec-Bench's questions.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Prompts to take, 0 takes all; they come again and again.")] = 0,
+    max_new_tokens: int = 64,
+    repetitions: Annotated[
+        int, typer.Option(help="Slices of each policy at each batch size: 8 answers, or one for each row if more.")
+    ] = 12,
+    warmups: Annotated[int, typer.Option(help="Slices before these, in which policies learn; not counted.")] = 4,
+    split_layer: Annotated[int | None, typer.Option(help="Without an adapter; default one layer in sixteen.")] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "float64"], typer.Option()] = "auto",
+    device: str = "auto",
+    num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
+) -> None:
+    """How many tokens to draft: plain, fixed length and the rules that choose, against each other at batch sizes."""
+    quieten_transformers()
+    from dvi.bench.length_policies import LengthSettings, bench_lengths
+
+    settings = LengthSettings(
+        model=model, adapter=adapter and str(adapter), prompts=prompts and str(prompts),
+        batch_sizes=tuple(_numbers(batches, "--batches")), policies=_listed(policies, LENGTH_POLICIES, "--policies"),
+        companions=_listed(companions, COMPANIONS, "--companions"), companion_model=companion_model,
+        num_draft_tokens=num_draft_tokens, temperature=temperature, limit=limit, max_new_tokens=max_new_tokens,
+        repetitions=repetitions, warmups=warmups, split_layer=split_layer, dtype=dtype, device=device,
+        num_threads=num_threads,
+    )
+    finish("bench lengths", **bench_lengths(settings, output, console=make_console()))
+
+
+@app.command()
+def margin(
+    output: Annotated[Path, typer.Option(help="Folder of the results, without any yet.")],
+    model: Annotated[str, typer.Option(help="A Hugging Face model folder or hub id.")],
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
+    thetas: Annotated[str, typer.Option(help="A list of margins, an arm each.")] = "0.98,0.95,0.9,0.84,0.75",
+    typical: Annotated[bool, typer.Option("--typical", help="Also the typical rule.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    questions: Annotated[Path | None, typer.Option(help="Another question.jsonl; default the bundled 480.")] = None,
+    limit: Annotated[int, typer.Option(help="Questions of each task, 0 takes all 80.")] = 0,
+    max_new_tokens: int = 128,
+    num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = (
+        DraftSettings().num_draft_tokens
+    ),
+    repetitions: int = 3,
+    num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
+) -> None:
+    """What lossy verify rules gain and cost: speed, agreement with strict output, perplexity, task score."""
+    quieten_transformers()
+    from dvi.bench.margin import MarginSettings, bench_margin
+
+    settings = MarginSettings(
+        model=model, adapter=adapter and str(adapter), questions=questions and str(questions),
+        thetas=tuple(_numbers(thetas, "--thetas", kind=float)) if thetas else (), typical=typical,
+        temperature=temperature, limit=limit, max_new_tokens=max_new_tokens, num_draft_tokens=num_draft_tokens,
+        repetitions=repetitions, num_threads=num_threads,
+    )
+    finish("bench margin", **bench_margin(settings, output, console=make_console()))
+
+
+@app.command()
 def ablation(
     config: ConfigArgument,
     output: OutputOption,
@@ -134,7 +220,7 @@ def ablation(
     from trainers.experiments.ablation import DEFAULT_ARMS, run_ablation
 
     found = run_ablation(
-        load_config(config, overrides or ()), arms=list(arm or DEFAULT_ARMS), seeds=_numbers(seeds, "--seeds"),
+        _strict_config(config, overrides), arms=list(arm or DEFAULT_ARMS), seeds=_numbers(seeds, "--seeds"),
         folder=output, console=make_console(),
     )
     finish("bench ablation", **found)
@@ -156,7 +242,7 @@ def drift(
     from trainers.experiments.domain_shift import DEFAULT_STREAMS, VARIANTS, run_drift
 
     found = run_drift(
-        load_config(config, overrides or ()), streams=list(stream or DEFAULT_STREAMS),
+        _strict_config(config, overrides), streams=list(stream or DEFAULT_STREAMS),
         variants=list(_listed(variants, VARIANTS, "--variants") or VARIANTS), folder=output, data=data,
         console=make_console(),
     )
@@ -178,7 +264,7 @@ def sweep(
     from trainers.experiments.sweep import run_sweep
 
     found = run_sweep(
-        load_config(config, overrides or ()), split_layers=_numbers(split_layers, "--split-layers"),
+        _strict_config(config, overrides), split_layers=_numbers(split_layers, "--split-layers"),
         draft_lengths=_numbers(draft_lengths, "--draft-lengths"), ranks=_numbers(ranks, "--ranks"),
         draft_vocab_sizes=_numbers(draft_vocabs, "--draft-vocabs"), folder=output, console=make_console(),
     )
@@ -198,7 +284,7 @@ def paper(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         return bench_paper(settings, adapter, make_learner=_learner_maker(settings.train), console=console)
 
     summary = run_paper(
-        load_config(config, overrides or (), schema=PaperConfig), run_bench=run_bench, console=console
+        _strict_config(config, overrides, schema=PaperConfig), run_bench=run_bench, console=console
     )
     finish("bench paper", **summary)
     if summary["status"] == "interrupted":
@@ -214,6 +300,17 @@ def _learner_maker(learning: Any) -> Callable[[SelfSpeculator], Learner]:
     return make_learner
 
 
+def _strict_config(config: Path, overrides: list[str] | None, *, schema: type[TrainConfig] = TrainConfig) -> Any:
+    """Settings of an experiment. Raises ValueError for a lossy rule: its acceptances are no merit of a drafter's."""
+    settings = load_config(config, overrides or (), schema=schema)
+    if settings.verify.rule != "strict":
+        raise ValueError(
+            f"verify.rule must be 'strict' where drafters are compared, got {settings.verify.rule!r}; dvi bench margin "
+            "measures what a lossy rule does"
+        )
+    return settings
+
+
 def _listed(text: str, choices: tuple[str, ...], option: str) -> tuple[str, ...]:
     names = tuple(name for name in text.replace(" ", "").split(",") if name)
     for name in names:
@@ -222,8 +319,8 @@ def _listed(text: str, choices: tuple[str, ...], option: str) -> tuple[str, ...]
     return names
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def _numbers(text: str, option: str, *, kind: type[int] | type[float] = int) -> list[Any]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} must be numbers with commas between them, got {text!r}; try 0,1,2") from None

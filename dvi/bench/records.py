@@ -47,6 +47,7 @@ class ArmPlan:
     na_reason   why it cannot run here; None when it can.
     is_learning its answers change it: what was interrupted cannot go on in the middle.
     batch_one   it decodes one prompt at a time.
+    is_lossy    its tokens need not be the model's own: nobody compares them, and every report says so.
     """
 
     name: str
@@ -55,4 +56,5 @@ class ArmPlan:
     na_reason: str | None = None
     is_learning: bool = False
     batch_one: bool = False
+    is_lossy: bool = False
     facts: dict[str, object] = field(default_factory=dict)

@@ -138,8 +138,10 @@ def summarise(
     arms = []
     for facts in run["arms"]:
         arm = {key: facts[key] for key in ("name", "title", "na_reason", "is_learning", "facts")}
+        arm["is_lossy"] = facts.get("is_lossy", False)  # runs from before there were lossy arms do not say
         if facts["name"] in results:
-            arm |= _summarise_arm(results[facts["name"]], base, tasks, count_tokens, is_greedy=is_greedy)
+            is_compared = is_greedy and not arm["is_lossy"]
+            arm |= _summarise_arm(results[facts["name"]], base, tasks, count_tokens, is_compared=is_compared)
         arms.append(arm)
     return {
         "baseline": baseline, "is_greedy": is_greedy, "tasks": tasks, "num_questions": run["questions"]["num"],
@@ -152,9 +154,9 @@ def summarise(
 
 
 def _summarise_arm(
-    arm: ArmResults, base: ArmResults, tasks: list[str], count_tokens: Callable[[str], int], *, is_greedy: bool
+    arm: ArmResults, base: ArmResults, tasks: list[str], count_tokens: Callable[[str], int], *, is_compared: bool
 ) -> dict[str, Any]:
-    mismatches = find_mismatches(arm.runs, base.runs) if is_greedy else []
+    mismatches = find_mismatches(arm.runs, base.runs) if is_compared else []
     errors = [s.detail for one in arm.runs for s in one.values() if s.detail.error is not None]
     harness, paired = {}, {}
     for task in tasks:
@@ -163,7 +165,7 @@ def _summarise_arm(
             name: {"mean": _finite(value[0]), "std": _finite(value[1])} if isinstance(value, tuple) else _finite(value)
             for name, value in asdict(summary).items()
         }
-        paired[task] = asdict(paired_speed(arm.runs, base.runs, task=task, must_match=is_greedy))
+        paired[task] = asdict(paired_speed(arm.runs, base.runs, task=task, must_match=is_compared))
     counts = round_counts(arm.runs)
     mat = harness[OVERALL]["mean_accepted_tokens"]
     return {

@@ -6,7 +6,7 @@ Knows which piece does what; all work is theirs. Sees training only as a functio
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from dvi.bench.questions import Conversation, load_questions
 from dvi.bench.report import make_report
 from dvi.bench.rivals import rival_plans
 from dvi.bench.spec_bench import RUN_FILE, BenchSettings, run_spec_bench
-from dvi.settings import PaperConfig
+from dvi.settings import PaperConfig, VerifySettings
 from dvi.speculator import SelfSpeculator
+from dvi.verification import make_rule
 
 ARM_OF_MODE = {"frozen": "speculative", "online": "online", "online_untrained": "online_untrained"}
 
@@ -34,6 +35,7 @@ class SpecBenchRequest:
                the same with every pass in one fixed shape.
     rivals     names of `dvi.bench.rivals.RIVAL_ARMS`.
     questions  a question file; None is the bundled one.
+    verify     the rule of our arms that draft; one that is lossy is stamped on their names.
     The rest is as in `BenchSettings`, `Conversation` and `SelfSpeculator.from_pretrained`.
     """
 
@@ -53,6 +55,7 @@ class SpecBenchRequest:
     split_layer: int | None = None
     draft_checkpoint: Path | None = None
     questions: Path | None = None
+    verify: VerifySettings = field(default_factory=VerifySettings)
     dtype: str = "auto"
     device: str = "auto"
     num_threads: int = 0
@@ -76,7 +79,7 @@ def run_session(
     )
     options = ArmOptions(
         max_new_tokens=request.max_new_tokens, temperature=request.temperature, batch_size=request.batch_size,
-        num_draft_tokens=request.num_draft_tokens, policy=request.policy,
+        num_draft_tokens=request.num_draft_tokens, policy=request.policy, rule=make_rule(request.verify),
     )
     names = ["plain", *(["plain_padded"] if request.plain_padded else []), *(ARM_OF_MODE[m] for m in request.modes)]
     plans = plans_of_ours(

@@ -104,9 +104,10 @@ def run_spec_bench(
     run_{r}/model_answer/{model_id}.jsonl  answers of one arm, in the harness's format; r counts from 1
     run_{r}/details.jsonl                  one line per arm and question, see `Detail`
 
-    The first arm that can run is the reference: greedy tokens of the others are compared with its. An arm that raises
-    has failed at that question, which is recorded and not tried again. A second start in the folder goes on after the
-    last question that all arms had finished; with a learning arm, whose state is gone, at the repetition's beginning.
+    The first arm that can run is the reference: greedy tokens of the others, but for lossy arms, are compared with its.
+    An arm that raises has failed at that question, which is recorded and not tried again. A second start in the folder
+    goes on after the last question that all arms had finished; with a learning arm, whose state is gone, at the
+    repetition's beginning.
 
     speculator: the model that all arms share, for its end tokens, context and device, and for logit gaps.
     Raises ValueError for plans that cannot make a run, and for a folder that holds a run of other settings.
@@ -245,7 +246,8 @@ class _Run:
             "context": self.interview.context, "room": self.interview.room, "reference": self.running[0].name,
             "arms": [
                 {"name": plan.name, "title": plan.title, "model_id": self._model_id(plan.name),
-                 "na_reason": plan.na_reason, "is_learning": plan.is_learning, "facts": plan.facts}
+                 "na_reason": plan.na_reason, "is_learning": plan.is_learning, "is_lossy": plan.is_lossy,
+                 "facts": plan.facts}
                 for plan in self.plans
             ],
             "questions": {
@@ -302,8 +304,9 @@ class _Run:
             ])  # fmt: skip
         lines = []
         for plan in self.running:
+            is_compared = self.settings.is_greedy and not plan.is_lossy
             for plain, outcome in zip(asked[self.running[0].name], asked[plan.name], strict=True):
-                difference = first_difference(self.split, plain, outcome) if self.settings.is_greedy else None
+                difference = first_difference(self.split, plain, outcome) if is_compared else None
                 lines.append(outcome.detail(plan.name, divergence=difference))
         details.append(lines)
 

@@ -40,6 +40,8 @@ sides, the median over repetitions; of these the median over questions, with a 9
 Questions that one of the two failed, or whose greedy tokens differ, are left out and counted. An arm with any such
 difference is void: it did other work. The gap is the model's top-1 minus its top-2 logit where the texts part: near 0,
 rounding could choose either. Questions decoded in one batch share its clock, and the interval is then too narrow.
+An arm whose name ends in `_lossy` gives other text by design: nothing is compared or left out, and its ratio is one of
+speeds over different answers.
 
 **MAT** counts the recovered or bonus token, so plain decoding has 1.00. Without it, it is accepted drafts per round:
 from counts of rounds where an arm has them, else one less than MAT. Acceptance at a depth is given that the depth was
@@ -167,7 +169,7 @@ def _validity(report: dict[str, Any], arms: list[dict[str, Any]]) -> ReportTable
         gap = "-" if first is None else MISSING if first["gap"] is None else f"{first['gap']:.1e}"
         rows.append([
             _name(arm), str(arm["num_answered"]), str(arm["num_failed"]),
-            str(arm["num_differing"]) if report["is_greedy"] else "not compared", where, gap,
+            _differing(arm, report["is_greedy"]), where, gap,
             "-" if error is None else f"question {error['question_id']}: {error['error']}",
         ])
     return ReportTable(
@@ -235,6 +237,12 @@ def _conditions(report: dict[str, Any]) -> ReportTable:
         facts |= conditions[group]
     rows = [[name, MISSING if value is None else str(value)] for name, value in facts.items()]
     return ReportTable("Conditions", ["what", "value"], rows, is_text=True)
+
+
+def _differing(arm: dict[str, Any], is_greedy: bool) -> str:
+    if arm["is_lossy"]:
+        return "lossy: may differ"
+    return str(arm["num_differing"]) if is_greedy else "not compared"
 
 
 def _name(arm: dict[str, Any]) -> str:

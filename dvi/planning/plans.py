@@ -67,6 +67,16 @@ class LatencyBound:
     token_s: float = math.inf
     first_token_s: float = math.inf
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"{field.name} must be > 0 seconds, got {getattr(self, field.name)}; try 0.05")
+
+    def __str__(self) -> str:
+        limits = ((self.token_s, "a token"), (self.first_token_s, "to the first token"))
+        words = [f"{1e3 * seconds:.4g} ms {what}" for seconds, what in limits if seconds < math.inf]
+        return f"at most {' and '.join(words)} for 99 requests of 100" if words else "no latency bound"
+
 
 @dataclass(frozen=True)
 class Forecast:

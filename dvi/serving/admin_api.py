@@ -1,4 +1,4 @@
-"""The routes under /admin: drafter versions, adapters, checkpoints and forgetting.
+"""The routes under /admin: drafter versions, adapters, the plan in force, checkpoints and forgetting.
 
 Every one asks the engine loop and waits for its answer, so what is reported as done is done. What cannot be done is an
 error with its reason.
@@ -60,6 +60,11 @@ def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRo
         await read_body(request)
         await _answer(loop.unpin())
         return {"is_pinned": loop.is_pinned}
+
+    @router.get("/plan")
+    async def plan() -> dict[str, Any]:
+        snapshot = loop.monitor.snapshot()
+        return {"plan": snapshot["plan"], "replans": snapshot["replans"]}
 
     @router.get("/adapters")
     async def adapters() -> dict[str, Any]:

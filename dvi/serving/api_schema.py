@@ -59,7 +59,7 @@ class DviOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
-    policy: Literal["auto", "fixed", "confidence", "goodput"] | None = None
+    policy: Literal["auto", "fixed", "confidence", "goodput", "companion"] | None = None
     num_draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | None = None
     train: bool = True
     domain: Annotated[str, Field(pattern=r"\A[a-z0-9_-]{0,32}\z")] = ""

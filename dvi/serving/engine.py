@@ -15,7 +15,7 @@ from torch import nn
 
 from dvi.autotune import measure_costs
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
-from dvi.draft_length import ConfidenceStop, CostTable, FixedLength, GoodputLength, LengthPolicy
+from dvi.draft_length import CostTable, GoodputLength, LengthPolicy
 from dvi.drafter import MAX_DEPTH
 from dvi.planning.plans import ServingPlan
 from dvi.records import RoundStats, Transitions
@@ -146,7 +146,7 @@ class Engine:
     def step(self) -> StepResult:
         """Schedule, prefill, one round per lane, postprocess. A request that fails, fails alone."""
         start_s = time.perf_counter()
-        report, transitions, self._outputs = StepReport(seconds=0.0), [], []
+        report, transitions, self._outputs = self.new_report(), [], []
         plan = self.scheduler.schedule(start_s)
         for request, reason in plan.expired:
             self._outputs.append(self._close(request, "timeout", reason))
@@ -166,9 +166,15 @@ class Engine:
         report.num_running, report.num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
         report.num_cached_positions = self.scheduler.num_positions
         report.num_prefix_positions = self.prefixes.num_positions
-        report.drafter_version = self.drafters[DEFAULT_DRAFTER].version
         report.seconds = time.perf_counter() - start_s
         return StepResult(self._outputs, transitions, report)
+
+    def new_report(self) -> StepReport:
+        """Of a step in which nothing has happened yet."""
+        return StepReport(
+            seconds=0.0, drafter_version=self.drafters[DEFAULT_DRAFTER].version, level=self.speculator.level,
+            verify_rule=self.speculator.rule.name,
+        )
 
     def _admit(self, request: Request, now_s: float) -> _Active:
         active = self._active.get(request.request_id)
@@ -264,7 +270,7 @@ class Engine:
             token_ids=sequence.token_ids[sent:], logprobs=sequence.logprobs[sent:],
             queue_s=active.admitted_s - active.request.arrived_s, first_token_s=active.first_token_s,
             drafter_version=active.lane.batch.drafter.version,
-            level=self.speculator.mode if self.speculator.rule.is_lossless else "lossy",
+            level=self.speculator.level, verify_rule=self.speculator.rule.name,
         )
 
     # Ends
@@ -329,16 +335,11 @@ class Engine:
         if choice.may_draft_less:
             choice = dataclasses.replace(choice, num_draft_tokens=min(choice.num_draft_tokens, self._longest_draft))
         if choice not in self._policies:
-            self._policies[choice] = self._new_policy(choice)
+            # auto is the goodput rule: seeded requests draw by Gumbel noise, whose tokens do not depend on lengths.
+            self._policies[choice] = self.speculator.new_policy(
+                choice.policy, choice.num_draft_tokens, costs=self.costs
+            )
         return self._policies[choice]
-
-    def _new_policy(self, choice: DraftChoice) -> LengthPolicy:
-        """auto is the goodput rule: seeded requests draw by Gumbel noise, whose tokens do not depend on lengths."""
-        if choice.policy == "fixed" or choice.num_draft_tokens == 0:
-            return FixedLength(choice.num_draft_tokens)
-        if choice.policy == "confidence":
-            return ConfidenceStop(choice.num_draft_tokens, threshold=self.speculator.confidence_threshold)
-        return GoodputLength(tuple(t for t in GOODPUT_BUCKETS if t <= choice.num_draft_tokens), self.costs())
 
     def costs(self) -> CostTable:
         """Of a round's parts on this machine, measured at the first call: a few seconds."""

@@ -38,6 +38,7 @@ class _Scrape:
         yield from _speculation(self._readings)
         yield from _requests(self._readings)
         yield from _learning(self._readings)
+        yield from _planning(self._readings)
         yield from _splits("domain", self._readings.domains)
         yield from _splits("tenant", self._readings.tenants)
 
@@ -58,6 +59,9 @@ def _speculation(readings: Readings) -> Iterator[Metric]:
         rounds.num_accepted,
     )
     yield _counter(
+        "spec_decode_num_waived_tokens", "Accepted tokens that a lossy verify rule alone let pass.", rounds.num_waived
+    )
+    yield _counter(
         "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by position in the draft, from 0.",
         label="position", by=_by_position(rounds.accepted_per_depth),
     )  # fmt: skip
@@ -74,6 +78,11 @@ def _speculation(readings: Readings) -> Iterator[Metric]:
         total.plain_s,
     )
     yield _gauge("drafter_version", "Version of the default drafter that drafts now.", readings.step.drafter_version)
+    yield _gauge("verify_rule", "1 for the verify rule in force.", label="rule", by={readings.step.verify_rule: 1})
+    yield _gauge(
+        "level", "1 for what is promised of the tokens: exact, fast or lossy.", label="level",
+        by={readings.step.level: 1},
+    )  # fmt: skip
 
 
 def _requests(readings: Readings) -> Iterator[Metric]:
@@ -116,6 +125,13 @@ def _learning(readings: Readings) -> Iterator[Metric]:
     # The learner's own counts, which go on after a resume: replay positions and capacity, steps, rollbacks ...
     for name, value in readings.learner.items():
         yield _gauge(f"learner_state_{name}", f"{name} as the learner counts it, resumed runs included.", value)
+
+
+def _planning(readings: Readings) -> Iterator[Metric]:
+    if readings.plan:
+        yield _counter("replans", "Plans made, or confirmed, by what had changed.", label="reason", by=readings.replans)
+    for name, value in readings.plan.items():
+        yield _gauge(f"plan_{name}", f"{name} of the plan in force, see docs/planning.md.", value)
 
 
 def _splits(label: str, splits: Mapping[str, Split]) -> Iterator[Metric]:

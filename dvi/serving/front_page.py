@@ -63,6 +63,9 @@ def _figures(families: list[Metric]) -> Iterable[tuple[str, str]]:
     acceptance = ratio(accepted, drafted)
     yield "acceptance", "-" if acceptance is None else f"{100 * acceptance:.1f} %"
     yield "mean accepted tokens", f"{1 + accepted / rounds:.2f}" if rounds else "-"
+    waived = total(families, "dvi:spec_decode_num_waived_tokens_total")
+    if waived:
+        yield "accepted by a lossy rule alone", f"{waived:.0f}"
     for name, what in (
         ("dvi:generation_tokens_total", "generated tokens"), ("dvi:request_success_total", "ended requests"),
         ("dvi:num_requests_running", "running"), ("dvi:num_requests_waiting", "waiting"),

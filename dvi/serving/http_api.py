@@ -43,7 +43,7 @@ from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, RequestOut
 from dvi.serving.request import Request as EngineRequest
 from dvi.settings import ServeConfig
 
-VERSION_HEADER = "X-DVI-Drafter-Version"
+VERSION_HEADER, LEVEL_HEADER, RULE_HEADER = "X-DVI-Drafter-Version", "X-DVI-Level", "X-DVI-Verify-Rule"
 POLL_S = 1.0  # how late a dead or hanging engine may be noticed
 GRACE_S = 5.0  # the engine ends late requests itself; where it hangs, the door does so much later
 
@@ -161,7 +161,7 @@ class _Api:
         try:
             first = await anext(flight)  # before the status line: a request that got no token in time gets a 504
             if body.stream:
-                headers = {VERSION_HEADER: str(first[1].drafter_version), "Cache-Control": "no-store"}
+                headers = _stamps(vars(first[1])) | {"Cache-Control": "no-store"}
                 return _EventStream(_events(reply, flight, first, wants_usage=body.wants_usage), flight, gone, headers)
             reply.take(*first)
             async for index, output in flight:
@@ -172,8 +172,7 @@ class _Api:
             raise
         gone.cancel()
         content = reply.whole()
-        version = content["metrics"]["speculative_decoding"]["drafter_version"]
-        return JSONResponse(content, headers={VERSION_HEADER: str(version)})
+        return JSONResponse(content, headers=_stamps(content["metrics"]["speculative_decoding"]))
 
     def _requests(
         self, request: Request, body: GenerationBody, prompts: list[list[int]], drafter: str
@@ -310,6 +309,13 @@ async def _events(
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body)
+
+
+def _stamps(facts: dict[str, Any]) -> dict[str, str]:
+    """Headers that say by what an answer came about."""
+    return {
+        VERSION_HEADER: str(facts["drafter_version"]), LEVEL_HEADER: facts["level"], RULE_HEADER: facts["verify_rule"]
+    }
 
 
 def _event(content: dict[str, Any]) -> str:

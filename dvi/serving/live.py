@@ -89,6 +89,8 @@ def _line(snapshot: dict | None, error: str) -> Text:
     parts = [f"{name} {value}" for name, value, _ in _numbers(snapshot)]
     parts += [f"{snapshot['running']} running", f"{snapshot['waiting']} waiting"]
     parts += [f"drafter v{snapshot['drafter_version']}", snapshot["state"]["text"]]
+    if snapshot["level"] == "lossy":
+        parts.append(f"LOSSY ({snapshot['verify_rule']}): {_waived(snapshot)}")
     return Text(", ".join(parts))  # Text, not a string: brackets in it are no markup
 
 
@@ -105,6 +107,9 @@ def _view(snapshot: dict | None, error: str) -> RenderableType:
         equal=True, expand=True,
     )  # fmt: skip
     blocks = [heading, numbers, _sparkline(snapshot), _facts(snapshot)]
+    if snapshot["level"] == "lossy":
+        text = f"LOSSY: verify rule {snapshot['verify_rule']}, {_waived(snapshot)}"
+        blocks.insert(1, Text(text, style=STYLES["warn"]))
     for name in ("domains", "tenants"):
         if any(split["name"] for split in snapshot[name]):
             blocks.append(_splits(name, snapshot[name]))
@@ -123,6 +128,12 @@ def _numbers(snapshot: dict) -> list[tuple[str, str, str]]:
         "speed_up": ("x plain (estimate)", "{:.2f}".format), "tokens_per_s": ("tokens/s", "{:.0f}".format),
     }  # fmt: skip
     return [(name, _or_none(newest[key], form), _or_none(total[key], form)) for key, (name, form) in forms.items()]
+
+
+def _waived(snapshot: dict) -> str:
+    """How much of what was accepted is not the verifier's own choice."""
+    total = snapshot["total"]
+    return f"{total['num_waived']} of {total['num_accepted']} accepted tokens waived"
 
 
 def _sparkline(snapshot: dict) -> Text:

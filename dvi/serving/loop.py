@@ -14,13 +14,16 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dvi.adapter_store import load_drafter
 from dvi.records import DrafterVersion, Learner, Transitions
 from dvi.serving.engine import Engine
 from dvi.serving.monitor import Monitor
-from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, Request, RequestOutput, StepReport
+from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, Request, RequestOutput
+
+if TYPE_CHECKING:
+    from dvi.planning.controller import PlanController
 
 T = TypeVar("T")
 OnOutput = Callable[[RequestOutput], None]
@@ -39,11 +42,13 @@ class EngineLoop:
     because the others wait for it.
 
     learner_error   why learning stopped; None while it is well, or where there is no learner.
+    planner         sees the requests that end, on the engine's thread; None where nobody plans.
     """
 
     def __init__(self, engine: Engine, *, learner: Learner | None = None, monitor: Monitor | None = None) -> None:
         self.engine, self.learner, self.monitor = engine, learner, monitor or Monitor()
         self.learner_error: str | None = None
+        self.planner: PlanController | None = None
         self.is_pinned = self.is_draining = False
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
@@ -61,7 +66,7 @@ class EngineLoop:
     def start(self) -> None:
         """Measures the machine, if nobody has yet, and begins to serve."""
         self.engine.costs()
-        self.monitor.on_step(StepReport(seconds=0.0, drafter_version=self._version))
+        self.monitor.on_step(self.engine.new_report())
         self._thread.start()
 
     def stop(self, *, drain_s: float) -> None:
@@ -326,6 +331,15 @@ class EngineLoop:
             log.exception("the learner died; serving goes on with the drafter as it is")
             self.monitor.on_event("learner_died", self.learner_error)
 
+    def _observe(self, output: RequestOutput) -> None:
+        if self.planner is None:
+            return
+        try:
+            self.planner.observe(output)
+        except Exception:
+            log.exception("the planner died; the server runs on by the plan it has")
+            self.planner = None
+
     def _deliver(self, output: RequestOutput) -> None:
         known = self._on_output.get(output.request_id)
         if known is None:
@@ -334,6 +348,7 @@ class EngineLoop:
         if output.finish_reason is not None:
             del self._on_output[output.request_id]
             self.monitor.on_finish(request, output)
+            self._observe(output)
         try:
             on_output(output)
         except Exception:

@@ -36,8 +36,8 @@ class ServerPlace:
     peers      the ranks; alone where nobody else was started.
     listener   the socket of this rank's server.
     url        where clients find it: on the first of several ranks the door.
-    Raises ValueError for a port in use, for a dedicated learner, and when the ranks' settings differ; PeerLostError
-    when they do not find each other.
+    Raises ValueError for a port in use, for a dedicated learner, for a latency bound on several ranks, and when the
+    ranks' settings differ; PeerLostError when they do not find each other.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -54,6 +54,12 @@ class ServerPlace:
             self.listener = open_socket(serve.host, serve.port)
             self.url = url_of(self.listener)
             return
+        if serve.has_bound:
+            raise ValueError(
+                f"a latency bound must be kept by one process, got {self.peers.num_ranks} ranks, whose servers cannot "
+                "plan together yet; leave out serve.max_token_latency_ms and serve.max_first_token_ms, and take the "
+                "plan of dvi tune"
+            )
         self.peers.check_alike("the settings", _shared_settings(config))
         device = self.peers.device(config.model.device)
         self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))

@@ -144,6 +144,7 @@ def speculative_decoding(outputs: list[RequestOutput]) -> dict[str, Any]:
     """Raw counts and two ratios of one response's answers together.
 
     num_spec_steps         rounds: verify passes, each with a draft of any length, also none.
+    num_waived_draft_tokens  of the accepted ones, those that a lossy verify rule alone let pass.
     accepted_per_depth     of drafted_per_depth, which counts the depths that were reached.
     mean_acceptance_length new tokens per verify pass, the recovered or bonus token counted.
     """
@@ -153,9 +154,11 @@ def speculative_decoding(outputs: list[RequestOutput]) -> dict[str, Any]:
             total.add(output.stats)
     return {
         "num_spec_steps": total.num_rounds, "num_draft_tokens": total.num_drafted,
-        "num_accepted_draft_tokens": total.num_accepted, "draft_acceptance_rate": total.acceptance_rate,
+        "num_accepted_draft_tokens": total.num_accepted, "num_waived_draft_tokens": total.num_waived,
+        "draft_acceptance_rate": total.acceptance_rate,
         "mean_acceptance_length": total.mean_accepted_tokens, "drafted_per_depth": total.drafted_per_depth,
         "accepted_per_depth": total.accepted_per_depth,
         "drafter_version": max((output.drafter_version for output in outputs), default=0),
         "level": outputs[0].level if outputs else None,
+        "verify_rule": outputs[0].verify_rule if outputs else None,
     }  # fmt: skip

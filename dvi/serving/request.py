@@ -75,6 +75,7 @@ class RequestOutput:
     queue_s, first_token_s     seconds from arrival to admission, and to the first new token; None until then.
     drafter_version            version that drafted the newest round.
     level                      what is promised of the tokens: "exact", "fast" or "lossy".
+    verify_rule                the rule they were verified by, with its numbers.
     """
 
     request_id: int
@@ -89,6 +90,7 @@ class RequestOutput:
     first_token_s: float | None = None
     drafter_version: int = 0
     level: str = "fast"
+    verify_rule: str = "strict"
 
 
 @dataclass
@@ -102,6 +104,7 @@ class StepReport:
     plain_s          seconds that plain decoding would have taken for the same committed tokens, by measured costs;
                      0 where no cost is known. decode_s / plain_s is the inverse of the speed-up.
     drafter_version  of the default drafter.
+    level, verify_rule  as of `RequestOutput`.
     rounds_by_domain counts split by `Request.domain`, only of labelled requests.
     """
 
@@ -116,6 +119,8 @@ class StepReport:
     num_prefix_positions: int = 0
     plain_s: float = 0.0
     drafter_version: int = 0
+    level: str = "fast"
+    verify_rule: str = "strict"
     rounds_by_domain: dict[str, RoundStats] = field(default_factory=dict)
 
 

@@ -1,0 +1,188 @@
+"""Speculative Verification: which drafted tokens a batch verifies, by what a companion thinks of each of them.
+
+After Kim et al. 2025 (arXiv 2509.24328). Knows S and A, measured seconds and outcomes; knows no tokens.
+
+In a batch every position costs: the deep pass has one more row of each matrix product, and a rejected token has paid
+for nothing. So positions are taken by their worth. Position i of a row gains a token if it is reached and accepted,
+
+    reach = product over j < i of P(accept | S_j, A_j)  x  P(accept | S_i),
+
+and at each depth the rows that are still open are served in the order of their reach: the m best, where m maximises
+
+    sum of the m reaches  -  lambda x (seconds of one draft step + verify_s(N + m) - verify_s(N)),
+
+N positions being verified anyhow, and lambda what a second is worth: the batch's present tokens per second, from
+earlier rounds. That is Dinkelbach's way to the largest E[tokens] / seconds: what does not pay for its time at the ratio
+reached so far would lower it. Drafting thus goes on, over the whole batch, until goodput would drop.
+
+Why it is lawful. Under sampling, whether position i is verified may depend on what is known before its token is drawn:
+committed tokens, drafts before i, and distributions at i. S_i is such a thing. A_i is not, it tells of the token drawn
+at i: to leave a token out because it looks bad is to draw another in its stead from the target, where the law asks for
+one from the residual. For the same reason the whole length cannot be chosen after drafting, as the argmax over gamma of
+E[N | gamma] / latency: S_{i+1} belongs to the text that ends in the token drawn at i, so a gamma chosen with it in
+sight keeps or drops position i by its own token. A rule that decides position by position, and for good, has seen none
+of that yet. Where the output cannot depend on what is verified, in greedy and Gumbel-coupled rounds, A_i is told as
+well, and P(accept | S_i, A_i) takes the last factor's place.
+Batch mates may be looked at: their draws are independent of this row's, whatever they decide here.
+"""
+# B rows, T drafted tokens.
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from dvi.agreement import AgreementEstimate
+from dvi.companions import Companion
+from dvi.draft_length import DraftSight, GoodputLength, RoundInfo, RoundOutcome
+from dvi.packing import is_worth_packing
+from dvi.round_costs import CostTable
+
+# Before so many samples nothing is left out: sixteen for each bin of S.
+FIRST_SAMPLES = 256
+# What a length's rounds have cost of a full round fades as fast as acceptance does, see `AcceptanceEstimate`.
+MEMORY_ROUNDS = 100
+
+
+class CompanionLength(GoodputLength):
+    """T by the goodput rule, and within the round the positions that pay, as the module says.
+
+    On CPUs. Elsewhere a round drafts and verifies all T positions whatever counts, so a stop would save nothing, and to
+    look at S would be a wait within the round: there it is the goodput rule, with figures of what the companion tells.
+
+    Until FIRST_SAMPLES outcomes are known, and in its parent's probes, it verifies whole drafts: what is left out is
+    never heard of again. In probes it still notes what it would have left out, so that goodput is judged by that.
+    The parent is told that a stop was not accepted. Its acceptance by depth is then the chance to gain a token there
+    *by this rule*, and E[tokens | T] what the rule really yields; told of the counted positions alone it would take the
+    acceptance of the picked ones for everybody's. Costs alike: a length costs what its rounds cost, stops included.
+    """
+
+    def __init__(
+        self, buckets: tuple[int, ...], costs: CostTable, companion: Companion, *,
+        is_on_cpu: bool = True, can_pack: bool = False, **options: float,
+    ) -> None:
+        """can_pack: verification leaves out what does not count, see `dvi.packing`; without, a depth costs the same for
+        one row as for all. options: of `GoodputLength`.
+        """
+        super().__init__(buckets, costs, **options)
+        self.companion = companion
+        self.estimate = AgreementEstimate()
+        self._is_on_cpu, self._can_pack = is_on_cpu, can_pack
+        self._verify_s = functools.cache(lambda num_positions: costs.round_s(num_positions, 0))
+        self._work: dict[tuple[int, int], tuple[float, float]] = {}
+        self._length, self._has_rule, self._keeps_all = 0, False, True
+        self._tokens_per_s = 0.0  # by the table's seconds
+        # Of the round, row by row: positions that the rule keeps, and the chance that all of them are accepted.
+        self._num_wanted: list[int] = []
+        self._survival: list[float] = []
+
+    # Between rounds
+
+    def goodput(self, num_rows: int) -> dict[int, float]:
+        return {t: goodput / self._mean_work(num_rows, t) for t, goodput in super().goodput(num_rows).items()}
+
+    def choose(self, info: RoundInfo) -> int:
+        num_rows, length = info.num_rows, super().choose(info)
+        usual = self._standings[num_rows].length
+        self._length, self._has_rule = length, self._is_on_cpu and self.estimate.num_samples >= FIRST_SAMPLES
+        self._keeps_all = length != usual or not self._has_rule
+        table_share = self.costs.round_s(num_rows, length) / self.costs.table.round_s(num_rows, length)
+        self._tokens_per_s = num_rows * self.goodput(num_rows)[usual] * table_share
+        return length
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        if outcome.clues is not None:
+            self.estimate.observe(_samples(outcome))
+        num_rows, num_wanted, seconds = outcome.num_rows, outcome.num_drafted, outcome.seconds
+        if self._length:
+            if self._has_rule:
+                num_wanted = self._num_wanted
+            self._note_work(num_rows, self._work_share(num_wanted))
+            if seconds is not None:
+                seconds /= self._work_share(outcome.num_drafted)
+        num_accepted = [min(pair) for pair in zip(outcome.num_accepted, num_wanted, strict=True)]
+        super().observe(RoundOutcome([self._length] * num_rows, num_accepted, seconds=seconds))
+
+    def _work_share(self, num_drafted: list[int]) -> float:
+        """The seconds, by the table, of a round that verifies so much, as a share of a full round's."""
+        num_rows, depth = len(num_drafted), max(num_drafted)
+        num_steps = min(depth + 1, self._length)  # the one at which all stopped was made, too
+        num_positions, num_places = sum(num_drafted) + num_rows, num_rows * (depth + 1)
+        if not (self._can_pack and is_worth_packing(num_positions, num_places)):
+            num_positions = num_places
+        seconds = num_steps * self._draft_step_s(num_rows) + self._verify_s(num_positions)
+        return seconds / self.costs.table.round_s(num_rows, self._length)
+
+    def _note_work(self, num_rows: int, share: float) -> None:
+        key = _size(num_rows), self._length
+        weight, total = self._work.get(key, (1.0, 1.0))
+        kept = 1 - 1 / MEMORY_ROUNDS
+        self._work[key] = weight * kept + 1, total * kept + share
+
+    def _mean_work(self, num_rows: int, num_draft_tokens: int) -> float:
+        """The mean `_work_share` of such rounds; 1, a full round, of what was never tried."""
+        weight, total = self._work.get((_size(num_rows), num_draft_tokens), (1.0, 1.0))
+        return total / weight
+
+    def _draft_step_s(self, num_rows: int) -> float:
+        return self.costs.table.round_s(num_rows, 1) - self._verify_s(2 * num_rows)
+
+    # Within a round
+
+    def keep(self, sight: DraftSight) -> Tensor:
+        if not self._has_rule:
+            return sight.is_open_B
+        num_rows = len(sight.is_open_B)
+        if sight.depth == 0:
+            self._num_wanted, self._survival = [0] * num_rows, [1.0] * num_rows
+        for row in self._worth_their_time(sight.depth, self._reach(sight)):
+            self._num_wanted[row] += 1
+        if self._keeps_all:
+            return sight.is_open_B
+        return torch.tensor([num_wanted > sight.depth for num_wanted in self._num_wanted])
+
+    def _reach(self, sight: DraftSight) -> list[float]:
+        """The chance, row by row, that this position is reached and accepted, if it counts."""
+        agreements = sight.agreements[-1].tolist()
+        bins, told = self.estimate.bins, sight.token_ratios
+        if told:
+            newest = zip(sight.agreements[len(told) - 1].tolist(), told[-1].tolist(), strict=True)
+            self._survival = [s * bins.given_both(*both) for s, both in zip(self._survival, newest, strict=True)]
+        if len(told) > sight.depth:  # of this very position
+            return self._survival
+        return [s * bins.given_agreement(a) for s, a in zip(self._survival, agreements, strict=True)]
+
+    def _worth_their_time(self, depth: int, reach: list[float]) -> list[int]:
+        """The open rows that go on at this depth."""
+        num_rows, num_positions = len(reach), len(reach) + sum(self._num_wanted)
+        open_rows = [row for row, num_wanted in enumerate(self._num_wanted) if num_wanted == depth]
+        open_rows.sort(key=reach.__getitem__, reverse=True)
+        best, num_kept, gain = 0.0, 0, 0.0
+        for num_more, row in enumerate(open_rows, start=1):
+            if self._can_pack:
+                seconds = self._verify_s(num_positions + num_more) - self._verify_s(num_positions)
+            else:
+                seconds = self._verify_s(num_rows * (depth + 2)) - self._verify_s(num_rows * (depth + 1))
+            gain += reach[row]
+            worth = gain - self._tokens_per_s * (self._draft_step_s(num_rows) + seconds)
+            if worth > best:
+                best, num_kept = worth, num_more
+        return open_rows[:num_kept]
+
+
+def _samples(outcome: RoundOutcome) -> list[tuple[float, float, bool]]:
+    """(S, A, accepted) of the positions that were reached: the accepted ones, and the first rejected one."""
+    return [
+        (*clues[depth], depth < num_accepted)
+        for clues, num_drafted, num_accepted in zip(
+            outcome.clues, outcome.num_drafted, outcome.num_accepted, strict=True
+        )
+        for depth in range(min(num_accepted + 1, num_drafted))
+    ]
+
+
+def _size(num_rows: int) -> int:
+    """Batches share what they know between powers of two, as `LiveCosts` has it."""
+    return (num_rows - 1).bit_length()

@@ -1,0 +1,325 @@
+"""Plans at run time: applied without a loss, made anew when traffic has changed and not when it only varies."""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from dvi.draft_length import GoodputLength
+from dvi.planning.controller import MIN_INTERVAL_S, MIN_WINDOW, PlanController, is_worthwhile
+from dvi.planning.drift import EndedRequest, Traffic
+from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
+from dvi.planning.replan import Proposal
+from dvi.records import RoundStats
+from dvi.serving.request import DraftChoice, RequestOutput
+from tests.drafter_doubles import randomise
+from tests.test_engine import Gathered, alone, engine_of, greedy, random_prompts, request_of
+
+OURS = DraftChoice(policy="fixed", num_draft_tokens=4, may_draft_less=True)
+ASKED_FOR = DraftChoice(policy="goodput", num_draft_tokens=3)
+PLAN = ServingPlan(1, 4, 4, 32)
+BOUND = LatencyBound(token_s=0.010)
+
+
+# A plan applied
+
+
+def test_plans_that_change_under_traffic_lose_no_request_and_change_no_token():
+    """Catches rows lost with a smaller batch, requests refused that were let in, and a policy that tears a round."""
+    num_rounds_by_length: dict[int, int] = {}
+    for seed in range(8):
+        chance, gathered = random.Random(seed), Gathered()
+        engine = engine_of(max_rows=4, max_waiting=8, max_positions=260, prefill_tokens_per_step=16)
+        requests = [
+            request_of(i, prompt, greedy(chance.randint(1, 25)), draft=chance.choice([OURS, OURS, ASKED_FOR]))
+            for i, prompt in enumerate(random_prompts(12, seed=seed, longest=40))
+        ]  # fmt: skip
+        for request in requests:
+            engine.add(request)
+        space = PlanSpace((1,), (1, 2, 4), (1, 2, 4, 8), (7, 16, 100), (1, 3, 16))
+        while engine.has_work:
+            if gathered.num_steps % 3 == 0:
+                engine.apply(chance.choice(list(space)))
+                randomise(engine.drafters["default"], seed=gathered.num_steps, scale=0.02)
+            gathered.step(engine)
+            assert gathered.num_steps < 10_000
+        for request in requests:
+            assert gathered.last[request.request_id].finish_reason == "length"
+            assert gathered.token_ids[request.request_id] == alone(request)
+            depths = len(gathered.last[request.request_id].stats.drafted_per_depth)
+            num_rounds_by_length[depths] = num_rounds_by_length.get(depths, 0) + 1
+    assert len(num_rounds_by_length) > 2, "the plans must have mattered"
+
+
+def test_a_plan_sets_rows_reading_and_the_draft_length_of_rounds_to_come():
+    """Catches a plan that is reported and not applied, or to new requests alone."""
+    engine = engine_of(max_rows=4, max_waiting=3)
+    engine.add(request_of(0, [5, 9, 33], greedy(40), draft=OURS))
+    gathered = Gathered()
+    gathered.step(engine)
+    assert drafted_in(engine) == 4
+    engine.apply(ServingPlan(1, 1, 2, 64, 5))
+    limits = engine.scheduler.limits
+    assert (limits.max_rows, limits.prefill_tokens_per_step, limits.rounds_per_prefill) == (2, 64, 5)
+    assert engine.scheduler.num_places == 4 + 3 - 1, "as many may be here as before"
+    assert drafted_in(engine) == 1
+    engine.apply(PLAN)
+    assert drafted_in(engine) == 4
+
+
+def test_a_draft_length_that_was_asked_for_stays():
+    """Catches a plan that overrides what a client has asked for."""
+    engine = engine_of()
+    engine.apply(ServingPlan(1, 1, 4, 32))
+    engine.add(request_of(0, [5, 9, 33], greedy(40), draft=DraftChoice(policy="fixed", num_draft_tokens=3)))
+    assert drafted_in(engine) == 3
+
+
+def test_what_a_goodput_rule_has_learnt_outlives_a_change_of_plan():
+    """Catches a rule that begins anew, with its burst of probes, whenever the plan returns to a length."""
+    engine = engine_of()
+    choice = DraftChoice(policy="goodput", num_draft_tokens=4, may_draft_less=True)
+    engine.add(request_of(0, [5, 9, 33], greedy(60), draft=choice))
+    Gathered().step(engine)
+    [lane] = engine._lanes.values()
+    learnt = lane.batch.policy
+    assert isinstance(learnt, GoodputLength) and learnt.buckets[-1] == 4
+    engine.apply(ServingPlan(1, 2, 4, 32))
+    assert lane.batch.policy.buckets[-1] == 2
+    engine.apply(PLAN)
+    assert lane.batch.policy is learnt
+
+
+def drafted_in(engine) -> int:
+    """Tokens drafted in the next round of the only request."""
+    return engine.step().report.rounds.num_drafted
+
+
+# When to plan anew
+
+
+@functools.cache
+def ended(kind: str = "usual") -> list[EndedRequest]:
+    """Requests as real ones vary: log-normal lengths, and a difficulty of its own for each."""
+    chance = random.Random(0)
+    prompt_tokens, new_tokens, acceptance = {
+        "usual": (150, 60, 0.6), "long answers": (150, 180, 0.6), "long prompts": (450, 60, 0.6),
+        "easy": (150, 60, 0.85), "hard": (150, 60, 0.2), "undrafted": (150, 60, None),
+    }[kind]  # fmt: skip
+    return [
+        EndedRequest(
+            1 + int(prompt_tokens * chance.lognormvariate(0, 0.8)),
+            (num_new := 1 + int(new_tokens * chance.lognormvariate(0, 0.8))),
+            *rounds_of(num_new, acceptance, chance),
+        )
+        for _ in range(4000)
+    ]
+
+
+def rounds_of(new_tokens: int, acceptance: float | None, chance: random.Random, longest: int = 4) -> tuple:
+    """drafted_per_depth and accepted_per_depth of a request with so many tokens."""
+    if acceptance is None:
+        return (), ()
+    stats, mine = RoundStats(), min(max(chance.gauss(acceptance, 0.12), 0.02), 0.98)
+    while stats.committed_tokens < new_tokens:
+        num_accepted = next((depth for depth in range(longest) if chance.random() > mine), longest)
+        stats.count_round(num_drafted=longest, num_accepted=num_accepted)
+    return tuple(stats.drafted_per_depth), tuple(stats.accepted_per_depth)
+
+
+def some(kind: str, count: int, *, seed: int) -> list[EndedRequest]:
+    return random.Random(seed).sample(ended(kind), count)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [("long answers", "new_tokens"), ("long prompts", "prompt_tokens"), ("easy", "tokens_per_round"),
+     ("hard", "tokens_per_round")],
+)  # fmt: skip
+def test_what_has_drifted_is_named(kind, changed):
+    """Catches a plan that stays although its traffic is gone, and a reason that misleads."""
+    for seed in range(20):
+        reference = Traffic.of(some("usual", 200, seed=seed))
+        assert reference.drift(Traffic.of(some(kind, 200, seed=100 + seed))) == changed
+
+
+@pytest.mark.parametrize(("num_planned", "num_seen"), [(50, 50), (200, 50), (50, 200), (200, 200)])
+def test_of_1000_windows_of_the_same_traffic_one_in_100_at_most_seems_changed(num_planned, num_seen):
+    """Catches a server that plans for ever, because lengths vary."""
+    num_alarms = sum(
+        Traffic.of(some("usual", num_planned, seed=seed)).drift(Traffic.of(some("usual", num_seen, seed=10**6 + seed)))
+        is not None
+        for seed in range(1000)
+    )
+    assert num_alarms <= 10
+
+
+def test_acceptance_is_told_from_draft_length():
+    """Catches a plan's own draft length taken for a drift of acceptance, and then for another, without an end."""
+    chance = random.Random(0)
+    short, long = (
+        Traffic.of([EndedRequest(9, 60, *rounds_of(60, 0.7, chance, longest=n)) for _ in range(200)]) for n in (1, 8)
+    )
+    assert short.drift(long) is None
+    undrafted = Traffic.of(some("undrafted", 100, seed=0))
+    assert undrafted.tokens_per_round is None
+    assert undrafted.drift(short) != "tokens_per_round" != short.drift(undrafted)
+
+
+# The controller
+
+
+def forecast(tokens_per_s: float = 100.0, token_p99_s: float = 0.008, first_token_p99_s: float = 0.1) -> Forecast:
+    return Forecast(tokens_per_s, token_p99_s / 2, token_p99_s, first_token_p99_s / 2, first_token_p99_s)
+
+
+class Planned:
+    """A controller whose proposals are written down beforehand."""
+
+    def __init__(self, *proposals: Proposal | Exception, bound: LatencyBound = BOUND) -> None:
+        self.now_s, self.told, self.applied, self.asked_for = 0.0, [], [], []
+        self._proposals = list(proposals)
+        self.controller = PlanController(
+            PLAN, bound, propose=self._propose, apply=self._apply, tell=lambda *news: self.told.append(news),
+            clock=lambda: self.now_s,
+        )
+
+    def _propose(self, requests: list[EndedRequest], plan: ServingPlan) -> Proposal:
+        self.asked_for.append(requests)
+        proposal = self._proposals.pop(0) if self._proposals else Proposal(plan, forecast(), forecast())
+        if isinstance(proposal, Exception):
+            raise proposal
+        return proposal
+
+    def _apply(self, plan: ServingPlan) -> Future[None]:
+        self.applied.append(plan)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def see(self, requests: list[EndedRequest], *, finish_reason: str = "stop") -> None:
+        for request in requests:
+            stats = RoundStats(
+                prompt_tokens=request.prompt_tokens + 16, new_tokens=request.new_tokens,
+                drafted_per_depth=list(request.drafted_per_depth), accepted_per_depth=list(request.accepted_per_depth),
+            )
+            self.controller.observe(RequestOutput(1, finish_reason=finish_reason, stats=stats, num_cached_tokens=16))
+            self.controller.join(10)
+
+    @property
+    def reasons(self) -> list[str]:
+        return [reason for reason, _ in self.told]
+
+
+def test_a_server_plans_at_its_first_traffic_and_again_when_that_drifts():
+    """Catches a controller that never begins, and one that goes by the traffic before the last."""
+    planned = Planned()
+    planned.see(some("usual", MIN_WINDOW - 1, seed=0))
+    assert planned.reasons == ["settings"]
+    planned.see(some("usual", 1, seed=1))
+    assert planned.reasons == ["settings", "unplanned"]
+    planned.now_s += MIN_INTERVAL_S
+    planned.see(some("usual", 400, seed=2))
+    assert planned.reasons == ["settings", "unplanned"], "traffic as it was"
+    planned.see(some("long answers", 200, seed=3))
+    assert planned.reasons == ["settings", "unplanned", "new_tokens"]
+    planned.now_s += MIN_INTERVAL_S
+    planned.see(some("long answers", 400, seed=4))
+    planned.now_s += MIN_INTERVAL_S
+    num_plans = len(planned.reasons)
+    assert num_plans <= 4, "at most once more, for what was mixed in the window"
+    planned.see(some("long answers", 1000, seed=5))
+    assert len(planned.reasons) == num_plans
+
+
+def test_prompt_tokens_from_the_prefix_cache_are_not_counted_as_read():
+    """Catches plans for prefill work that nobody does."""
+    planned, seen = Planned(), some("usual", MIN_WINDOW, seed=0)
+    planned.see(seen)
+    assert planned.asked_for == [seen]
+
+
+def test_requests_that_were_cut_short_say_nothing():
+    """Catches a wave of disconnects taken for short answers."""
+    planned = Planned()
+    for reason in ("cancelled", "timeout", "error"):
+        planned.see(some("usual", 2 * MIN_WINDOW, seed=0), finish_reason=reason)
+    assert planned.reasons == ["settings"]
+
+
+def test_plans_are_made_no_faster_than_the_limit():
+    """Catches traffic that swings, and a machine that does nothing but plan."""
+    planned = Planned()
+    for second in range(int(5 * MIN_INTERVAL_S)):
+        planned.now_s = float(second)
+        planned.see(some("usual" if second // 10 % 2 else "long answers", 20, seed=second))
+    assert 3 <= len(planned.asked_for) <= 5
+
+
+OTHER = ServingPlan(1, 2, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("new", "present", "is_worth_it"),
+    [
+        (forecast(102), forecast(100), False),  # less than the margin
+        (forecast(104), forecast(100), True),
+        (forecast(60), forecast(100, token_p99_s=0.0101), True),  # the present one breaks the bound
+        (forecast(90, token_p99_s=0.0200), forecast(99, token_p99_s=0.0203), False),  # both do, and about alike
+        (forecast(90, token_p99_s=0.0150), forecast(99, token_p99_s=0.0203), True),
+    ],
+)
+def test_a_plan_changes_for_a_gain_or_for_the_bound_alone(new, present, is_worth_it):
+    """Catches plans that swing between equals, and a bound that is kept only where that pays."""
+    proposal = Proposal(OTHER, new, present)
+    assert is_worthwhile(proposal, BOUND) is is_worth_it
+    planned = Planned(proposal)
+    planned.see(some("usual", MIN_WINDOW, seed=0))
+    assert planned.applied == ([OTHER] if is_worth_it else [])
+    assert planned.controller.plan == (OTHER if is_worth_it else PLAN)
+
+
+def test_an_impossible_bound_gets_the_nearest_plan_and_is_said(caplog):
+    """Catches a server that misses its bound in silence."""
+    planned = Planned(Proposal(OTHER, forecast(token_p99_s=0.015), forecast(token_p99_s=0.030)))
+    planned.see(some("usual", MIN_WINDOW, seed=0))
+    assert planned.applied == [OTHER]
+    assert "at most 10 ms a token" in caplog.text and "at most 15 ms a token" in caplog.text
+    numbers = planned.told[-1][1]
+    assert numbers["meets_bound"] == 0.0 and numbers["num_draft_tokens"] == 2
+    assert (numbers["bound_token_p99_s"], numbers["forecast_token_p99_s"]) == (0.010, 0.015)
+    assert "bound_first_token_p99_s" not in numbers
+
+
+def test_a_plan_that_cannot_be_made_is_tried_again_later(caplog):
+    """Catches a planner that ends with its first failure, or tries all the time."""
+    planned = Planned(OSError("no process to spare"))
+    planned.see(some("usual", 200, seed=0))
+    assert len(planned.asked_for) == 1 and "no process to spare" in caplog.text
+    planned.now_s += MIN_INTERVAL_S
+    planned.see(some("usual", MIN_WINDOW, seed=1))
+    assert planned.reasons == ["settings", "unplanned"]
+
+
+def test_the_engine_waits_for_no_plan():
+    """Catches a plan made on the engine's thread."""
+    planned = Planned()
+    is_planning, may_end = threading.Event(), threading.Event()
+    propose = planned.controller._propose
+
+    def slowly(requests: list[EndedRequest], plan: ServingPlan) -> Proposal:
+        is_planning.set()
+        assert may_end.wait(10)
+        return propose(requests, plan)
+
+    planned.controller._propose = slowly
+    planned.controller.join = lambda timeout_s: None
+    planned.see(some("usual", 300, seed=0))
+    assert is_planning.wait(10) and planned.reasons == ["settings"]
+    may_end.set()
+    PlanController.join(planned.controller, 10)
+    assert planned.reasons == ["settings", "unplanned"]

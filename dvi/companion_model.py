@@ -38,7 +38,7 @@ class ModelCompanion:
     def follow(self, drafter: Drafter, rows: Sequence[Row]) -> None:
         self._drafter = drafter
         request_ids = {row.request_id for row in rows}
-        batch = next((b for b in self._batches if request_ids.intersection(b.request_ids)), None)
+        batch = next((b for b in self._batches if b.has_any(request_ids)), None)
         if batch is not None:
             self._batches.remove(batch)
         elif len(self._batches) == MAX_BATCHES:
@@ -68,38 +68,39 @@ class _CompanionRows:
     def __init__(self, split: SplitModel) -> None:
         self._split = split
         self._cache = split.make_cache(1, 0)
-        self._texts: list[list[int]] = []  # as of the newest `follow`
-        self._num_steps = 0  # since then
-        self.request_ids: list[int] = []
+        # As of the newest `follow`, and steps since.
+        self._request_ids: list[int] = []
+        self._texts: list[list[int]] = []
+        self._num_steps = 0
 
     def follow(self, rows: Sequence[Row]) -> None:
-        for place, row in enumerate(rows):
-            self._seat(place, row.request_id)
-        for place in range(len(rows), len(self.request_ids)):  # of requests that have ended
-            self._cache.open_row(place, 0)
-        self.request_ids = self.request_ids[: len(rows)]
-        lengths, old_texts, self._texts = list(self._cache.lengths), self._texts, [row.text_ids for row in rows]
-        for place, (old, new) in enumerate(zip(old_texts, self._texts, strict=False)):
-            if old != new[: len(old)]:
-                lengths[place] = 0
-            elif lengths[place] == len(old) - 1:  # it was in the round, which fed its newest token and then its drafts
+        texts, lengths = {row.request_id: row.text_ids for row in rows}, list(self._cache.lengths)
+        for place, (request_id, old) in enumerate(zip(self._request_ids, self._texts, strict=True)):
+            new = texts.get(request_id, [])
+            if new[: len(old)] == old:
+                # The round fed the newest token and then its drafts, of which the text has kept the first few.
                 lengths[place] += min(self._num_steps, len(new) - len(old))
+            else:
+                lengths[place] = 0
         self._cache.set_lengths(lengths)
-        self._num_steps = 0
+        for place, request_id in enumerate(texts):
+            self._seat(place, request_id)
+        del self._request_ids[len(texts) :]
+        self._texts, self._num_steps = list(texts.values()), 0
 
     def _seat(self, place: int, request_id: int) -> None:
         """Puts the request's row there, an empty one if it has none. Rows before are seated already."""
-        if request_id in self.request_ids:
-            source = self.request_ids.index(request_id)
-        else:
-            source = len(self.request_ids)
-            self._cache.open_row(source, 0)
-            self.request_ids.append(request_id)
-            self._texts.append([])
+        if request_id not in self._request_ids:
+            self._cache.open_row(len(self._request_ids), 0)
+            self._request_ids.append(request_id)
+        source = self._request_ids.index(request_id)
         if source != place:
             self._cache.swap_rows(place, source)
-            for per_row in (self.request_ids, self._texts):
-                per_row[place], per_row[source] = per_row[source], per_row[place]
+            self._request_ids[source] = self._request_ids[place]
+            self._request_ids[place] = request_id
+
+    def has_any(self, request_ids: set[int]) -> bool:
+        return not request_ids.isdisjoint(self._request_ids)
 
     def catch_up(self) -> None:
         """Reads what the texts have that the cache lacks, but for their newest tokens."""

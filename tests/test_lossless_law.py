@@ -10,8 +10,11 @@ tokens, the real length policies and the real verification.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,11 +22,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvi.companion_length import CompanionLength
 from dvi.companions import agreement, token_ratio
 from dvi.draft_length import ConfidenceStop, CostTable, DraftSight, FixedLength, GoodputLength, RoundInfo, RoundOutcome
 from dvi.records import SamplingParams, Verdict
 from dvi.sampling import SamplingBatch, SeenTokens, sample_from
-from dvi.verification import acceptance_probs, count_leading, residual_probs, verify_by_rejection
+from dvi.verification import VerifyRule, acceptance_probs, count_leading, residual_probs, verify_by_rejection
 
 TOLERANCE = 1e-12
 BISECTIONS = 56  # thresholds to 2**-56, far below the tolerance
@@ -105,8 +109,15 @@ def target_law(instances: Instances, horizon: int) -> tuple[Tensor, list[Tensor]
     return law, factors
 
 
-def measured_law(instances: Instances, *, num_draft_tokens: int, keep: Keep, verify: Verify) -> Tensor:
-    """The law of T + 1 emitted tokens, [N, V**(T+1)]: one speculative round, then plain target steps."""
+def measured_law(
+    instances: Instances, *, num_draft_tokens: int, keep: Keep, verify: Verify, tells_drawn: bool = False,
+    rule: VerifyRule | None = None,
+) -> Tensor:
+    """The law of T + 1 emitted tokens, [N, V**(T+1)]: one speculative round, then plain target steps.
+
+    tells_drawn: the length rule is told A of the token drawn at its own depth, too, which no engine may under sampling.
+    rule: waives for `verify`; None waives nothing.
+    """
     num, vocab_size, depths = len(instances.params), instances.vocab_size, num_draft_tokens
     paths_PT = digits(depths, vocab_size)
     num_paths = len(paths_PT)
@@ -132,16 +143,21 @@ def measured_law(instances: Instances, *, num_draft_tokens: int, keep: Keep, ver
             companion_RV = along_paths(instances.companion_logits, depth)
             agreements.append(agreement(logits_RV, companion_RV))
             token_ratios.append(token_ratio(logits_RV, companion_RV, ids_RT[:, depth]))
-        keeps.append(keep(DraftSight(depth, is_open_R, logits_RV, agreements, token_ratios[:-1]), ids_RT[:, depth]))
+        told = list(token_ratios) if tells_drawn else token_ratios[:-1]
+        keeps.append(keep(DraftSight(depth, is_open_R, logits_RV, list(agreements), told), ids_RT[:, depth]))
         is_open_R = is_open_R & keeps[-1]
     no_drafts = torch.zeros(num * num_paths, 0, vocab_size, dtype=torch.float64)
     draft_probs_RTV = torch.stack(draft_probs, 1) if depths else no_drafts
     num_drafted_R = count_leading(torch.stack(keeps, 1)) if depths else torch.zeros(num * num_paths, dtype=torch.int64)
     target_logits_RUV = torch.stack([along_paths(instances.target_logits, d) for d in range(depths + 1)], 1)
-    target_probs_RUV = batch.warp(target_logits_RUV, seen.with_drafts(ids_RT))
+    seen_RUV = seen.with_drafts(ids_RT)
+    target_probs_RUV = batch.warp(target_logits_RUV, seen_RUV)
 
     # Paths that the drafter cannot draw have no verdict to measure.
     live = path_weight_R > 0
+    if rule is not None:
+        waived_RT = rule.waives(ids_RT, batch.warp_logits(target_logits_RUV, seen_RUV)[:, :-1])
+        verify = functools.partial(verify, waived_BT=waived_RT[live])
     inputs = [x[live] for x in (ids_RT, num_drafted_R, draft_probs_RTV, target_probs_RUV)]
     branch_laws_LUV = torch.zeros(len(live), depths + 1, vocab_size, dtype=torch.float64)
     branch_laws_LUV[live] = measure_verdicts(verify, *inputs)
@@ -209,10 +225,13 @@ def bisect_threshold(predicate: Callable[[Tensor], Tensor], num_rows: int) -> Te
 
 
 def law_error(
-    instances: Instances, *, num_draft_tokens: int, keep: Keep | None = None, verify: Verify = verify_by_rejection
+    instances: Instances, *, num_draft_tokens: int, keep: Keep | None = None, verify: Verify = verify_by_rejection,
+    tells_drawn: bool = False,
 ) -> float:
     """The largest absolute difference between what a round emits and the target's law. NaN counts as infinite."""
-    measured = measured_law(instances, num_draft_tokens=num_draft_tokens, keep=keep or always, verify=verify)
+    measured = measured_law(
+        instances, num_draft_tokens=num_draft_tokens, keep=keep or always, verify=verify, tells_drawn=tells_drawn
+    )
     expected, _ = target_law(instances, num_draft_tokens + 1)
     assert torch.allclose(expected.sum(1), torch.ones(len(expected), dtype=torch.float64), atol=TOLERANCE)
     return (measured - expected).abs().nan_to_num(nan=math.inf).max().item()
@@ -281,6 +300,155 @@ def test_goodput_length_leaves_the_target_law(history, expected_length):
     assert law_error(instances, num_draft_tokens=length, keep=honest(policy)) <= TOLERANCE
 
 
+def companion_length(
+    num_draft_tokens: int, *, num_rows: int, can_pack: bool, seed: int = 0, samples: list | None = None
+) -> CompanionLength:
+    """The rule after thousands of samples, by default random ones that S and A told much of, about to draft.
+
+    A position costs 0.2 to 0.4 tokens, so that thresholds lie amid the S of random models, and each more than the last:
+    rows compete.
+    """
+    verify_s = {n: 1 + 0.12 * (n / num_rows) ** 1.5 for n in range(1, num_rows * (num_draft_tokens + 1) + 1)}
+    costs = CostTable(draft_step_s={1: 0.02, 60: 0.02}, verify_s=verify_s)
+    policy = CompanionLength((num_draft_tokens,), costs, None, can_pack=can_pack, probe_share=0.0, prior_acceptance=0.9)
+    rng = random.Random(seed)
+    if samples is None:
+        pairs = [(rng.random(), rng.random()) for _ in range(3000)]
+        samples = [(s, a, rng.random() < math.sqrt(s * a)) for s, a in pairs]
+    policy.estimate.observe(samples)
+    assert policy.choose(RoundInfo(num_rows)) == num_draft_tokens
+    return policy
+
+
+class InBatch:
+    """A policy that decides for each row as the first of a batch of its own, beside mates of fixed S and A.
+
+    mates: S and A of each mate at each depth, [T, M, 2]. depths_kept: num_drafted of every row it has decided for.
+    """
+
+    def __init__(self, policy: CompanionLength, mates_TM2: Tensor) -> None:
+        self._policy, self._mates_TM2 = policy, mates_TM2
+        self._sights: list[DraftSight] = []
+        self.kept: list[Tensor] = []
+
+    def __call__(self, sight: DraftSight, token_R: Tensor) -> Tensor:
+        if sight.depth == 0:
+            self._sights, self.kept = [], []
+        self._sights.append(sight)
+        # The rule keeps what a round has brought so far to itself, so each row's round is played again from its start.
+        self.kept.append(torch.tensor([self._decide(row) for row in range(len(token_R))]))
+        return self.kept[-1]
+
+    def _decide(self, row: int) -> bool:
+        for sight in self._sights:
+            agreements, token_ratios = (
+                [torch.cat([x[row, None], self._mates_TM2[d, :, i]]) for d, x in enumerate(told)]
+                for i, told in enumerate((sight.agreements, sight.token_ratios))
+            )
+            is_open_B = torch.ones(len(agreements[0]), dtype=torch.bool)
+            decided = self._policy.keep(
+                dataclasses.replace(sight, is_open_B=is_open_B, agreements=agreements, token_ratios=token_ratios)
+            )
+        return bool(decided[0])
+
+    def lengths(self) -> Tensor:
+        return count_leading(torch.stack(self.kept, 1))
+
+
+def random_mates(num_mates: int, *, seed: int) -> Tensor:
+    return torch.rand(3, num_mates, 2, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("num_mates", [0, 1, 4])
+@pytest.mark.parametrize(
+    "vocab_size, num_draft_tokens, can_pack", [(3, 2, True), (2, 3, True), (2, 3, False), (4, 1, True)]
+)
+def test_a_companions_length_leaves_the_target_law(vocab_size, num_draft_tokens, can_pack, num_mates):
+    """Alone and beside batch mates that it is weighed against. Catches A of a token that steers its own position, S of
+    later ones, and a rule that would pass here only because it never stops, or always."""
+    instances = random_instances(SAMPLED[:30], vocab_size=vocab_size, num_draft_tokens=num_draft_tokens, seed=11)
+    policy = companion_length(num_draft_tokens, num_rows=1 + num_mates, can_pack=can_pack)
+    keep = InBatch(policy, random_mates(num_mates, seed=num_mates))
+    assert law_error(instances, num_draft_tokens=num_draft_tokens, keep=keep) <= TOLERANCE
+    lengths = keep.lengths()
+    assert len(lengths.unique()) >= min(num_draft_tokens + 1, 3)
+    if num_draft_tokens > 1:  # A of the first token has decided about the second position
+        first_NP = lengths.view(30, vocab_size, -1)
+        assert ((first_NP > 1).any(-1) != (first_NP > 1).any(-1)[:, :1]).any()
+
+
+def test_the_joint_law_of_a_batch_that_shares_its_positions_is_that_of_two_targets():
+    """Two rows that are weighed against each other, every pair of their paths: what one emits must tell nothing of the
+    other. Catches a rule lawful for each row alone that makes their texts depend on each other."""
+    vocab_size, depths, num = 2, 2, 2
+    instances = random_instances(SAMPLED[:num], vocab_size=vocab_size, num_draft_tokens=depths, seed=12)
+    paths_PT = digits(depths, vocab_size)
+    policy, seen = companion_length(depths, num_rows=num, can_pack=True), [[], []]
+    weights, emitted = zip(*(law_by_path(instances, n) for n in range(num)), strict=True)
+    clues = [[clues_of(instances, n, path_T) for path_T in paths_PT] for n in range(num)]
+    joint = torch.zeros(vocab_size ** (depths + 1), vocab_size ** (depths + 1), dtype=torch.float64)
+    for one, other in itertools.product(range(len(paths_PT)), repeat=2):
+        lengths = decided_lengths(policy, [clues[0][one], clues[1][other]])
+        for places, length in zip(seen, lengths, strict=True):
+            places.append(length)
+        weight = weights[0][one] * weights[1][other]
+        joint += weight * torch.outer(emitted[0][lengths[0]][one], emitted[1][lengths[1]][other])
+    expected, _ = target_law(instances, depths + 1)
+    assert (joint - torch.outer(*expected)).abs().max() <= TOLERANCE
+    by_pair = torch.tensor(seen[0]).view(len(paths_PT), len(paths_PT))
+    assert (by_pair != by_pair[:, :1]).any()  # not vacuous: the other's draft has changed this one's length
+
+
+def law_by_path(instances: Instances, n: int) -> tuple[Tensor, list[Tensor]]:
+    """Of instance n: the probability [P] of each drafted path, and for each num_drafted the law of T + 1 emitted tokens
+    given the path, [P, V**(T+1)]; token by token, as slowly as it gets."""
+    vocab_size, depths = instances.vocab_size, len(instances.draft_logits)
+    paths_PT = digits(depths, vocab_size)
+    _, factors = target_law(instances, depths + 1)
+    place = [paths_PT @ torch.tensor([vocab_size ** max(d - 1 - i, 0) * (i < d) for i in range(depths)])
+             for d in range(depths + 1)]  # fmt: skip
+    draft_PTV = torch.stack([instances.draft_logits[d][n].softmax(-1)[place[d]] for d in range(depths)], 1)
+    target_PUV = torch.stack([factors[d][n][place[d]] for d in range(depths + 1)], 1)
+    weight_P = draft_PTV.gather(-1, paths_PT[..., None])[..., 0].prod(1)
+    laws = []
+    for num_drafted in range(depths + 1):
+        num_drafted_P = torch.full((len(paths_PT),), num_drafted)
+        law_PUV = measure_verdicts(verify_by_rejection, paths_PT, num_drafted_P, draft_PTV, target_PUV)
+        law = torch.zeros(len(paths_PT), vocab_size ** (depths + 1), dtype=torch.float64)
+        for p, text in itertools.product(range(len(paths_PT)), itertools.product(range(vocab_size), repeat=depths + 1)):
+            index = int("".join(map(str, text)), vocab_size)
+            for accepted in range(depths + 1):
+                if list(text[:accepted]) == paths_PT[p, :accepted].tolist():
+                    chance = law_PUV[p, accepted, text[accepted]]
+                    for d in range(accepted + 1, depths + 1):
+                        chance = chance * factors[d][n][int("".join(map(str, text[:d])), vocab_size), text[d]]
+                    law[p, index] += chance
+        laws.append(law)
+    return weight_P, laws
+
+
+def clues_of(instances: Instances, n: int, path_T: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """S and A [1] at each depth of one drafted path."""
+    prefix, clues = 0, []
+    for depth, token in enumerate(path_T.tolist()):
+        draft, companion = (x[depth][n, prefix, None] for x in (instances.draft_logits, instances.companion_logits))
+        clues.append((agreement(draft, companion), token_ratio(draft, companion, path_T[depth, None])))
+        prefix = prefix * instances.vocab_size + token
+    return clues
+
+
+def decided_lengths(policy: CompanionLength, rows: list[list[tuple[Tensor, Tensor]]]) -> list[int]:
+    """num_drafted of each row of a batch with these S and A."""
+    depths, is_open_B = len(rows[0]), torch.ones(len(rows), dtype=torch.bool)
+    by_depth = [[torch.cat(column) for column in zip(*at, strict=True)] for at in zip(*rows, strict=True)]
+    kept = []
+    for depth in range(depths):
+        agreements, told = [s for s, _ in by_depth[: depth + 1]], [a for _, a in by_depth[:depth]]
+        is_open_B = is_open_B & policy.keep(DraftSight(depth, is_open_B, torch.zeros(len(rows), 1), agreements, told))
+        kept.append(is_open_B)
+    return torch.stack(kept, 1).sum(1).tolist()
+
+
 A, B, Z = 1.0, 2.0, -math.inf
 DEGENERATE = {
     "draft equals target": ((A, B, 0.5), (A, B, 0.5)),
@@ -339,6 +507,28 @@ def test_a_length_rule_that_peeks_at_the_probability_of_the_token_is_caught():
         return draft_NV.repeat_interleave(3, 0).gather(1, token_R[:, None])[:, 0] >= 0.4
 
     assert law_error(instances, num_draft_tokens=1, keep=keep) > 1e-3
+
+
+@pytest.mark.parametrize("num_mates", [0, 4])
+def test_a_companions_length_that_is_told_of_the_token_drawn_is_caught(num_mates):
+    """The very rule that passes above, told A_i when it decides about position i: in greedy rounds alone it may be."""
+    instances = random_instances(SAMPLED[:30], vocab_size=3, num_draft_tokens=2, seed=11)
+    keep = InBatch(companion_length(2, num_rows=1 + num_mates, can_pack=True), random_mates(num_mates, seed=num_mates))
+    assert law_error(instances, num_draft_tokens=2, keep=keep, tells_drawn=True) > 1e-3
+
+
+def test_a_length_chosen_after_drafting_is_caught():
+    """The argmax of E[N | gamma] / latency over all gamma, by S alone, once everything is drafted: no A, no token, and
+    still S of the second position tells which token was drawn at the first. Where goodput has one hump, that argmax is
+    where it first drops, and lawful; here a second position comes nearly free once there is a first."""
+    depths, vocab_size = 2, 3
+    instances = random_instances(SAMPLED, vocab_size=vocab_size, num_draft_tokens=depths, seed=13)
+    clues = [clues_of(instances, n, path_T) for n in range(60) for path_T in digits(depths, vocab_size)]
+    s_RT = torch.tensor([[float(s) for s, _ in along] for along in clues])
+    tokens_RU = torch.cat([torch.ones(len(s_RT), 1), 1 + s_RT.cumprod(1).cumsum(1)], 1)
+    gamma_R = (tokens_RU / torch.tensor([1.0, 1.5, 1.6])).argmax(1)
+    assert len(gamma_R.unique()) == 3
+    assert law_error(instances, num_draft_tokens=depths, keep=lambda sight, token_R: sight.depth < gamma_R) > 1e-3
 
 
 class BrokenRule:

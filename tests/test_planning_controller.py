@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import functools
 import random
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from dvi.draft_length import GoodputLength
-from dvi.planning.controller import MIN_INTERVAL_S, MIN_WINDOW, PlanController, is_worthwhile
+from dvi.planning.controller import MIN_INTERVAL_S, MIN_WINDOW, PlanController, is_worthwhile, run_time_space
 from dvi.planning.drift import EndedRequest, Traffic
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.replan import Proposal
 from dvi.records import RoundStats
+from dvi.serving.api_schema import CompletionBody, draft_choice
 from dvi.serving.request import DraftChoice, RequestOutput
+from dvi.settings import DraftSettings, ServeSettings
 from tests.drafter_doubles import randomise
+from tests.serving_doubles import FakeLoop
 from tests.test_engine import Gathered, alone, engine_of, greedy, random_prompts, request_of
 
 OURS = DraftChoice(policy="fixed", num_draft_tokens=4, may_draft_less=True)
@@ -208,7 +214,12 @@ class Planned:
                 drafted_per_depth=list(request.drafted_per_depth), accepted_per_depth=list(request.accepted_per_depth),
             )
             self.controller.observe(RequestOutput(1, finish_reason=finish_reason, stats=stats, num_cached_tokens=16))
-            self.controller.join(10)
+            self.wait()
+
+    def wait(self) -> None:
+        """For the plan that is being made, if one is."""
+        if self.controller._thread is not None:
+            self.controller._thread.join(10)
 
     @property
     def reasons(self) -> list[str]:
@@ -317,9 +328,59 @@ def test_the_engine_waits_for_no_plan():
         return propose(requests, plan)
 
     planned.controller._propose = slowly
-    planned.controller.join = lambda timeout_s: None
+    planned.wait = lambda: None
     planned.see(some("usual", 300, seed=0))
     assert is_planning.wait(10) and planned.reasons == ["settings"]
     may_end.set()
-    PlanController.join(planned.controller, 10)
+    Planned.wait(planned)
     assert planned.reasons == ["settings", "unplanned"]
+
+
+# What is seen of it
+
+
+def test_plan_and_reasons_are_shown_to_scrapers_and_admins():
+    """Catches a controller whose doings nobody can follow."""
+    loop = FakeLoop(engine=None)
+    planned = Planned(Proposal(OTHER, forecast(), forecast(token_p99_s=0.030)))
+    planned.controller._tell = loop.monitor.on_plan
+    planned.see(some("usual", MIN_WINDOW, seed=0))
+    families = text_string_to_metric_families(loop.monitor.exposition().decode())
+    samples = {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    assert samples["dvi:plan_max_rows",] == 2 and samples["dvi:plan_forecast_token_p99_s",] == 0.008
+    assert samples["dvi:replans_total", "unplanned"] == 1
+    plan = loop.monitor.snapshot()["plan"]
+    assert plan["reason"] == "unplanned" and plan["meets_bound"] == 1 and plan["num_draft_tokens"] == 2
+
+
+def test_without_a_planner_nothing_is_shown_of_plans():
+    """Catches empty gauges on every server's page."""
+    loop = FakeLoop(engine=None)
+    assert loop.monitor.snapshot()["plan"] == {} and b"plan" not in loop.monitor.exposition()
+
+
+def test_a_server_without_a_bound_loads_nothing_of_planning():
+    """Catches seconds of measuring, or megabytes of modules, that nobody asked for."""
+    program = "import sys, dvi.serving.server; print(*(name for name in sys.modules if 'planning' in name))"
+    loaded = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert set(loaded.split()) == {"dvi.planning", "dvi.planning.plans"}
+
+
+@pytest.mark.parametrize(("bound", "dvi", "may_draft_less"), [
+    ({"max_token_latency_ms": 20.0}, {}, True), ({"max_first_token_ms": 900.0}, {}, True),
+    ({"max_token_latency_ms": 20.0}, {"num_draft_tokens": 4}, False), ({}, {}, False),
+])  # fmt: skip
+def test_a_plan_rules_over_the_servers_own_draft_length_alone(bound, dvi, may_draft_less):
+    """Catches a client's number taken for the server's, and lanes split where nobody plans."""
+    body, settings = CompletionBody(prompt="x", dvi=dvi), ServeSettings(**bound)
+    choice = draft_choice(body, DraftSettings(num_draft_tokens=4), has_plan=settings.has_bound)
+    assert choice.num_draft_tokens == 4 and choice.may_draft_less is may_draft_less
+
+
+def test_at_run_time_a_plan_stays_within_the_settings():
+    """Catches more rows than memory was set aside for, and a plan without drafts, from which no way leads back."""
+    space = run_time_space(ServingPlan(2, 5, 12, 100, 3))
+    assert space.num_draft_tokens == (1, 2, 3, 4, 5) and space.max_rows == (1, 2, 4, 8, 12)
+    assert space.prefill_tokens_per_step == (64, 100) and space.rounds_per_prefill == (1, 3, 4, 16)
+    assert space.split_layer == (2,) and space.tensor_parallel == (1,)
+    assert run_time_space(ServingPlan(2, 0, 1, 32)).num_draft_tokens == (0,)

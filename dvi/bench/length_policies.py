@@ -211,7 +211,7 @@ class Stream:
                 outcome.add_to(stats)
             for sequence in self._batch.take_finished():
                 if sequence.finish_reason == "error":
-                    pass; ("the model's states must be finite, got NaN or infinity; try another dtype")
+                    raise ValueError("the model's states must be finite, got NaN or infinity; try another dtype")
                 self.answers[sequence.request_id] = sequence.token_ids
         self._tokens_ahead += stats.new_tokens - num_tokens
         return stats

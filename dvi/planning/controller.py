@@ -85,11 +85,6 @@ class PlanController:
         self._thread = threading.Thread(target=self._replan, args=(reason, requests), name="planner", daemon=True)
         self._thread.start()
 
-    def join(self, timeout_s: float) -> None:
-        """Waits for a plan that is being made."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-
     # The planner's thread
 
     def _replan(self, reason: str, requests: list[EndedRequest]) -> None:
@@ -103,12 +98,11 @@ class PlanController:
             return
         except (ValueError, OSError, subprocess.SubprocessError):
             log.exception("no plan could be made; the server runs on as it does")
-            self._planned_for = None
             return
         if not forecast.meets(self._bound):
             log.warning(
-                "no plan gives %s for this traffic; the server runs by the nearest, which gives %s. Raise the bound, or "
-                "look for another split layer with dvi tune", self._bound, _offer(forecast, self._bound),
+                "no plan gives %s for this traffic; the server runs by the nearest, which gives %s. Raise the bound, "
+                "or look for another split layer with dvi tune", self._bound, _offer(forecast, self._bound),
             )
         self._tell(reason, _numbers(self.plan, forecast, self._bound))
 
@@ -147,11 +141,9 @@ def _excess(forecast: Forecast, bound: LatencyBound) -> float:
 
 
 def _offer(forecast: Forecast, bound: LatencyBound) -> LatencyBound:
-    """What the forecast gives of that which the bound asks."""
-    return LatencyBound(
-        forecast.token_p99_s if bound.token_s < math.inf else math.inf,
-        forecast.first_token_p99_s if bound.first_token_s < math.inf else math.inf,
-    )
+    """What the forecast gives of that in which it breaks the bound."""
+    pairs = ((forecast.token_p99_s, bound.token_s), (forecast.first_token_p99_s, bound.first_token_s))
+    return LatencyBound(*(given_s if given_s > asked_s else math.inf for given_s, asked_s in pairs))
 
 
 def _numbers(plan: ServingPlan, forecast: Forecast | None, bound: LatencyBound) -> dict[str, float]:

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
-from dvi.planning.search import Evaluator, NoFeasiblePlan, SearchResult, search
+from dvi.planning.search import Evaluator, NoFeasiblePlan, search
 
 # 5 %: two plans closer than that are alike as far as a forecast can tell.
 RUNG = 1.05
@@ -54,18 +54,14 @@ def find_frontier(
     no plan gives that. known: forecasts of earlier searches with the same evaluator, which are not made again.
     Raises NoFeasiblePlan when no plan meets the bound on first tokens.
     """
-    found: list[SearchResult] = []
-    rung = replace(bound, token_s=math.inf)
-    while True:
-        try:
-            found.append(search(space, rung, evaluator, known=known))
-        except NoFeasiblePlan as error:
-            if not found:
-                raise
-            simulated = error.nearest.simulated
-            break
-        known = found[-1].simulated
-        rung = replace(rung, token_s=found[-1].forecast.token_p99_s / RUNG)
+    found = [search(space, replace(bound, token_s=math.inf), evaluator, known=known)]
+    try:
+        while (latency_s := found[-1].forecast.token_p99_s) > 0:  # 0 where all answers have one token
+            rung = replace(bound, token_s=latency_s / RUNG)
+            found.append(search(space, rung, evaluator, known=found[-1].simulated))
+        simulated = found[-1].simulated
+    except NoFeasiblePlan as error:
+        simulated = error.nearest.simulated
     return Frontier([Choice(result.best, result.forecast) for result in reversed(found)], simulated)
 
 

@@ -1,8 +1,8 @@
 """A plan for the traffic that was seen, made by a process of its own: question and answer are JSON on its pipes.
 
-A search is many small numpy calls, and each of them holds Python's lock: on a thread of the server it made rounds two
-to three times as long while it lasted; beside a process no difference was seen (two cores, one for the engine, rounds of
-7 and of 28 ms).
+A search is many small numpy calls, and each of them holds Python's lock: on a thread of the server such calls made
+rounds two to three times as long while they lasted; beside a process no difference was seen (two cores, one thread for
+the engine, rounds of 7 and of 28 ms).
 """
 
 from __future__ import annotations

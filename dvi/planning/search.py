@@ -67,7 +67,7 @@ class NoFeasiblePlan(ValueError):
             ("--max-first-token-ms", bound.first_token_s, gives.first_token_p99_s),
         )
         tried = "no plan gives" if nearest.is_proved else f"none of the {nearest.num_simulations} plans tried gives"
-        offer = LatencyBound(*(given_s if asked_s < math.inf else math.inf for _, asked_s, given_s in needs))
+        offer = LatencyBound(*(given_s if given_s > asked_s else math.inf for _, asked_s, given_s in needs))
         plan = ", ".join(f"{field.name} {getattr(nearest.best, field.name)}" for field in fields(ServingPlan))
         enough = " ".join(f"{option} {_above_ms(given_s)}" for option, asked_s, given_s in needs if given_s > asked_s)
         super().__init__(f"{tried} {bound}; the nearest gives {offer} ({plan}); {enough} would do")

@@ -20,7 +20,8 @@ committed tokens, drafts before i, and distributions at i. S_i is such a thing. 
 at i: to leave a token out because it looks bad is to draw another in its stead from the target, where the law asks for
 one from the residual. For the same reason the whole length cannot be chosen after drafting, as the argmax over gamma of
 E[N | gamma] / latency: S_{i+1} belongs to the text that ends in the token drawn at i, so a gamma chosen with it in
-sight keeps or drops position i by its own token. A rule that decides position by position, and for good, has seen none
+sight may keep or drop position i by its own token. (Not where goodput has one hump, and the argmax is where it first
+drops; measured costs promise no such thing.) A rule that decides position by position, and for good, has seen nothing
 of that yet. Where the output cannot depend on what is verified, in greedy and Gumbel-coupled rounds, A_i is told as
 well, and P(accept | S_i, A_i) takes the last factor's place.
 Batch mates may be looked at: their draws are independent of this row's, whatever they decide here.

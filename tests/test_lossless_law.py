@@ -308,7 +308,7 @@ def companion_length(
     A position costs 0.2 to 0.4 tokens, so that thresholds lie amid the S of random models, and each more than the last:
     rows compete.
     """
-    verify_s = {n: 1 + 0.12 * (n / num_rows) ** 1.5 for n in range(1, num_rows * (num_draft_tokens + 1) + 1)}
+    verify_s = {n: 1 + 0.03 * (n / num_rows) ** 1.5 for n in range(1, num_rows * (num_draft_tokens + 1) + 1)}
     costs = CostTable(draft_step_s={1: 0.02, 60: 0.02}, verify_s=verify_s)
     policy = CompanionLength((num_draft_tokens,), costs, None, can_pack=can_pack, probe_share=0.0, prior_acceptance=0.9)
     rng = random.Random(seed)
@@ -321,10 +321,7 @@ def companion_length(
 
 
 class InBatch:
-    """A policy that decides for each row as the first of a batch of its own, beside mates of fixed S and A.
-
-    mates: S and A of each mate at each depth, [T, M, 2]. depths_kept: num_drafted of every row it has decided for.
-    """
+    """A policy that decides for each row as the first of a batch of its own, beside M mates of fixed S and A."""
 
     def __init__(self, policy: CompanionLength, mates_TM2: Tensor) -> None:
         self._policy, self._mates_TM2 = policy, mates_TM2
@@ -359,10 +356,8 @@ def random_mates(num_mates: int, *, seed: int) -> Tensor:
     return torch.rand(3, num_mates, 2, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("num_mates", [0, 1, 4])
-@pytest.mark.parametrize(
-    "vocab_size, num_draft_tokens, can_pack", [(3, 2, True), (2, 3, True), (2, 3, False), (4, 1, True)]
-)
+@pytest.mark.parametrize("num_mates, can_pack", [(0, True), (1, True), (4, True), (1, False)])
+@pytest.mark.parametrize("vocab_size, num_draft_tokens", [(3, 2), (2, 3)])
 def test_a_companions_length_leaves_the_target_law(vocab_size, num_draft_tokens, can_pack, num_mates):
     """Alone and beside batch mates that it is weighed against. Catches A of a token that steers its own position, S of
     later ones, and a rule that would pass here only because it never stops, or always."""
@@ -370,18 +365,14 @@ def test_a_companions_length_leaves_the_target_law(vocab_size, num_draft_tokens,
     policy = companion_length(num_draft_tokens, num_rows=1 + num_mates, can_pack=can_pack)
     keep = InBatch(policy, random_mates(num_mates, seed=num_mates))
     assert law_error(instances, num_draft_tokens=num_draft_tokens, keep=keep) <= TOLERANCE
-    lengths = keep.lengths()
-    assert len(lengths.unique()) >= min(num_draft_tokens + 1, 3)
-    if num_draft_tokens > 1:  # A of the first token has decided about the second position
-        first_NP = lengths.view(30, vocab_size, -1)
-        assert ((first_NP > 1).any(-1) != (first_NP > 1).any(-1)[:, :1]).any()
+    assert len(keep.lengths().unique()) >= (3 if can_pack else 2)
 
 
 def test_the_joint_law_of_a_batch_that_shares_its_positions_is_that_of_two_targets():
     """Two rows that are weighed against each other, every pair of their paths: what one emits must tell nothing of the
     other. Catches a rule lawful for each row alone that makes their texts depend on each other."""
-    vocab_size, depths, num = 2, 2, 2
-    instances = random_instances(SAMPLED[:num], vocab_size=vocab_size, num_draft_tokens=depths, seed=12)
+    vocab_size, depths, num = 3, 2, 2
+    instances = random_instances(SAMPLED[:num], vocab_size=vocab_size, num_draft_tokens=depths, seed=17)
     paths_PT = digits(depths, vocab_size)
     policy, seen = companion_length(depths, num_rows=num, can_pack=True), [[], []]
     weights, emitted = zip(*(law_by_path(instances, n) for n in range(num)), strict=True)
@@ -395,8 +386,9 @@ def test_the_joint_law_of_a_batch_that_shares_its_positions_is_that_of_two_targe
         joint += weight * torch.outer(emitted[0][lengths[0]][one], emitted[1][lengths[1]][other])
     expected, _ = target_law(instances, depths + 1)
     assert (joint - torch.outer(*expected)).abs().max() <= TOLERANCE
-    by_pair = torch.tensor(seen[0]).view(len(paths_PT), len(paths_PT))
-    assert (by_pair != by_pair[:, :1]).any()  # not vacuous: the other's draft has changed this one's length
+    by_pair = torch.tensor(seen).view(num, len(paths_PT), len(paths_PT))
+    # Not vacuous: either row's draft has changed the other's length.
+    assert (by_pair[0] != by_pair[0, :, :1]).any() and (by_pair[1] != by_pair[1, :1]).any()
 
 
 def law_by_path(instances: Instances, n: int) -> tuple[Tensor, list[Tensor]]:

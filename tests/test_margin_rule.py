@@ -78,7 +78,7 @@ def literally_waived(logits: list[float], token: int, theta: float) -> bool:
     return logits[token] >= second and first > 0 and second / first > theta
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.floats(-50, 50), min_size=2, max_size=6), st.floats(0.01, 0.99), st.sampled_from([0.25, 1.0, 8.0])
 )
@@ -153,7 +153,7 @@ def test_settings_make_the_rule_that_they_name():
 
 
 def test_waived_drafts_are_kept_and_counted_up_to_the_first_that_is_refused():
-    """Catches waivers counted past the refusal or in undrafted columns, honest ones counted, and the wrong next token."""
+    """Catches waivers counted past the refusal or in undrafted columns, honest ones counted, a wrong next token."""
     target_BU = torch.tensor([7, 8, 9, 5]).expand(4, 4)
     drafts_BT = torch.tensor([[7, 0, 9], [0, 0, 0], [0, 1, 9], [7, 0, 9]])
     waived_BT = torch.tensor([[True, True, True], [True, True, True], [False, True, True], [True, True, True]])
@@ -177,7 +177,7 @@ def test_a_waived_draft_is_kept_without_its_coin_and_counts_only_where_the_coin_
 
 
 def test_a_token_that_a_filter_excludes_is_never_waived():
-    """Catches a rule that looks at logits before the filters; top-k 1 leaves no runner-up, min-p and top-p cut it off."""
+    """Catches a rule that looks at logits before the filters: top-k 1, min-p and top-p leave no runner-up here."""
     logits_BQV = torch.tensor([[[10.0, 9.5, 9.4]]]).expand(4, 1, 3)
     params = [SamplingParams(temperature=2.0), SamplingParams(temperature=2.0, top_k=1),
               SamplingParams(temperature=2.0, min_p=0.9), SamplingParams(temperature=2.0, top_p=0.3)]  # fmt: skip
@@ -250,11 +250,11 @@ def test_a_lossy_rule_has_the_law_that_was_worked_out_for_it_and_not_the_targets
     instances = random_instances(LAWFUL, vocab_size=3, num_draft_tokens=NUM_DRAFTS, seed=21)
     measured, target = law_of(rule, instances), target_law(instances, NUM_DRAFTS + 1)[0]
     assert (measured - law_by_hand(instances, rule)).abs().max() <= TOLERANCE
-    assert (measured - target).abs().max() > 1e-2
+    assert (measured - target).abs().max() > 1e-3
 
 
 def test_what_a_lossy_rule_gives_away_is_what_the_drafter_overrates():
-    """The total variation of a round's first token is the sum over W of (q - p)+: catches a statement that is not so."""
+    """Catches a statement that is not so: the total variation of a first token is the sum over W of (q - p)+."""
     rule = MarginRule(0.5)
     instances = random_instances(LAWFUL, vocab_size=3, num_draft_tokens=NUM_DRAFTS, seed=22)
     first = law_of(rule, instances).view(len(LAWFUL), 3, -1).sum(-1)
@@ -277,7 +277,7 @@ def test_a_margin_that_nothing_meets_leaves_the_target_law():
 
 
 @functools.cache
-def speculator_of(mode: str = "fast") -> SelfSpeculator:
+def speculator_of(mode: str) -> SelfSpeculator:
     """A drafter that is often right, often the runner-up, and often neither."""
     dtype = torch.float32 if mode == "exact" else torch.float64
     model = tiny_model("llama", num_layers=2, hidden_size=16, vocab_size=64, dtype=dtype, seed=3)
@@ -303,16 +303,14 @@ def penalised(logits_V: Tensor, text: list[int], params: SamplingParams) -> list
     logits = logits_V.tolist()
     for token in set(text):
         z = logits[token]
-        logits[token] = (z * params.repetition_penalty if z < 0 else z / params.repetition_penalty)
-        logits[token] -= params.presence_penalty
+        z = z * params.repetition_penalty if z < 0 else z / params.repetition_penalty
+        logits[token] = z - params.presence_penalty
     return logits
 
 
 KINDS = {
     "greedy": SamplingParams(max_new_tokens=40, ignore_eos=True),
-    "penalised": SamplingParams(
-        max_new_tokens=40, ignore_eos=True, presence_penalty=1.5, repetition_penalty=1.3
-    ),
+    "penalised": SamplingParams(max_new_tokens=40, ignore_eos=True, presence_penalty=1.5, repetition_penalty=1.3),
     "rejection": SamplingParams(max_new_tokens=40, ignore_eos=True, temperature=0.9, seed=5),
     "gumbel": SamplingParams(max_new_tokens=40, ignore_eos=True, temperature=0.9, seed=5, coupling="gumbel"),
 }
@@ -321,13 +319,13 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_every_draft_of_a_margin_run_is_judged_by_the_book_on_the_text_that_holds_it(kind):
-    """Each round again, from the model's own forward pass over the finished text: catches positions after a waived token
-    that are judged on the text the verifier would have written, penalties left out of the margin, waivers miscounted,
-    and stretches that are called honest and are not."""
+    """Each round again, from the model's own forward pass over the finished text. Catches positions after a waived
+    token that are judged on the text the verifier would have written, penalties left out of the margin, waivers
+    miscounted, and stretches that are called honest and are not."""
     params, num_waived, num_honest = KINDS[kind], 0, 0
     for result in decode(params, rule=MarginRule(THETA)):
         text = [*PROMPTS[result.index], *result.token_ids]
-        logits_SV = speculator_of().model(torch.tensor([text])).logits[0]
+        logits_SV = speculator_of("fast").model(torch.tensor([text])).logits[0]
         assert result.level == "lossy"
         assert result.stats.num_waived == sum(stretch.num_waived for stretch in result.transitions)
         for stretch in result.transitions:
@@ -375,7 +373,7 @@ def test_what_a_row_is_granted_does_not_depend_on_its_mates():
 
 def test_a_margin_run_without_runners_up_is_the_strict_run():
     """Catches a rule that changes more than the drafts it waives: here the drafter is right, or far off, always."""
-    params, speculator = KINDS["greedy"], speculator_of()
+    params, speculator = KINDS["greedy"], speculator_of("fast")
     texts = [plain_text(speculator, prompt, params) for prompt in PROMPTS]
     own = speculator.drafter
     speculator.drafter = MemoryDrafter(speculator.split, [states for _, states in texts], wrong_depths=())
@@ -404,8 +402,8 @@ def test_without_drafts_nothing_is_waived():
     """Catches shapes that T = 0 breaks under a rule that looks at drafts."""
     for rule in (MarginRule(0.01), TypicalRule()):
         results = decode(KINDS["greedy"], rule=rule, num_draft_tokens=0)
-        speculator_of().rule = StrictRule()
-        plain = speculator_of().generate(PROMPTS, KINDS["greedy"], policy=PLAIN)
+        speculator_of("fast").rule = StrictRule()
+        plain = speculator_of("fast").generate(PROMPTS, KINDS["greedy"], policy=PLAIN)
         assert {r.index: r.token_ids for r in plain} == {r.index: r.token_ids for r in results}
 
 

@@ -24,6 +24,7 @@ from dvi.settings import DraftSettings, ServeSettings
 from tests.drafter_doubles import randomise
 from tests.serving_doubles import FakeLoop
 from tests.test_engine import Gathered, alone, engine_of, greedy, random_prompts, request_of
+from tests.test_loop import Client, running, some_requests
 
 OURS = DraftChoice(policy="fixed", num_draft_tokens=4, may_draft_less=True)
 ASKED_FOR = DraftChoice(policy="goodput", num_draft_tokens=3)
@@ -247,6 +248,18 @@ def test_a_server_plans_at_its_first_traffic_and_again_when_that_drifts():
     assert len(planned.reasons) == num_plans
 
 
+def test_a_plan_is_made_for_requests_that_ended_after_the_last_one():
+    """Catches traffic of long ago in the sample, which the next plan is then made for too."""
+    planned, usual = Planned(), some("usual", MIN_WINDOW + 200, seed=0)
+    planned.see(usual[:MIN_WINDOW])
+    planned.now_s += 2 * MIN_INTERVAL_S
+    planned.see(some("long answers", 200, seed=1))
+    planned.now_s += 2 * MIN_INTERVAL_S
+    planned.see(usual[MIN_WINDOW:])
+    asked_for = [request for requests in planned.asked_for for request in requests]
+    assert len(planned.asked_for) >= 3 and len(set(asked_for)) == len(asked_for)
+
+
 def test_prompt_tokens_from_the_prefix_cache_are_not_counted_as_read():
     """Catches plans for prefill work that nobody does."""
     planned, seen = Planned(), some("usual", MIN_WINDOW, seed=0)
@@ -334,6 +347,32 @@ def test_the_engine_waits_for_no_plan():
     may_end.set()
     Planned.wait(planned)
     assert planned.reasons == ["settings", "unplanned"]
+
+
+class Watching:
+    """A planner that only counts, and dies at the second request."""
+
+    def __init__(self) -> None:
+        self.num_seen = 0
+
+    def observe(self, output: RequestOutput) -> None:
+        self.num_seen += 1
+        assert output.finish_reason == "length" and output.stats.new_tokens == 12
+        if self.num_seen == 2:
+            raise RuntimeError("killed")
+
+
+def test_the_loop_shows_the_planner_each_request_once_and_survives_its_death(caplog):
+    """Catches a planner that sees nothing, or every piece of news, and one that takes the engine's thread with it."""
+    planner, client = Watching(), Client()
+    with running() as loop:
+        loop.planner = planner
+        for seed in range(4):
+            requests = some_requests(loop, 1, seed=seed)
+            loop.submit(requests, client)
+            client.wait_for_all(requests)
+        assert loop.planner is None and planner.num_seen == 2 and loop.is_alive
+    assert "killed" in caplog.text
 
 
 # What is seen of it

@@ -71,6 +71,7 @@ class Detail:
     num_rounds: int | None = None
     num_drafted: int | None = None
     num_accepted: int | None = None
+    num_waived: int | None = None
     drafted_per_depth: list[int] | None = None
     accepted_per_depth: list[int] | None = None
     error: str | None = None

@@ -205,6 +205,7 @@ def round_counts(arm: list[ArmRun]) -> RoundStats | None:
                 has_counts = True
                 total.add(RoundStats(
                     num_rounds=detail.num_rounds, num_drafted=detail.num_drafted, num_accepted=detail.num_accepted,
+                    num_waived=detail.num_waived or 0,  # runs from before there were lossy arms have no count
                     committed_tokens=detail.num_accepted + detail.num_rounds,
                     drafted_per_depth=detail.drafted_per_depth, accepted_per_depth=detail.accepted_per_depth,
                 ))  # fmt: skip

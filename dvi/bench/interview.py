@@ -21,7 +21,7 @@ from dvi.split import SplitModel
 # A prompt leaves room for the whole answer, or for this share of the context where that is less: answers are mostly
 # short, and a prompt that is cut asks something else than the question.
 ANSWER_SHARE = 8
-COUNTS = ("num_rounds", "num_drafted", "num_accepted", "drafted_per_depth", "accepted_per_depth")
+COUNTS = ("num_rounds", "num_drafted", "num_accepted", "num_waived", "drafted_per_depth", "accepted_per_depth")
 
 
 @dataclass

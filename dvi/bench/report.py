@@ -176,6 +176,8 @@ def _summarise_arm(
         "mean_accepted_tokens": mat,
         "mean_accepted_drafts": None if mat is None else _finite(mean_accepted_drafts(counts, mat)),
         "acceptance": counts.acceptance_rate if counts is not None and counts.num_drafted else None,
+        "num_waived": None if counts is None else counts.num_waived,
+        "waived_share": counts.num_waived / counts.num_accepted if counts is not None and counts.num_accepted else None,
         "drafted_per_depth": None if counts is None else counts.drafted_per_depth,
         "accepted_per_depth": None if counts is None else counts.accepted_per_depth,
         "harness": harness, "paired": paired,

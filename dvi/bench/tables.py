@@ -143,18 +143,22 @@ def _harness_speeds(report: dict[str, Any], arms: list[dict[str, Any]]) -> Repor
 
 def _acceptance(arms: list[dict[str, Any]]) -> ReportTable:
     num_depths = max((len(arm["drafted_per_depth"] or ()) for arm in arms), default=0)
+    has_lossy = any(arm["is_lossy"] for arm in arms)
     rows = []
     for arm in arms:
         drafted, accepted = arm["drafted_per_depth"] or [], arm["accepted_per_depth"] or []
         depths = [_number(a / d if d else None) for a, d in zip(accepted, drafted, strict=True)]
         rows.append([
             _name(arm), _number(arm["mean_accepted_tokens"]), _number(arm["mean_accepted_drafts"]),
-            _number(arm["acceptance"]), *depths, *[MISSING] * (num_depths - len(depths)),
+            _number(arm["acceptance"]), *([_number(arm["waived_share"])] if has_lossy else []), *depths,
+            *[MISSING] * (num_depths - len(depths)),
         ])
     depth_columns = [f"depth {depth}" for depth in range(1, num_depths + 1)]
     return ReportTable(
-        "Accepted tokens", ["arm", "MAT", "without bonus", "acceptance", *depth_columns], rows,
-        "MAT: tokens per verify pass. Acceptance: accepted / drafted; at a depth, given that it was reached.",
+        "Accepted tokens",
+        ["arm", "MAT", "without bonus", "acceptance", *(["waived"] if has_lossy else []), *depth_columns], rows,
+        "MAT: tokens per verify pass. Acceptance: accepted / drafted; at a depth, given that it was reached."
+        + (" Waived: of the accepted, those that a lossy rule alone let pass." if has_lossy else ""),
     )
 
 

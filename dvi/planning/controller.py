@@ -98,6 +98,7 @@ class PlanController:
             return
         except (ValueError, OSError, subprocess.SubprocessError):
             log.exception("no plan could be made; the server runs on as it does")
+            self._planned_for = None
             return
         if not forecast.meets(self._bound):
             log.warning(

@@ -31,20 +31,20 @@ Batch mates may be looked at: their draws are independent of this row's, whateve
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 
 import torch
 from torch import Tensor
 
-from dvi.agreement import AgreementEstimate
+from dvi.agreement import FIRST_FIT, AgreementEstimate
 from dvi.companions import Companion
-from dvi.draft_length import DraftSight, GoodputLength, RoundInfo, RoundOutcome
+from dvi.draft_length import BURST_ROUNDS, AcceptanceEstimate, DraftSight, GoodputLength, RoundInfo, RoundOutcome
 from dvi.packing import is_worth_packing
 from dvi.round_costs import CostTable
 
-# Before so many samples nothing is left out: sixteen for each bin of S.
-FIRST_SAMPLES = 256
-# What a length's rounds have cost of a full round fades as fast as acceptance does, see `AcceptanceEstimate`.
-MEMORY_ROUNDS = 100
+FULL = 0.99  # chance that the rule lets a row go on, before anything is known of it
+
 
 
 class CompanionLength(GoodputLength):
@@ -53,8 +53,9 @@ class CompanionLength(GoodputLength):
     On CPUs. Elsewhere a round drafts and verifies all T positions whatever counts, so a stop would save nothing, and to
     look at S would be a wait within the round: there it is the goodput rule, with figures of what the companion tells.
 
-    Until FIRST_SAMPLES outcomes are known, and in its parent's probes, it verifies whole drafts: what is left out is
-    never heard of again. In probes it still notes what it would have left out, so that goodput is judged by that.
+    Until the estimate's first fit, and in its parent's probes, it verifies whole drafts: what is left out is never
+    heard of again. In probes it still notes what it would have left out, so that goodput is judged by that. The first
+    fit is news, like a new drafter: the rule may make drafting pay where it did not.
     The parent is told that a stop was not accepted. Its acceptance by depth is then the chance to gain a token there
     *by this rule*, and E[tokens | T] what the rule really yields; told of the counted positions alone it would take the
     acceptance of the picked ones for everybody's. Costs alike: a length costs what its rounds cost, stops included.
@@ -72,7 +73,8 @@ class CompanionLength(GoodputLength):
         self.estimate = AgreementEstimate()
         self._is_on_cpu, self._can_pack = is_on_cpu, can_pack
         self._verify_s = functools.cache(lambda num_positions: costs.round_s(num_positions, 0))
-        self._work: dict[tuple[int, int], tuple[float, float]] = {}
+        self._work: dict[int, _WorkEstimate] = {}
+        self._goodput: dict[int, float] = {}  # as last asked for
         self._length, self._has_rule, self._keeps_all = 0, False, True
         self._tokens_per_s = 0.0  # by the table's seconds
         # Of the round, row by row: positions that the rule keeps, and the chance that all of them are accepted.
@@ -82,15 +84,21 @@ class CompanionLength(GoodputLength):
     # Between rounds
 
     def goodput(self, num_rows: int) -> dict[int, float]:
-        return {t: goodput / self._mean_work(num_rows, t) for t, goodput in super().goodput(num_rows).items()}
+        work = self._work_of(num_rows).expected()
+        self._goodput = {
+            t: goodput / self._share(num_rows, t, num_rows * work[t][0], work[t][1])
+            for t, goodput in super().goodput(num_rows).items()
+        }
+        return self._goodput
 
     def choose(self, info: RoundInfo) -> int:
+        if self._is_on_cpu and not self._has_rule and self.estimate.num_samples >= FIRST_FIT:
+            self._has_rule, self._is_burst, self._probe_credit = True, True, BURST_ROUNDS
         num_rows, length = info.num_rows, super().choose(info)
         usual = self._standings[num_rows].length
-        self._length, self._has_rule = length, self._is_on_cpu and self.estimate.num_samples >= FIRST_SAMPLES
-        self._keeps_all = length != usual or not self._has_rule
+        self._length, self._keeps_all = length, length != usual or not self._has_rule
         table_share = self.costs.round_s(num_rows, length) / self.costs.table.round_s(num_rows, length)
-        self._tokens_per_s = num_rows * self.goodput(num_rows)[usual] * table_share
+        self._tokens_per_s = num_rows * self._goodput[usual] * table_share
         return length
 
     def observe(self, outcome: RoundOutcome) -> None:
@@ -100,32 +108,24 @@ class CompanionLength(GoodputLength):
         if self._length:
             if self._has_rule:
                 num_wanted = self._num_wanted
-            self._note_work(num_rows, self._work_share(num_wanted))
+            self._work_of(num_rows).observe(num_wanted, self._length)
             if seconds is not None:
-                seconds /= self._work_share(outcome.num_drafted)
+                seconds /= self._share(num_rows, self._length, sum(outcome.num_drafted), max(outcome.num_drafted))
         num_accepted = [min(pair) for pair in zip(outcome.num_accepted, num_wanted, strict=True)]
         super().observe(RoundOutcome([self._length] * num_rows, num_accepted, seconds=seconds))
 
-    def _work_share(self, num_drafted: list[int]) -> float:
-        """The seconds, by the table, of a round that verifies so much, as a share of a full round's."""
-        num_rows, depth = len(num_drafted), max(num_drafted)
-        num_steps = min(depth + 1, self._length)  # the one at which all stopped was made, too
-        num_positions, num_places = sum(num_drafted) + num_rows, num_rows * (depth + 1)
+    def _share(self, num_rows: int, length: int, num_drafted: float, depth: float) -> float:
+        """Of the table's seconds of a full round, those of one with so many positions drafted, the last at `depth`."""
+        num_steps = min(depth + 1, length)  # the one at which all stopped was made, too
+        num_positions, num_places = num_rows + num_drafted, num_rows * (1 + depth)
         if not (self._can_pack and is_worth_packing(num_positions, num_places)):
             num_positions = num_places
-        seconds = num_steps * self._draft_step_s(num_rows) + self._verify_s(num_positions)
-        return seconds / self.costs.table.round_s(num_rows, self._length)
+        seconds = num_steps * self._draft_step_s(num_rows) + self._verify_s(round(num_positions))
+        return seconds / self.costs.table.round_s(num_rows, length)
 
-    def _note_work(self, num_rows: int, share: float) -> None:
-        key = _size(num_rows), self._length
-        weight, total = self._work.get(key, (1.0, 1.0))
-        kept = 1 - 1 / MEMORY_ROUNDS
-        self._work[key] = weight * kept + 1, total * kept + share
-
-    def _mean_work(self, num_rows: int, num_draft_tokens: int) -> float:
-        """The mean `_work_share` of such rounds; 1, a full round, of what was never tried."""
-        weight, total = self._work.get((_size(num_rows), num_draft_tokens), (1.0, 1.0))
-        return total / weight
+    def _work_of(self, num_rows: int) -> _WorkEstimate:
+        size = (num_rows - 1).bit_length()  # shared between powers of two, as `LiveCosts` has it
+        return self._work.setdefault(size, _WorkEstimate(self.buckets[-1]))
 
     def _draft_step_s(self, num_rows: int) -> float:
         return self.costs.table.round_s(num_rows, 1) - self._verify_s(2 * num_rows)
@@ -184,6 +184,19 @@ def _samples(outcome: RoundOutcome) -> list[tuple[float, float, bool]]:
     ]
 
 
-def _size(num_rows: int) -> int:
-    """Batches share what they know between powers of two, as `LiveCosts` has it."""
-    return (num_rows - 1).bit_length()
+class _WorkEstimate:
+    """How deep the rule lets rows draft, and the deepest of a batch; depths never tried are judged by those above."""
+
+    def __init__(self, num_depths: int) -> None:
+        self._rows = AcceptanceEstimate(num_depths, prior=FULL)
+        self._deepest = AcceptanceEstimate(num_depths, prior=FULL)
+
+    def observe(self, num_wanted: list[int], length: int) -> None:
+        """num_wanted: of `length`, row by row."""
+        self._rows.observe(RoundOutcome([length] * len(num_wanted), num_wanted))
+        self._deepest.observe(RoundOutcome([length], [max(num_wanted)]))
+
+    def expected(self) -> list[tuple[float, float]]:
+        """For each length, from 0 on: positions drafted by a row, and by the deepest row."""
+        reached = (itertools.accumulate(depths.per_depth(), operator.mul) for depths in (self._rows, self._deepest))
+        return list(zip(*(itertools.accumulate(chances, initial=0.0) for chances in reached), strict=True))

@@ -143,7 +143,8 @@ class MarginRule:
     def waives(self, draft_ids_BT: Tensor, logits_BTV: Tensor) -> Tensor:
         first_BT, second_BT = logits_BTV.topk(2, dim=-1).values.unbind(-1)
         drafted_BT = logits_BTV.gather(-1, draft_ids_BT[..., None]).squeeze(-1)
-        is_close_BT = (first_BT > 0) & (second_BT > self.theta * first_BT)
+        # As a product it needs no case for z1 <= 0: there z2 <= z1 <= theta z1.
+        is_close_BT = second_BT > self.theta * first_BT
         return is_close_BT & (drafted_BT >= second_BT)
 
 

@@ -50,7 +50,7 @@ def synthetic(seed: int) -> tuple[LatencyProfile, Workload]:
         )
         for layer in split_layers
     }
-    prompt, new = 10 ** chance.uniform(1, 2.7), 10 ** chance.uniform(1, 2.3)
+    prompt, new = 10 ** chance.uniform(1, 2.3), 10 ** chance.uniform(1, 2.3)
     lengths = tuple(
         (max(round(chance.lognormvariate(0, 0.6) * prompt), 1), max(round(chance.lognormvariate(0, 0.6) * new), 1))
         for _ in range(NUM_LENGTHS)

@@ -20,6 +20,8 @@ from dvi.bench.questions import Conversation, Question
 from dvi.bench.report import make_report
 from dvi.bench.spec_bench import BenchSettings, run_spec_bench
 from dvi.config import load_config
+from dvi.draft_length import FixedLength
+from dvi.records import SamplingParams
 from dvi.serving import dashboard
 from dvi.serving.figures import Figures
 from dvi.serving.live import show
@@ -27,6 +29,7 @@ from dvi.speculator import SelfSpeculator
 from dvi.telemetry import read_metrics
 from dvi.verification import MarginRule, StrictRule
 from tests.random_traffic import serving, stretch, trainer_of
+from trainers.evaluation import measure
 from trainers.job import run_training
 from trainers.ledger import TrafficLedger
 
@@ -196,8 +199,7 @@ def test_spec_bench_takes_the_rule_from_its_options(tmp_path):
 
 
 def test_a_training_run_by_a_lossy_rule_says_so_in_all_that_it_leaves(tmp_path):
-    """Catches a summary, a metrics file, a manifest or a model card that passes for a strict run's, and held-out
-    figures that the rule has raised."""
+    """Catches a summary, a metrics file, a manifest or a model card that passes for a strict run's."""
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": text} for text in ("Once upon a time", "Lily and Tom went", "One day a bird", "The sun was")]
     rows.append({"prompt": "The little dog", "split": "eval"})
@@ -211,20 +213,28 @@ def test_a_training_run_by_a_lossy_rule_says_so_in_all_that_it_leaves(tmp_path):
             "train.rounds_per_step=4", "train.blocks_per_step=4", *overrides,
         ]), console=quiet())  # fmt: skip
 
-    lossy, strict = train("lossy", *LOSSY), train("strict")
+    lossy, strict = train("lossy", *LOSSY), train("strict", "eval.limit=0")
     assert (lossy["level"], lossy["verify_rule"]) == ("lossy", NAME) and lossy["waived"] > 0
     assert (strict["level"], strict["verify_rule"], strict["waived"]) == ("fast", "strict", 0)
     events = [e for e in read_metrics(tmp_path / "lossy/metrics.jsonl") if e["event"] == "request"]
     assert sum(event["waived"] for event in events) == lossy["waived"]
     assert {event["level"] for event in events} == {"lossy"}
-    assert lossy["before"]["acceptance"] == strict["before"]["acceptance"]
-    assert lossy["before"]["num_mismatches"] == lossy["after"]["num_mismatches"] == 0
     for folder, is_lossy in (("lossy", True), ("strict", False)):
         drafter = tmp_path / folder / "drafter"
         assert read_manifest(drafter).has_learnt_lossy is is_lossy
         assert ("lossy verify rule" in (drafter / "README.md").read_text(encoding="utf-8")) is is_lossy
     train("after", f"drafter.adapter={tmp_path / 'lossy/drafter'}", "data.limit=1", "eval.limit=0")
     assert read_manifest(tmp_path / "after/drafter").has_learnt_lossy  # what it has learnt stays in it
+
+
+def test_held_out_figures_are_the_strict_rules_whatever_the_run_serves_by(speculator):
+    """Catches an acceptance that the rule has raised, saved with the drafter as its own."""
+    params, prompt = SamplingParams(max_new_tokens=48), speculator.encode("Who was Lily?")
+    (served,) = speculator.generate([prompt], params, policy=FixedLength(4))
+    assert served.stats.num_waived > 0
+    found = measure(speculator, [prompt], params, num_draft_tokens=4)
+    assert found.num_mismatches == 0 and found.acceptance < served.stats.acceptance_rate
+    assert speculator.rule is RULE
 
 
 def test_manifests_from_before_there_were_lossy_rules_are_read(tmp_path, speculator):

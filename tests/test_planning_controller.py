@@ -16,13 +16,15 @@ from dvi.draft_length import GoodputLength
 from dvi.planning.controller import MIN_INTERVAL_S, MIN_WINDOW, PlanController, is_worthwhile, run_time_space
 from dvi.planning.drift import EndedRequest, Traffic
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
+from dvi.planning.profile import LatencyProfile
 from dvi.planning.replan import Proposal
 from dvi.records import RoundStats
 from dvi.serving.api_schema import CompletionBody, draft_choice
 from dvi.serving.request import DraftChoice, RequestOutput
 from dvi.settings import DraftSettings, ServeSettings
 from tests.drafter_doubles import randomise
-from tests.serving_doubles import FakeLoop
+from tests.planning_doubles import synthetic
+from tests.serving_doubles import FakeLoop, client_of, stories_config, stories_loop
 from tests.test_engine import Gathered, alone, engine_of, greedy, random_prompts, request_of
 from tests.test_loop import Client, running, some_requests
 
@@ -423,3 +425,31 @@ def test_at_run_time_a_plan_stays_within_the_settings():
     assert space.prefill_tokens_per_step == (64, 100) and space.rounds_per_prefill == (1, 3, 4, 16)
     assert space.split_layer == (2,) and space.tensor_parallel == (1,)
     assert run_time_space(ServingPlan(2, 0, 1, 32)).num_draft_tokens == (0,)
+
+
+def test_a_server_with_a_bound_plans_for_its_traffic_and_runs_by_that(monkeypatch):
+    """Catches wires that end nowhere between settings, engine, planner and the admin's view."""
+    passes = next(iter(synthetic(0)[0].passes.values()))
+    monkeypatch.setattr(
+        "dvi.planning.controller.obtain_profile", lambda *_, **__: (LatencyProfile({(0, 1): passes}), False)
+    )
+    config = stories_config("serve.max_token_latency_ms=0.001", "serve.rounds_per_prefill=2")
+    with stories_loop(config) as loop:
+        client = client_of(loop, config)
+        assert client.get("/admin/plan").json()["plan"] | {"max_rows": 16, "reason": "settings"} == {
+            "split_layer": 0, "num_draft_tokens": 4, "max_rows": 16, "prefill_tokens_per_step": 256,
+            "rounds_per_prefill": 2, "tensor_parallel": 1, "bound_token_p99_s": 1e-6, "reason": "settings",
+        }  # fmt: skip
+        assert loop.engine.scheduler.limits.rounds_per_prefill == 2
+        body = {"prompt": "Once upon a time", "max_tokens": 6, "n": 8, "dvi": {"policy": "fixed"}, "ignore_eos": True}
+        for _ in range(-(-MIN_WINDOW // 8) + 1):
+            assert client.post("/v1/completions", json=body).status_code == 200
+        loop.planner._thread.join(30)
+        answer = client.get("/admin/plan").json()
+        assert answer["plan"]["reason"] == "unplanned" and answer["replans"] == {"settings": 1, "unplanned": 1}
+        assert answer["plan"]["meets_bound"] == 0, "no machine does"
+        limits = loop.engine.scheduler.limits
+        assert limits.max_rows == answer["plan"]["max_rows"] == 1 and limits.max_waiting == 16 + 8 - 1
+        reply = client.post("/v1/completions", json=body | {"n": 1}).json()
+        stats = reply["metrics"]["speculative_decoding"]
+        assert len(stats["drafted_per_depth"]) <= answer["plan"]["num_draft_tokens"] < 4

@@ -17,9 +17,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from dvi.planning.drift import EndedRequest, Traffic
+from dvi.planning.measurement import obtain_profile
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
-from dvi.planning.replan import Proposal
+from dvi.planning.replan import Planner, Proposal
 from dvi.serving.request import Draining, RequestOutput
+from dvi.settings import ServeConfig
+from dvi.speculator import SelfSpeculator
+from dvi.terminal import say
 
 WINDOW = 200  # ended requests that are looked at,
 MIN_WINDOW = 50  # and the fewest
@@ -106,6 +110,28 @@ class PlanController:
                 "or look for another split layer with dvi tune", self._bound, _offer(forecast, self._bound),
             )
         self._tell(reason, _numbers(self.plan, forecast, self._bound))
+
+
+def build_controller(
+    config: ServeConfig, speculator: SelfSpeculator, *, apply: Callable[[ServingPlan], Future[None]],
+    tell: Callable[[str, dict[str, float]], None],
+) -> PlanController:
+    """The controller of a server with these settings and this model; measures the machine if nobody has yet."""
+    serve = config.serve
+    plan = ServingPlan(
+        split_layer=speculator.split.split_layer, num_draft_tokens=config.draft.num_draft_tokens,
+        max_rows=serve.max_rows, prefill_tokens_per_step=serve.prefill_tokens_per_step,
+        rounds_per_prefill=serve.rounds_per_prefill,
+    )
+    bound = LatencyBound(
+        *(math.inf if limit_ms is None else 1e-3 * limit_ms
+          for limit_ms in (serve.max_token_latency_ms, serve.max_first_token_ms))
+    )  # fmt: skip
+    profile, _ = obtain_profile(speculator, on_part=lambda part: say(f"measuring {part}"))
+    propose = Planner(
+        profile, run_time_space(plan), bound, learner_share=config.train.budget if config.train.enabled else 0.0
+    )
+    return PlanController(plan, bound, propose=propose, apply=apply, tell=tell)
 
 
 def run_time_space(plan: ServingPlan) -> PlanSpace:

@@ -1,4 +1,4 @@
-"""What this machine takes for the parts of a serving step: seconds measured once, and kept by the machine's fingerprint.
+"""What a machine takes for the parts of a serving step: seconds measured once, and kept by the machine's fingerprint.
 
 Knows seconds, grids and a JSON file; measures nothing and imports no torch, see `dvi.planning.measurement`.
 """
@@ -57,31 +57,30 @@ class PassSeconds:
     def rounds(self, max_rows: int, num_draft_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of a round by rows 0..max_rows with nothing cached, and what each cached position adds, both [R + 1].
 
-        A round of more rows never takes less: where it was measured so, that was noise.
+        More rows never take less: where they were measured so, that was noise.
         """
         near_CR = np.array([
             [_line(num_draft_tokens, self.draft_tokens, by_length) for by_length in by_rows] for by_rows in self.round_s
         ])
-        base_CR = np.array([_line(np.arange(1, max_rows + 1), self.rows, by_rows) for by_rows in near_CR])
-        base_R, growth_R = self._at_no_context(np.maximum.accumulate(base_CR, axis=1))
-        return np.append(0.0, base_R), np.append(0.0, growth_R)
+        return self._at_no_context([_line(np.arange(1, max_rows + 1), self.rows, by_rows) for by_rows in near_CR])
 
     def prefill(self, max_width: int) -> tuple[np.ndarray, np.ndarray]:
         """Seconds to read 0..max_width positions of a row with nothing cached, and what each cached position adds."""
         widest = self.widths[-1]
-        one_CW = np.array([_line(np.arange(1, widest + 1), self.widths, by_width) for by_width in self.prefill_s])
-        base_W, growth_W = (np.append(0.0, x) for x in self._at_no_context(np.maximum.accumulate(one_CW, axis=1)))
+        base_W, growth_W = self._at_no_context(
+            [_line(np.arange(1, widest + 1), self.widths, by_width) for by_width in self.prefill_s]
+        )
         num_full, rest = np.divmod(np.arange(max_width + 1), widest)
         behind = widest * growth_W[widest] * num_full * (num_full - 1) / 2 + widest * num_full * growth_W[rest]
         return num_full * base_W[widest] + base_W[rest] + behind, num_full * growth_W[widest] + growth_W[rest]
 
-    def _at_no_context(self, seconds_CX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[X] seconds at context 0, and seconds per cached position, at least 0."""
+    def _at_no_context(self, seconds_CX: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """[X + 1] seconds at context 0, and seconds per cached position, of nothing, 1 .. X; neither ever falls."""
         few, many = self.contexts
-        growth_X = np.maximum((seconds_CX[1] - seconds_CX[0]) / (many - few), 0.0)
-        # Where the growth is steeper than that of the whole, it is noise: nothing is read in no time.
-        base_X = np.maximum(seconds_CX[0] - few * growth_X, seconds_CX[0] / 2)
-        return base_X, growth_X
+        growth_X = np.maximum.accumulate(np.maximum((seconds_CX[1] - seconds_CX[0]) / (many - few), 0.0))
+        # Growth that leaves nothing of the pass is noise.
+        base_X = np.maximum.accumulate(np.maximum(seconds_CX[0] - few * growth_X, seconds_CX[0] / 2))
+        return np.append(0.0, base_X), np.append(0.0, growth_X)
 
 
 def _line(x: np.ndarray | int, measured: tuple[int, ...], seconds: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is asked of a server and how well it is drafted for: lengths of requests, acceptance by depth and by traffic seen.
+"""What is asked of a server and how well it is drafted for: lengths of requests, acceptance by depth and traffic seen.
 
 Knows counts alone; what measures them on a model is `dvi.planning.measurement`.
 """
@@ -95,7 +95,7 @@ class AcceptanceModel:
             for per_depth in (drafted_per_depth, accepted_per_depth)
         )
         if not reached_ND.sum():
-            raise ValueError("no request was drafted for, so nothing is known of acceptance; set draft.num_draft_tokens")
+            raise ValueError("no request was drafted for, so no acceptance is known; set draft.num_draft_tokens to 4")
         acceptance_D = (accepted_ND.sum(0) / reached_ND.sum(0)).clip(MIN_ACCEPTANCE, MAX_ACCEPTANCE)
         # Log-odds move acceptance by a (1 - a) each: the score statistic of a shift that all depths share.
         variance_N = reached_ND @ (acceptance_D * (1 - acceptance_D))
@@ -211,7 +211,7 @@ def read_lengths(path: str | Path) -> tuple[tuple[int, int], ...]:
             pair = tuple(row.get(key) if isinstance(row, dict) else None for key in ("prompt_tokens", "new_tokens"))
             if not all(type(value) is int and value >= 1 for value in pair):
                 raise ValueError(
-                    f"{place}: prompt_tokens and new_tokens must be whole numbers of at least 1, got {line.strip()[:80]}"
+                    f"{place}: prompt_tokens and new_tokens must be whole numbers >= 1, got {line.strip()[:60]}"
                 )
             lengths.append(pair)
     if not lengths:

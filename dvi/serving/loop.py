@@ -348,6 +348,7 @@ class EngineLoop:
         if output.finish_reason is not None:
             del self._on_output[output.request_id]
             self.monitor.on_finish(request, output)
+            self._observe(output)
         try:
             on_output(output)
         except Exception:

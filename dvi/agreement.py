@@ -20,9 +20,8 @@ NUM_AGREEMENT_BINS, NUM_RATIO_BINS = 16, 17
 MAX_SAMPLES = 4096  # 15 per cell, and some minutes of one user's tokens: a drafter that learns is then another one
 SAMPLES_PER_FIT = 512  # a fit takes about a millisecond, two microseconds a sample
 FIRST_FIT = 32
-# Samples that the mean of its parent counts for in a bin: with 15 of its own a cell's mean is its own for two thirds.
-# 8 and 16 predicted best of 1, 2, 4 .. 64 on greedy answers of the bundled model.
-SHRINKAGE = 8.0
+# Of a parent's mean in its bins' means, in samples; see `_shrunk`. 2: so little evidence is never all that is believed.
+LEAST_WEIGHT, MOST_WEIGHT = 2.0, 64.0
 PRIOR = 0.5
 NUM_CALIBRATION_BINS = 10
 
@@ -72,14 +71,23 @@ def fit_bins(agreement_N: Floats, ratio_N: Floats, accepted_N: Floats) -> Accept
     count_JK, hits_JK = (
         np.bincount(cell_N, weights, minlength=num_s * num_a).reshape(num_s, num_a) for weights in (None, accepted_N)
     )
-    overall = _shrunk(accepted_N.sum(), num, PRIOR)
-    by_agreement_J = _shrunk(hits_JK.sum(1), count_J, overall)
-    by_both_JK = _shrunk(hits_JK, count_JK, by_agreement_J[:, None])
+    overall_1 = _shrunk(hits_JK.sum(keepdims=True)[0], np.array([num]), np.array([PRIOR]))
+    by_agreement_J = _shrunk(hits_JK.sum(1), count_J, overall_1.repeat(num_s))
+    by_both_JK = _shrunk(hits_JK, count_JK, by_agreement_J[:, None].repeat(num_a, axis=1))
     return AcceptanceBins(edges_J.tolist(), by_agreement_J.tolist(), ratio_edges_JK.tolist(), by_both_JK.tolist())
 
 
-def _shrunk(hits: Floats | float, count: Floats | int, parent: Floats | float) -> Floats | float:
-    return (hits + SHRINKAGE * parent) / (count + SHRINKAGE)
+def _shrunk(hits: Floats, count: NDArray[np.int64], parent: Floats) -> Floats:
+    """Means of bins, drawn towards their parents' means the more, the less the bins differ beyond noise.
+
+    Empirical Bayes by moments: with n samples, a mean m and its parent's mean p in each bin, the sum of
+    n (m - p)^2 / (p (1 - p)) is expected to be the number of bins + N v, where v is the variance between bins in units
+    of a single sample's. The parent then weighs as much as 1 / v samples.
+    """
+    is_met = count > 0
+    excess = ((hits - count * parent) ** 2)[is_met] / (count * parent * (1 - parent))[is_met] - 1
+    weight = np.clip(count.sum() / max(excess.sum(), 1e-9), LEAST_WEIGHT, MOST_WEIGHT)
+    return (hits + weight * parent) / (count + weight)
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,8 @@ def audit(
     """
     if not speculator.rule.is_lossless:
         raise ValueError(
-            f"the audit needs the strict rule, got {speculator.rule.name}: a lossy rule's output is not the model's own; "
-            "dvi bench margin measures how far it is from it"
+            f"the audit needs the strict rule, got {speculator.rule.name}: a lossy rule's output is not the model's "
+            "own; dvi bench margin measures how far it is from it"
         )
     report = AuditReport(
         mode=speculator.mode, dtype=str(speculator.split.dtype).removeprefix("torch."),

@@ -270,6 +270,7 @@ def serve(
         def announce() -> None:
             ranks = "" if num_ranks == 1 else f" on {num_ranks} ranks"
             say(f"serving {settings.model.path}{ranks} at {url}, figures at {url}/dashboard")
+            _warn_if_lossy(speculator.rule)
             if live:
                 _show_in_background(loop, until=lambda: server.should_exit)
 
@@ -502,9 +503,13 @@ def _rule(name: str, margin_theta: float | None) -> VerifyRule:
             raise ValueError(f"--margin-theta goes with --verify-rule margin, got {name}; leave it out")
         settings = dataclasses.replace(settings, margin_theta=margin_theta)
     rule = make_rule(settings)
-    if not rule.is_lossless:
-        say(f"warning: verify rule {rule.name} is lossy: what follows is not the model's own output")
+    _warn_if_lossy(rule)
     return rule
+
+
+def _warn_if_lossy(rule: VerifyRule) -> None:
+    if not rule.is_lossless:
+        say(f"warning: verify rule {rule.name} is lossy: the output is not the model's own")
 
 
 def _show_in_background(loop: EngineLoop, *, until: Callable[[], bool]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dvi.agreement import AcceptanceBins
-from dvi.agreement import FIRST_FIT
+from dvi.agreement import FIRST_FIT, AcceptanceBins
 from dvi.companion_length import CompanionLength
 from dvi.companions import EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
 from dvi.draft_length import (
+    HOPE,
     AcceptanceEstimate,
     ConfidenceStop,
     DraftSight,
@@ -191,24 +192,29 @@ def test_a_stop_counts_as_not_accepted():
 def test_what_a_length_costs_is_what_its_rounds_cost_with_their_stops():
     """Rounds that verify two of five positions. Catches short rounds taken for a cheap machine, and a long length
     judged by what it would cost without the rule."""
-    policy = ruling(tokens_per_s=0.0, num_rows=1)
+    policy = ruling(tokens_per_s=0.0)
     seconds = 2 * 0.05 + 1.2  # the second step is the one that stopped
-    for _ in range(600):
+    for _ in range(1000):
         policy.choose(RoundInfo(1))
         policy._num_wanted = [1]
         policy.observe(outcome([1], [1], length=4, seconds=seconds))
+    assert policy.costs.pace == pytest.approx(1.0, rel=0.01)
     assert policy.costs.round_s(1, 4) == pytest.approx(FLAT.round_s(1, 4), rel=0.01)
-    expected_tokens = 1 + sum(itertools.accumulate(policy.acceptance.per_depth(hope=0.5), lambda a, b: a * b))
-    assert policy.goodput(1)[4] == pytest.approx(expected_tokens / seconds, rel=0.01)
-    assert policy.costs.round_s(1, 0) == pytest.approx(FLAT.round_s(1, 0), rel=0.01)
+    expected_tokens = 1 + sum(itertools.accumulate(policy.acceptance.per_depth(hope=HOPE), operator.mul))
+    assert policy.goodput(1)[4] == pytest.approx(expected_tokens / seconds, rel=0.05)
 
 
-def test_ragged_rounds_cost_their_positions_where_they_are_packed_and_their_rectangle_where_not():
-    """Four rows, one of them four deep: 8 positions or 20."""
-    for can_pack, num_positions in ((True, 8), (False, 20)):
-        policy = ruling(tokens_per_s=0.0, num_rows=4, can_pack=can_pack)
+@pytest.mark.parametrize("can_pack, num_positions", [(True, 8), (False, 20)])
+def test_ragged_rounds_cost_their_positions_where_packed_and_their_rectangle_where_not(can_pack, num_positions):
+    """Four rows, one of them four deep, in seconds that a machine like the table takes. Catches a pace that follows
+    how ragged rounds are."""
+    policy = ruling(tokens_per_s=0.0, num_rows=4, can_pack=can_pack)
+    for _ in range(40):
+        policy.choose(RoundInfo(4))
+        policy._num_wanted = [4, 0, 0, 0]
         seconds = 4 * 0.05 + 1 + 0.1 * num_positions
-        assert policy._work_share([4, 0, 0, 0]) == pytest.approx(seconds / FLAT.round_s(4, 4), rel=1e-3)
+        policy.observe(outcome([4, 0, 0, 0], [4, 0, 0, 0], length=4, seconds=seconds))
+    assert policy.costs.pace == pytest.approx(1.0, rel=0.01)
 
 
 def test_a_probe_verifies_all_and_is_judged_by_what_the_rule_would_have_left_out():
@@ -294,23 +300,23 @@ def companion_length() -> CompanionLength:
 
 @pytest.mark.parametrize("num_rows", [1, 8])
 def test_it_beats_the_goodput_rule_where_s_tells_which_tokens_are_good(num_rows):
-    """In modelled seconds. Catches a rule that stops too early, too late, or serves the wrong rows."""
+    """In modelled seconds; at 8 rows the goodput rule finds that nothing pays. Catches a rule that stops too early, too
+    late, or serves the wrong rows, and one that is never asked because drafts without it do not pay."""
     world = World(SMALL, num_rows, either(1 / 16, 15 / 16))
-    goodput, wasted, _ = world.serve(GoodputLength(LENGTHS, SMALL), num_rounds=4000)
-    ours, ours_wasted, share = world.serve(companion_length(), num_rounds=4000)
-    print(num_rows, ours, goodput, ours_wasted, wasted, share)
-    assert ours > 1.05 * goodput
+    goodput, _, _ = world.serve(GoodputLength(LENGTHS, SMALL), num_rounds=2400)
+    ours, positions, _ = world.serve(companion_length(), num_rounds=2400)
+    assert ours > 1.07 * goodput
+    assert positions < 1.1  # nearly all that it verifies becomes text
 
 
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("chance", [(0.0, 0.1), (0.4, 0.6), (0.0, 1.0), (0.9, 1.0)])
 def test_it_is_never_much_slower_than_plain_decoding_or_than_the_goodput_rule(chance, num_rows):
-    """From hopeless drafts to good ones that S tells nothing of. Catches drafting that goes on where it does not pay,
-    and rules that stop what does."""
+    """From hopeless drafts to good ones, of which S tells much or nothing. Catches drafting that goes on where it does
+    not pay, and a rule that stops what does."""
     world = World(SMALL, num_rows, between(*chance))
-    ours, _, share = world.serve(companion_length(), num_rounds=1000)
-    goodput, _, _ = world.serve(GoodputLength(LENGTHS, SMALL), num_rounds=1000)
-    print(chance, num_rows, ours, goodput, num_rows / SMALL.round_s(num_rows, 0), share)
+    ours, _, _ = world.serve(companion_length(), num_rounds=1500)
+    goodput, _, _ = world.serve(GoodputLength(LENGTHS, SMALL), num_rounds=1500)
     assert ours >= 0.97 * num_rows / SMALL.round_s(num_rows, 0)
     assert ours >= 0.97 * goodput
 
@@ -318,11 +324,10 @@ def test_it_is_never_much_slower_than_plain_decoding_or_than_the_goodput_rule(ch
 def test_drafting_comes_back_when_the_drafter_has_learnt():
     """After thousands of rejections the rule would leave everything out. Catches an off state without return."""
     policy = companion_length()
-    _, _, drafting = World(SMALL, 1, between(0.0, 0.1)).serve(policy, num_rounds=1500)
+    _, _, drafting = World(SMALL, 1, between(0.0, 0.1)).serve(policy, num_rounds=1000)
     assert drafting < 0.1
-    for _ in range(20):
-        _, _, drafting = World(SMALL, 1, between(0.8, 1.0)).serve(policy, num_rounds=400)
-        print(drafting, policy.estimate.num_samples)
+    _, positions, drafting = World(SMALL, 1, between(0.8, 1.0)).serve(policy, num_rounds=2000)
+    assert drafting > 0.9 and positions > 1.1
 
 
 # --- how it is set up -------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ BOUND = LatencyBound(token_s=0.010)
 def test_plans_that_change_under_traffic_lose_no_request_and_change_no_token():
     """Catches rows lost with a smaller batch, requests refused that were let in, and a policy that tears a round."""
     num_rounds_by_length: dict[int, int] = {}
-    for seed in range(8):
+    for seed in range(5):
         chance, gathered = random.Random(seed), Gathered()
         engine = engine_of(max_rows=4, max_waiting=8, max_positions=260, prefill_tokens_per_step=16)
         requests = [
@@ -436,7 +436,7 @@ def test_a_server_with_a_bound_plans_for_its_traffic_and_runs_by_that(monkeypatc
     config = stories_config("serve.max_token_latency_ms=0.001", "serve.rounds_per_prefill=2")
     with stories_loop(config) as loop:
         client = client_of(loop, config)
-        assert client.get("/admin/plan").json()["plan"] | {"max_rows": 16, "reason": "settings"} == {
+        assert client.get("/admin/plan").json()["plan"] == {
             "split_layer": 0, "num_draft_tokens": 4, "max_rows": 16, "prefill_tokens_per_step": 256,
             "rounds_per_prefill": 2, "tensor_parallel": 1, "bound_token_p99_s": 1e-6, "reason": "settings",
         }  # fmt: skip

@@ -380,7 +380,7 @@ class _ServingJob(Job):
         rule, doing = self.speculator.rule, "serving"
         if not rule.is_lossless:
             doing = f"serving, LOSSY ({rule.name})"
-            self.console.print(f"verify rule {rule.name} is LOSSY: what is served is not the model's own output")
+            self.console.print(f"warning: verify rule {rule.name} is lossy: the output is not the model's own")
         with RunDisplay(
             self.console, num_requests=num_requests, num_done=self.position.num_done, doing=doing
         ) as display:

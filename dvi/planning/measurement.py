@@ -1,8 +1,8 @@
 """Measuring what planning needs to know: what this machine takes, and how well a drafter does on some prompts.
 
-Knows clocks, the split model and the engine; decides nothing. Profiles are kept by fingerprint, see `dvi.planning.profile`.
+Knows clocks, a speculator and the engine; decides nothing. Profiles are kept by fingerprint: `dvi.planning.profile`.
 """
-# B rows, D hidden.
+# R rows.
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dvi.bench.machine import describe_machine
-from dvi.decoding import PREFILL_CHUNK, RowState, draft_and_verify
+from dvi.decoding import PREFILL_CHUNK, DecodingBatch
+from dvi.decoding import Sequence as Row
 from dvi.draft_length import FixedLength
 from dvi.exact import ExactSplit
 from dvi.placement import is_tensor_parallel
@@ -33,33 +34,34 @@ from dvi.planning.profile import (
 from dvi.planning.workload import Workload
 from dvi.records import SamplingParams
 from dvi.round_costs import CostTable
-from dvi.sampling import SamplingBatch
 from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice, Request
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.speculator import EXACT_WIDTH, Prompt, SelfSpeculator
 from dvi.split import SplitModel
-from dvi.verification import StrictRule
 
-MAX_ROWS, MAX_DRAFT_TOKENS = 32, 8
 ROWS, DRAFT_TOKENS, WIDTHS = (1, 2, 4, 8, 16, 32), (0, 1, 2, 4, 8), (1, 16, 64, 256, PREFILL_CHUNK)
 FAR_CONTEXT = 512
-NUM_REPEATS = 7
+RAGGED = 16  # rows differ in length by up to so many positions: equal ones would take a shorter way
+NUM_REPEATS, LOCK_STEP_REPEATS = 7, 3
 BUDGET_S = 8.0
-# Requests whose steps show what the engine adds: enough for a hundred steps alone and as many in company.
-OVERHEAD_ROWS, OVERHEAD_PROMPT, OVERHEAD_NEW = (1, 8), 33, 48
+# Requests whose steps show what the engine adds, alone and in company, as (rows, requests); prompts that the prefix
+# cache keeps a part of.
+ENGINE_LOADS, ENGINE_PROMPT, ENGINE_NEW = ((1, 2), (8, 12)), 129, 24
+WORKLOAD_S = 20.0
 
 
 def fingerprint_of(speculator: SelfSpeculator) -> dict[str, str | int | float | bool | None]:
     """What a profile depends on: the machine, libraries, model, drafter and how passes are made."""
     machine = describe_machine(speculator.split.device)
     config = speculator.model.config.to_json_string(use_diff=False)
-    head = speculator.drafter.draft_head
-    return {name: machine[name] for name in ("cpu", "cores", "threads", "capability", "gpu", "torch", "transformers")} | {
+    drafter = dataclasses.asdict(speculator.drafter.config)
+    names = ("cpu", "cores", "threads", "capability", "gpu", "torch", "transformers")
+    return {name: machine[name] for name in names} | {
         "model": hashlib.sha256(config.encode()).hexdigest()[:16],
         "parameters": sum(p.numel() for p in speculator.model.parameters()), "dtype": str(speculator.split.dtype),
-        "mode": speculator.mode, "path": speculator.split.path, "draft_vocab_size": head.vocab_size,
-        "drafter": json.dumps(dataclasses.asdict(speculator.drafter.config), sort_keys=True),
+        "mode": speculator.mode, "path": speculator.split.path, "lossless": speculator.rule.is_lossless,
+        "drafter": json.dumps(drafter, sort_keys=True), "draft_vocab_size": speculator.drafter.draft_head.vocab_size,
     }  # fmt: skip
 
 
@@ -67,172 +69,164 @@ def obtain_profile(
     speculator: SelfSpeculator, *, split_layers: Sequence[int] = (), folder: Path | None = None,
     remeasure: bool = False, budget_s: float = BUDGET_S, on_part: Callable[[str], None] = lambda part: None,
 ) -> tuple[LatencyProfile, bool]:
-    """The profile of this machine with these split layers (default: the speculator's), and whether anything was measured.
+    """The profile of this machine with these split layers (default: the speculator's); whether any was measured now.
 
     What an earlier run measured on the same is taken from `folder`; what is missing is measured and added there. Other
-    tensor-parallel degrees than the present one are there only if they were measured so.
-    on_part: is told what is being measured.
+    tensor-parallel degrees than the present one are there only if a run of theirs has measured them. Of several ranks
+    all must call it together; each measures, and rank 0 writes.
+    budget_s: of each split layer; every pass is timed once whatever it takes. on_part: is told what is being measured.
     """
     folder, fingerprint = folder or default_folder(), fingerprint_of(speculator)
-    degree, wanted = _degree(speculator), tuple(split_layers) or (speculator.split.split_layer,)
+    degree, rank = _degree_and_rank(speculator)
     known = None if remeasure else read_profile(folder, fingerprint)
-    missing = [layer for layer in wanted if known is None or (layer, degree) not in known.passes]
-    if not missing:
-        return known, False
-    passes = {}
-    for layer in missing:
-        on_part(f"rounds and prefill at split layer {layer}")
-        passes[layer, degree] = measure_passes(_split_at(speculator, layer), speculator, budget_s=budget_s)
     if known is None:
-        known = LatencyProfile({}, fingerprint=fingerprint)
-    profile = known.with_passes(passes)
-    own = speculator.split.split_layer, degree
-    if own in passes:
         on_part("the engine's own work")
-        profile = dataclasses.replace(profile, overheads=measure_overheads(speculator, passes[own]))
-    write_profile(folder, profile)
-    return profile, True
+        known = LatencyProfile({}, measure_overheads(speculator), fingerprint)
+    wanted = split_layers or (speculator.split.split_layer,)
+    missing = [layer for layer in wanted if (layer, degree) not in known.passes]
+    for layer in missing:
+        on_part(f"rounds and prompts at split layer {layer}")
+        known = known.with_passes({(layer, degree): measure_passes(speculator, layer, budget_s=budget_s)})
+    if missing and rank == 0:
+        write_profile(folder, known)
+    return known, bool(missing)
 
 
-def _degree(speculator: SelfSpeculator) -> int:
-    return torch.distributed.get_world_size() if is_tensor_parallel(speculator.model) else 1
+def _degree_and_rank(speculator: SelfSpeculator) -> tuple[int, int]:
+    if is_tensor_parallel(speculator.model):
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
 
 
-def _split_at(speculator: SelfSpeculator, split_layer: int) -> SplitModel | ExactSplit:
-    """The speculator's model cut elsewhere, its passes made in the same way."""
-    if split_layer == speculator.split.split_layer:
-        return speculator.passes
-    split = SplitModel(speculator.model, split_layer=split_layer, path=speculator.split.path)
-    return ExactSplit(split, width=EXACT_WIDTH) if speculator.mode == "exact" else split
+def measure_passes(speculator: SelfSpeculator, split_layer: int, *, budget_s: float = BUDGET_S) -> PassSeconds:
+    """Medians of rounds and of prompts being read, by the batch that serves, with the model cut at this layer.
 
-
-@torch.no_grad()
-def measure_passes(
-    split: SplitModel | ExactSplit, speculator: SelfSpeculator, *, budget_s: float = BUDGET_S
-) -> PassSeconds:
-    """Medians of interleaved repetitions of every cell of the grid; after budget_s no more are begun, but all have one.
-
-    Rows are of unequal lengths, as in a batch that people join and leave.
+    Repetitions are interleaved, so that a busy moment of the machine does not fall on one pass alone. After budget_s
+    no further one begins; ranks in lock-step, whose clocks differ, make LOCK_STEP_REPEATS.
     """
+    passes = speculator.passes
+    if split_layer != speculator.split.split_layer:
+        passes = SplitModel(speculator.model, split_layer=split_layer, path=speculator.split.path)
+        passes = ExactSplit(passes, width=EXACT_WIDTH) if speculator.mode == "exact" else passes
+    chunk = EXACT_WIDTH if speculator.mode == "exact" else PREFILL_CHUNK
     far = min(FAR_CONTEXT, speculator.max_positions // 2)
     contexts = max(far // 8, 1), far
-    widths = tuple(width for width in WIDTHS if width < speculator.max_positions - far)
-    drafts = tuple(t for t in DRAFT_TOKENS if t <= MAX_DRAFT_TOKENS)
-    runs: dict[tuple, Callable[[], object]] = {}
-    for near, context in enumerate(contexts):
-        for rows in ROWS:
-            start = _RoundStart(split, speculator, rows, context)
-            runs |= {("round", near, rows, draft): start.round(draft) for draft in drafts}
-        runs |= {("read", near, width): _reading(split, context, width) for width in widths}
-    times: dict[tuple, list[float]] = {cell: [] for cell in runs}
+    widths = tuple(sorted({min(width, chunk, speculator.max_positions - far - 2) for width in WIDTHS}))
+    benches = [_Bench(speculator, passes, context, chunk) for context in contexts]
+    seconds: dict[tuple[int, ...], list[float]] = {}
+    is_lock_step = is_tensor_parallel(speculator.model)
     deadline_s = time.perf_counter() + budget_s
-    for repeat in range(NUM_REPEATS):
-        for cell, run in runs.items():
-            if repeat and time.perf_counter() > deadline_s:
-                break
-            if not repeat:
-                run()  # the warm-up
-            start_s = time.perf_counter()
-            run()
-            if split.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[cell].append(time.perf_counter() - start_s)
-    median = {cell: statistics.median(seconds) for cell, seconds in times.items()}
+    for repeat in range(LOCK_STEP_REPEATS if is_lock_step else NUM_REPEATS):
+        for index, bench in enumerate(benches):
+            for size, run in bench.runs(widths):
+                if repeat and not is_lock_step and time.perf_counter() > deadline_s:
+                    continue  # the runs left still put away what they have begun
+                if not repeat:
+                    run()  # the warm-up
+                seconds.setdefault((index, *size), []).append(_timed(run, passes.device))
+    median = {cell: statistics.median(times) for cell, times in seconds.items()}
     return PassSeconds(
-        contexts=contexts, rows=ROWS, draft_tokens=drafts, widths=widths,
-        round_s=tuple(tuple(tuple(median["round", c, r, t] for t in drafts) for r in ROWS) for c in (0, 1)),
-        prefill_s=tuple(tuple(median["read", c, w] for w in widths) for c in (0, 1)),
+        contexts=contexts, rows=ROWS, draft_tokens=DRAFT_TOKENS, widths=widths,
+        round_s=tuple(tuple(tuple(median[c, r, t] for t in DRAFT_TOKENS) for r in ROWS) for c in range(2)),
+        prefill_s=tuple(tuple(median[c, w] for w in widths) for c in range(2)),
     )
 
 
-class _RoundStart:
-    """Rows that stand before a round, again and again: nothing is committed."""
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    start_s = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start_s
+
+
+class _Bench:
+    """A batch whose rounds and readings are timed, always with as many positions cached, of no particular text."""
 
     def __init__(
-        self, split: SplitModel | ExactSplit, speculator: SelfSpeculator, num_rows: int, context: int
+        self, speculator: SelfSpeculator, passes: SplitModel | ExactSplit, context: int, chunk: int
     ) -> None:
-        self._split, self._drafter = split, speculator.drafter
-        capacity = context + 8 + 2 * (MAX_DRAFT_TOKENS + 1)
-        self._cache = split.make_cache(num_rows, capacity)
-        self._cache.set_lengths([context + row % 7 for row in range(num_rows)])
-        self._state = RowState(
-            slice(0, num_rows), torch.zeros(num_rows, dtype=torch.int64, device=split.device),
-            torch.zeros(num_rows, split.hidden_size, dtype=split.dtype, device=split.device),
-            SamplingBatch([SamplingParams()] * num_rows, vocab_size=split.vocab_size, device=split.device), None,
+        self._speculator, self._context = speculator, context
+        self._batch = DecodingBatch(
+            passes, speculator.drafter, max_rows=ROWS[-1], capacity=0, policy=FixedLength(0), rule=speculator.rule,
+            wants_transitions=True, prefill_chunk=chunk,
         )
 
-    def round(self, num_draft_tokens: int) -> Callable[[], object]:
-        policy, rule = FixedLength(num_draft_tokens), StrictRule()
+    def runs(self, widths: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Callable[[], object]]]:
+        """(rows, draft tokens) with a round, (width,) with a reading; each to be run before the next is asked for."""
+        batch = self._batch
+        for width in widths:
+            yield (width,), lambda width=width: self._read(width)
+        for row in range(ROWS[-1]):
+            sequence = self._open(self._context + row * 7 % RAGGED, 1)
+            batch.prefill(sequence, 1)
+        lengths = list(batch.cache.lengths)
+        for num_rows in reversed(ROWS):
+            while len(batch.sequences) > num_rows:
+                batch.remove(batch.sequences[-1])
+            for num_draft_tokens in DRAFT_TOKENS:
+                batch.policy = FixedLength(num_draft_tokens)
 
-        def run() -> object:
-            return draft_and_verify(
-                self._split, self._drafter, self._cache, self._state, policy, num_draft_tokens, rule,
-                wants_log_probs=False,
-            ).for_host_BH.tolist()
+                def round_again() -> None:
+                    batch.cache.set_lengths(lengths)  # of rows gone too: nobody asks for theirs
+                    batch.round()
 
-        return run
+                yield (num_rows, num_draft_tokens), round_again
+        batch.remove(batch.sequences[0])
+
+    def _read(self, width: int) -> None:
+        sequence = self._open(self._context, width)
+        self._batch.prefill(sequence, width)
+        self._batch.remove(sequence)
+
+    def _open(self, context: int, width: int) -> Row:
+        """A row with so many positions cached, and so many left to read."""
+        sequence = Row(0, [0] * (context + width + 1), SamplingParams(), lambda token_id: None, max_new_tokens=1)
+        self._batch.open(sequence)
+        sequence.max_new_tokens = 2**31  # the row has room for one round, which is all that is ever kept
+        row = self._batch.row_of(sequence)
+        self._batch.cache.commit([context], rows=slice(row, row + 1))
+        return sequence
 
 
-def _reading(split: SplitModel | ExactSplit, context: int, width: int) -> Callable[[], object]:
-    cache = split.make_cache(1, context + width)
-    cache.set_lengths([context])
-    ids_1Q = torch.zeros(1, width, dtype=torch.int64, device=split.device)
-
-    def run() -> object:
-        placement = cache.place(offset=0, width=width)
-        return split.deep(split.shallow(ids_1Q, cache, placement), ids_1Q, cache, placement)
-
-    return run
-
-
-def measure_overheads(speculator: SelfSpeculator, passes: PassSeconds) -> Overheads:
-    """What the engine's steps take beyond their passes, from the steps of some requests with it, by least squares."""
+def measure_overheads(speculator: SelfSpeculator) -> Overheads:
+    """What the engine's steps take beside rounds and readings, by least squares over the steps of some requests."""
     terms, seconds = [], []
-    for num_rows in OVERHEAD_ROWS:
-        num_draft_tokens = min(speculator.num_draft_tokens, MAX_DRAFT_TOKENS)
-        base_R, growth_R = passes.rounds(num_rows, num_draft_tokens)
-        read_W, _ = passes.prefill(OVERHEAD_PROMPT)
-        engine = Engine(
-            speculator, SchedulerLimits(max_rows=num_rows, max_waiting=4 * num_rows), wants_transitions=False,
-            costs=CostTable(draft_step_s={1: base_R[1]}, verify_s={1: base_R[1]}),
-        )
-        num_requests = 2 * num_rows + 1
-        for index in range(num_requests):
-            engine.add(_request(index, num_draft_tokens, speculator))
-        num_ended = 0
-        while engine.has_work:
-            step = engine.step()
-            report = step.report
-            num_new = report.rounds.new_tokens
-            num_ended += (ended := sum(output.finish_reason is not None for output in step.outputs))
-            context = OVERHEAD_PROMPT + OVERHEAD_NEW / 2
-            passes_s = base_R[report.num_rows] + growth_R[report.num_rows] * context
-            passes_s += report.num_prefill_tokens / (OVERHEAD_PROMPT - 1) * read_W[OVERHEAD_PROMPT - 1]
-            terms.append((1.0, report.num_rows, num_new, ended))
-            seconds.append(report.seconds - passes_s)
+    for num_rows, num_requests in ENGINE_LOADS:
+        for num_draft_tokens in (0, DRAFT_TOKENS[-2]):
+            engine = Engine(
+                speculator, SchedulerLimits(max_rows=num_rows, max_waiting=num_requests),
+                costs=CostTable(draft_step_s={1: 1.0}, verify_s={1: 1.0}),  # for figures that nobody reads here
+            )
+            for index in range(num_requests):
+                engine.add(_request(index, num_draft_tokens, speculator))
+            while engine.has_work:
+                result = engine.step()
+                report = result.report
+                num_ended = sum(output.finish_reason is not None for output in result.outputs)
+                terms.append((1, report.num_rows, report.rounds.new_tokens, num_ended))
+                seconds.append(report.seconds - report.rounds.decode_s - report.rounds.prefill_s)
     return Overheads(*_least_squares(np.array(terms, dtype=np.float64), np.array(seconds)))
 
 
 def _request(index: int, num_draft_tokens: int, speculator: SelfSpeculator) -> Request:
     generator = torch.Generator().manual_seed(index)
-    prompt_ids = torch.randint(speculator.split.vocab_size, (OVERHEAD_PROMPT,), generator=generator).tolist()
+    prompt_ids = torch.randint(speculator.split.vocab_size, (ENGINE_PROMPT,), generator=generator).tolist()
     return Request(
-        request_id=index, prompt_ids=prompt_ids, params=SamplingParams(max_new_tokens=OVERHEAD_NEW, ignore_eos=True),
+        request_id=index, prompt_ids=prompt_ids, params=SamplingParams(max_new_tokens=ENGINE_NEW, ignore_eos=True),
         draft=DraftChoice(policy="fixed", num_draft_tokens=num_draft_tokens), arrived_s=time.perf_counter(),
     )
 
 
 def _least_squares(terms_NK: np.ndarray, seconds_N: np.ndarray) -> list[float]:
-    """Coefficients >= 0 of least absolute weight on outliers: steps beyond the 95th percentile are interruptions.
+    """Coefficients, none below 0; steps beyond the 95th percentile are left out, as interruptions.
 
-    A term whose coefficient comes out negative is left out, the most negative first.
+    Where one comes out negative, that term is left out, the most negative first.
     """
-    usual = seconds_N <= np.quantile(seconds_N, 0.95)
-    terms_NK, seconds_N = terms_NK[usual], seconds_N[usual]
-    kept = list(range(terms_NK.shape[1]))
-    found = np.zeros(terms_NK.shape[1])
+    is_usual = seconds_N <= np.quantile(seconds_N, 0.95)
+    kept, found = list(range(terms_NK.shape[1])), np.zeros(terms_NK.shape[1])
     while kept:
-        solved = np.linalg.lstsq(terms_NK[:, kept], seconds_N, rcond=None)[0]
+        solved = np.linalg.lstsq(terms_NK[is_usual][:, kept], seconds_N[is_usual], rcond=None)[0]
         if solved.min() >= 0:
             found[kept] = solved
             break
@@ -242,18 +236,26 @@ def _least_squares(terms_NK: np.ndarray, seconds_N: np.ndarray) -> list[float]:
 
 def measure_workload(
     speculator: SelfSpeculator, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 8,
-    learner_share: float = 0.0, on_answer: Callable[[], None] = lambda: None,
+    learner_share: float = 0.0, budget_s: float = WORKLOAD_S, on_answer: Callable[[], None] = lambda: None,
 ) -> Workload:
-    """Lengths and acceptance of the model's own greedy answers to the prompts, drafted for as deep as plans may go.
+    """Lengths and acceptance of the model's own greedy answers, drafted for as deep as is measured, as the drafter is.
 
-    on_answer: called for each answer. Raises ValueError as `SelfSpeculator.generate` does.
+    After budget_s no further prompt is begun. on_answer: called for each answer. Raises ValueError as
+    `SelfSpeculator.generate` does.
     """
-    policy = FixedLength(MAX_DRAFT_TOKENS)
-    params = SamplingParams(max_new_tokens=max_new_tokens)
+    deadline_s = time.perf_counter() + budget_s
+
+    def in_time() -> Iterator[Prompt]:
+        for index, prompt in enumerate(prompts):
+            if index and time.perf_counter() > deadline_s:
+                return
+            yield prompt
+
     stats = []
     for result in speculator.generate(
-        list(prompts), params, batch_size=batch_size, policy=policy, keep_transitions=False
-    ):
+        in_time(), SamplingParams(max_new_tokens=max_new_tokens), batch_size=batch_size,
+        policy=FixedLength(DRAFT_TOKENS[-1]), keep_transitions=False,
+    ):  # fmt: skip
         stats.append(result.stats)
         on_answer()
     return Workload.of_counts(stats, split_layer=speculator.split.split_layer, learner_share=learner_share)

@@ -71,7 +71,7 @@ def fit_bins(agreement_N: Floats, ratio_N: Floats, accepted_N: Floats) -> Accept
     count_JK, hits_JK = (
         np.bincount(cell_N, weights, minlength=num_s * num_a).reshape(num_s, num_a) for weights in (None, accepted_N)
     )
-    overall_1 = _shrunk(hits_JK.sum(keepdims=True)[0], np.array([num]), np.array([PRIOR]))
+    overall_1 = _shrunk(np.array([accepted_N.sum()]), np.array([num]), np.array([PRIOR]))
     by_agreement_J = _shrunk(hits_JK.sum(1), count_J, overall_1.repeat(num_s))
     by_both_JK = _shrunk(hits_JK, count_JK, by_agreement_J[:, None].repeat(num_a, axis=1))
     return AcceptanceBins(edges_J.tolist(), by_agreement_J.tolist(), ratio_edges_JK.tolist(), by_both_JK.tolist())

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from dvi.companion_length import CompanionLength
+from dvi.companions import SelfCompanion
 from dvi.draft_length import (
     BURST_ROUNDS,
     HOPE,
@@ -55,7 +57,9 @@ def sight(confidence_B: torch.Tensor, depth: int = 0) -> DraftSight:
 
 
 def all_policies() -> list[LengthPolicy]:
-    return [FixedLength(3), ConfidenceStop(3), GoodputLength((1, 3), CHEAP)]
+    return [
+        FixedLength(3), ConfidenceStop(3), GoodputLength((1, 3), CHEAP), CompanionLength((1, 3), CHEAP, SelfCompanion()),
+    ]
 
 
 @pytest.mark.parametrize("policy", all_policies(), ids=lambda p: type(p).__name__)

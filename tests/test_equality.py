@@ -8,6 +8,7 @@ ties the reference to the model's own `generate`.
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,9 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dvi.companion_length import CompanionLength
+from dvi.companion_model import ModelCompanion
 from dvi.draft_length import ConfidenceStop, CostTable, FixedLength, GoodputLength, LengthPolicy
 from dvi.records import SamplingParams
-from dvi.speculator import SelfSpeculator
+from dvi.speculator import COMPANIONS, SelfSpeculator
+from dvi.split import SplitModel
 from tests.drafter_doubles import (
     Letters,
     MemoryDrafter,
@@ -127,14 +131,21 @@ def cases(mode: str) -> st.SearchStrategy[Case]:
         model=st.sampled_from([*MODELS, "llama", "llama-deep", "mistral", "llama", "llama-deep", "mistral"]),
         drafter=st.sampled_from(DRAFTERS),
         policy=st.tuples(
-            st.sampled_from(("fixed", "confidence", "goodput", "ragged")), st.integers(0, 8), st.integers(0, 9)
+            st.sampled_from(("fixed", "confidence", "goodput", "ragged", "companion")), st.integers(0, 8),
+            st.integers(0, 9),
         ),
         batch_size=st.sampled_from((8, 1, 2, 3, 5)),
         requests=st.one_of([st.lists(requests, min_size=a, max_size=b) for a, b in NUM_REQUESTS[mode]]),
     )
 
 
-def policy_of(name: str, num_draft_tokens: int, seed: int) -> LengthPolicy:
+@functools.cache
+def companion_split(mode: str) -> SplitModel:
+    model = tiny_model("llama", num_layers=1, hidden_size=16, vocab_size=VOCAB_SIZE, dtype=DTYPES[mode], seed=6)
+    return SplitModel(model, split_layer=0)
+
+
+def policy_of(name: str, num_draft_tokens: int, seed: int, speculator: SelfSpeculator) -> LengthPolicy:
     if name == "fixed":
         return FixedLength(num_draft_tokens)
     if name == "confidence":
@@ -143,7 +154,16 @@ def policy_of(name: str, num_draft_tokens: int, seed: int) -> LengthPolicy:
         return RaggedLength(num_draft_tokens, seed=seed)
     # Scripted so that the choice moves with acceptance, and at once.
     costs = CostTable(draft_step_s={1: 0.02 * (1 + seed)}, verify_s={1: 1.0, 72: 4.0})
-    return GoodputLength((1, 2, 4, 8), costs, margin=0.0, patience=1, probe_share=0.5)
+    options = {"margin": 0.0, "patience": 1, "probe_share": 0.5}
+    if name == "goodput":
+        return GoodputLength((1, 2, 4, 8), costs, **options)
+    kind = COMPANIONS[seed % len(COMPANIONS)]
+    is_model = kind == "model"
+    companion = ModelCompanion(companion_split(speculator.mode)) if is_model else speculator.new_companion(kind)
+    policy = CompanionLength((1, 2, 4, 8), costs, companion, can_pack=speculator.passes.can_pack, **options)
+    chance = random.Random(seed)  # of samples, so that its thresholds bite from the first round on
+    policy.estimate.observe([(s := chance.random(), s * chance.random(), chance.random() < s) for _ in range(200)])
+    return policy
 
 
 def drafter_of(case: Case, mode: str) -> nn.Module | MemoryDrafter:
@@ -204,7 +224,7 @@ def check(case: Case, mode: str, totals: Totals) -> None:
     learner = Swapper(speculator.drafter) if case.drafter == "swapped" else Recorder(speculator.drafter)
     results = list(speculator.generate(
         [prompts_of(case.model)[r.prompt] for r in case.requests], params, batch_size=case.batch_size,
-        policy=policy_of(*case.policy), learner=learner,
+        policy=policy_of(*case.policy, speculator), learner=learner,
     ))  # fmt: skip
     assert sorted(result.index for result in results) == list(range(len(case.requests)))
     for result in results:

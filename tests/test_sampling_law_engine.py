@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
+from dvi.companion_length import CompanionLength
+from dvi.companions import SelfCompanion
 from dvi.draft_length import ConfidenceStop, FixedLength, LengthPolicy
 from dvi.records import SamplingParams, Verdict
+from dvi.round_costs import CostTable
 from dvi.speculator import PLAIN, SelfSpeculator
 from dvi.verification import verify_by_rejection
 from tests.drafter_doubles import RaggedLength, broken_drafter, random_drafter, small_config
@@ -30,11 +34,24 @@ BATCH_SIZE = 400
 FAMILY_WISE = 1e-3
 SMALLEST_EXPECTED = 5  # cells below it are pooled, or chi-square would not be chi-square
 
+
+
+def companion_length() -> CompanionLength:
+    """A rule whose thresholds lie amid the confidences of the drafter here: a position is worth 0.4 tokens or so."""
+    costs = CostTable(draft_step_s={1: 0.01, BATCH_SIZE: 0.01}, verify_s={1: 1.0, 3 * BATCH_SIZE: 4.0})
+    policy = CompanionLength((2,), costs, SelfCompanion(), can_pack=True, prior_acceptance=0.9, probe_share=0.1)
+    chance = random.Random(0)
+    pairs = [(chance.random(), chance.random()) for _ in range(2000)]
+    policy.estimate.observe([(s, a, chance.random() < s) for s, a in pairs])
+    return policy
+
+
 CONFIGS: dict[str, tuple[dict, LengthPolicy]] = {
     "temperature": ({"temperature": 2.5}, FixedLength(1)),
     "top-p": ({"temperature": 2.0, "top_p": 0.9}, FixedLength(2)),
     "top-k, confidence stop": ({"temperature": 2.5, "top_k": 6}, ConfidenceStop(3, threshold=0.3)),
     "presence penalty, ragged": ({"temperature": 2.0, "presence_penalty": 1.5}, RaggedLength(2, seed=0)),
+    "temperature, companion": ({"temperature": 2.5}, companion_length()),
 }
 
 
@@ -156,7 +173,8 @@ def test_gumbel_coupling_gives_the_tokens_of_plain_seeded_decoding_whatever_draf
         random_drafter(speculator.split, seed=3, draft_vocab_size=30), broken_drafter(speculator.split, torch.nan),
     ):  # fmt: skip
         speculator.drafter = drafter
-        for policy, batch_size in ((FixedLength(1), 4), (FixedLength(5), 2), (RaggedLength(4, seed=0), 3)):
+        policies = (FixedLength(1), 4), (FixedLength(5), 2), (RaggedLength(4, seed=0), 3), (companion_length(), 4)
+        for policy, batch_size in policies:
             assert tokens(policy, batch_size) == plain
     drafted, accepted = (sum(column) for column in zip(*totals, strict=True))
     assert 0 < accepted < drafted

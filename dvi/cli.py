@@ -1,4 +1,4 @@
-"""The `dvi` command: generate, train, warmup, serve, route, top, verify, export, inspect, doctor, bench.
+"""The `dvi` command: generate, train, warmup, serve, tune, route, top, verify, export, inspect, doctor, bench.
 
 Knows arguments, streams and exit codes; every verb imports what it needs when it runs, so that `--help` is instant.
 What is for people goes to stderr (generated text, which is the product, to stdout); the last line of stdout is one JSON
@@ -278,6 +278,65 @@ def serve(
         place.announce(server, announce)
         run_server(server, loop, place.listener)
     _finish_job("serve", {"url": url, "drafter_version": speculator.drafter.version})
+
+
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(help="A YAML file of dvi serve, such as configs/online/serve.yaml.")],
+    max_token_latency_ms: Annotated[
+        float, typer.Option(help="From a request's first token to its last, by the tokens after the first.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as drafter.adapter=runs/drafter.")
+    ] = None,
+    max_first_token_ms: Annotated[float | None, typer.Option(help="From a request's admission to it.")] = None,
+    traffic: Annotated[
+        Path | None, typer.Option(help="JSONL rows with prompt_tokens and new_tokens; default: the prompts' own.")
+    ] = None,
+    prompts: Annotated[
+        Path, typer.Option(help="JSONL rows with turns, prompt or messages, decoded to measure acceptance and lengths.")
+    ] = Path("configs/demo/prompts.jsonl"),
+    acceptance: Annotated[
+        Path | None,
+        typer.Option(help="JSON of acceptance by split layer, or dvi bench sweep's report: plans those layers too."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of plan.yaml and the frontier.")] = Path("runs/tune"),
+    num_draft_tokens: Annotated[str | None, typer.Option(help="Values to choose from, such as 0,2,4.")] = None,
+    max_rows: Annotated[str | None, typer.Option(help="Values to choose from.")] = None,
+    prefill_tokens_per_step: Annotated[str | None, typer.Option(help="Values to choose from.")] = None,
+    rounds_per_prefill: Annotated[str | None, typer.Option(help="Values to choose from.")] = None,
+    seconds: Annotated[float, typer.Option(help="For measuring each split layer's passes.", min=0)] = 8.0,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure this machine even if it is known from an earlier time.")
+    ] = False,
+) -> None:
+    """Find the settings with which a server gives most tokens per second within a latency, for 99 requests of 100."""
+    for option, value in (("token-latency", max_token_latency_ms), ("first-token", max_first_token_ms)):
+        if value is not None and not value > 0:
+            raise ValueError(f"--max-{option}-ms must be > 0, got {value}; try 50")
+    settings = load_config(config, overrides or (), schema=ServeConfig)
+    quieten_transformers()
+    import math
+    import shlex
+
+    from dvi.planning.plans import LatencyBound
+    from dvi.planning.tune import Sources, read_choices
+    from dvi.planning.tune import tune as tune_server
+    from dvi.serving.server import leave_a_core
+
+    given = {
+        "num_draft_tokens": num_draft_tokens, "max_rows": max_rows,
+        "prefill_tokens_per_step": prefill_tokens_per_step, "rounds_per_prefill": rounds_per_prefill,
+    }  # fmt: skip
+    leave_a_core(settings)  # as a server does, for whom this is measured
+    facts = tune_server(
+        settings,
+        LatencyBound(max_token_latency_ms / 1e3, math.inf if max_first_token_ms is None else max_first_token_ms / 1e3),
+        Sources(prompts, traffic=traffic, acceptance=acceptance, seconds=seconds, remeasure=remeasure),
+        choices={name: read_choices(name, text) for name, text in given.items() if text is not None},
+        folder=output, command=shlex.join(["dvi", "serve", str(config), *(overrides or ())]), console=make_console(),
+    )
+    finish("tune", **facts)
 
 
 @app.command()

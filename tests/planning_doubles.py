@@ -45,9 +45,7 @@ def synthetic(seed: int) -> tuple[LatencyProfile, Workload]:
     overheads = Overheads(*(weights_s * chance.uniform(0, share) for share in (0.1, 0.01, 0.002, 0.1)))
     top, fall = chance.uniform(0.3, 0.9), chance.uniform(0.85, 1)
     acceptance = {
-        layer: AcceptanceModel.constant(
-            [min(top + 0.02 * layer, 0.95) * fall**depth for depth in range(4)], spread=chance.uniform(0, 1.2)
-        )
+        layer: AcceptanceModel.constant([min(top + 0.02 * layer, 0.95) * fall**depth for depth in range(4)])
         for layer in split_layers
     }
     prompt, new = 10 ** chance.uniform(1, 2.3), 10 ** chance.uniform(1, 2.3)
@@ -55,4 +53,8 @@ def synthetic(seed: int) -> tuple[LatencyProfile, Workload]:
         (max(round(chance.lognormvariate(0, 0.6) * prompt), 1), max(round(chance.lognormvariate(0, 0.6) * new), 1))
         for _ in range(NUM_LENGTHS)
     )
-    return LatencyProfile(passes, overheads), Workload(lengths, acceptance, learner_share=chance.choice((0.0, 0.05)))
+    spread = chance.uniform(0, 1.2)
+    ease = tuple(chance.gauss(0, spread) for _ in range(NUM_LENGTHS))
+    return LatencyProfile(passes, overheads), Workload(
+        lengths, acceptance, learner_share=chance.choice((0.0, 0.05)), ease=ease
+    )

@@ -58,7 +58,8 @@ def sight(confidence_B: torch.Tensor, depth: int = 0) -> DraftSight:
 
 def all_policies() -> list[LengthPolicy]:
     return [
-        FixedLength(3), ConfidenceStop(3), GoodputLength((1, 3), CHEAP), CompanionLength((1, 3), CHEAP, SelfCompanion()),
+        FixedLength(3), ConfidenceStop(3), GoodputLength((1, 3), CHEAP),
+        CompanionLength((1, 3), CHEAP, SelfCompanion()),
     ]
 
 

@@ -10,6 +10,8 @@ import pytest
 from dvi.planning.frontier import RUNG, find_frontier
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.search import BATCH_PLANS, NoFeasiblePlan, search
+from dvi.planning.simulator import Simulator
+from tests.planning_doubles import synthetic
 
 SPACE = PlanSpace(split_layer=(1, 2), num_draft_tokens=(0, 2, 4, 8), max_rows=(1, 4, 16), tensor_parallel=(1, 2))
 
@@ -162,3 +164,41 @@ def test_the_frontier_is_the_best_plan_under_every_bound_and_makes_no_forecast_t
         assert by_looking_at_all(SPACE, asked, evaluator) == (True, choice.plan)
     beyond = LatencyBound(latencies[0] / RUNG, bound.first_token_s)
     assert not by_looking_at_all(SPACE, beyond, evaluator)[0]
+
+
+@dataclass
+class Table:
+    """An evaluator that has every forecast already, and the bounds of the simulator that made them."""
+
+    simulator: Simulator
+    forecasts: dict[ServingPlan, Forecast]
+
+    def forecast(self, plans):
+        return [self.forecasts[plan] for plan in plans]
+
+    def optimistic(self, lowest, highest):
+        return self.simulator.optimistic(lowest, highest)
+
+
+def check_on_a_synthetic_machine(seed):
+    profile, workload = synthetic(seed)
+    space = PlanSpace(split_layer=profile.split_layers, tensor_parallel=profile.degrees)
+    simulator = Simulator(profile, workload, num_requests=64)
+    table = Table(simulator, dict(zip(space, simulator.forecast(list(space)), strict=True)))
+    bound = random_bound(space, table, random.Random(seed))
+    is_feasible, result = by_search(space, bound, table)
+    assert (is_feasible, result.best) == by_looking_at_all(space, bound, table), f"{seed}: {bound}"
+    assert result.is_proved and result.num_simulations <= 0.1 * len(space), f"{seed}: {bound}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_search_by_simulation_finds_what_looking_at_every_plan_finds_with_a_tenth_of_the_simulations(seed):
+    """Catches limits that a simulation beats, and limits too loose to spare any."""
+    check_on_a_synthetic_machine(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4, 200))
+def test_so_it_does_on_two_hundred_machines(seed):
+    """Catches what only an odd machine shows: answers shorter than a turn, prompts shorter than a piece."""
+    check_on_a_synthetic_machine(seed)

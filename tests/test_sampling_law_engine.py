@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dvi.companion_length import CompanionLength
 from dvi.companions import SelfCompanion
-from dvi.draft_length import ConfidenceStop, FixedLength, LengthPolicy
+from dvi.draft_length import ConfidenceStop, FixedLength, LengthPolicy, RoundOutcome
 from dvi.records import SamplingParams, Verdict
 from dvi.round_costs import CostTable
 from dvi.speculator import PLAIN, SelfSpeculator
@@ -36,10 +36,17 @@ SMALLEST_EXPECTED = 5  # cells below it are pooled, or chi-square would not be c
 
 
 
+class Untimed(CompanionLength):
+    """Looks at no clock: the same draws in every run."""
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        super().observe(dataclasses.replace(outcome, seconds=None))
+
+
 def companion_length() -> CompanionLength:
     """A rule whose thresholds lie amid the confidences of the drafter here: a position is worth 0.4 tokens or so."""
     costs = CostTable(draft_step_s={1: 0.01, BATCH_SIZE: 0.01}, verify_s={1: 1.0, 3 * BATCH_SIZE: 4.0})
-    policy = CompanionLength((2,), costs, SelfCompanion(), can_pack=True, prior_acceptance=0.9, probe_share=0.1)
+    policy = Untimed((2,), costs, SelfCompanion(), can_pack=True, prior_acceptance=0.9, probe_share=0.1)
     chance = random.Random(0)
     pairs = [(chance.random(), chance.random()) for _ in range(2000)]
     policy.estimate.observe([(s, a, chance.random() < s) for s, a in pairs])

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dvi.companion_length import CompanionLength
+from dvi.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
 from dvi.decoding import DecodingBatch, RowState, Sequence, draft_and_verify
 from dvi.direct import DirectPath
 from dvi.draft_length import ConfidenceStop, FixedLength
 from dvi.drafter import build_drafter
 from dvi.records import SamplingParams
+from dvi.round_costs import CostTable
 from dvi.sampling import SamplingBatch, SeenTokens
 from dvi.split import SplitModel
 from dvi.verification import StrictRule
@@ -66,7 +69,19 @@ META_PARAMS = {
 }
 
 
-@pytest.mark.parametrize("policy", [FixedLength(3), ConfidenceStop(3, threshold=0.4)])
+def companion_length(companion: Companion) -> CompanionLength:
+    costs = CostTable(draft_step_s={1: 0.1}, verify_s={1: 1.0})
+    return CompanionLength((3,), costs, companion, is_on_cpu=False)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FixedLength(3), ConfidenceStop(3, threshold=0.4), companion_length(SelfCompanion()),
+        companion_length(ExitCompanion(torch.nn.Identity())), companion_length(OlderCompanion()),
+        companion_length(EmaCompanion()),
+    ],
+)
 @pytest.mark.parametrize("name", list(META_PARAMS))
 @pytest.mark.parametrize("path", ["direct", "views"])
 def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, name, policy):
@@ -89,9 +104,12 @@ def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, 
     cache = split.make_cache(2, 16)
     last_token_B = torch.zeros(2, dtype=torch.int64, device="meta")
     state = RowState(rows, last_token_B, torch.zeros(2, 16, device="meta"), sampling, seen)
+    if policy.companion is not None:
+        policy.companion.follow(drafter, [])
     with torch.no_grad():
         verified = draft_and_verify(
             split, drafter, cache, state, policy, 3, StrictRule(), wants_log_probs=True
         )
-    assert verified.for_host_BH.shape == (2, 8)
+    num_clues = 0 if policy.companion is None else 6
+    assert verified.for_host_BH.shape == (2, 8 + num_clues)
     assert verified.draft.hidden_BUD.shape == (2, 4, 16)

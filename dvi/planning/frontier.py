@@ -16,8 +16,8 @@ from rich.table import Table
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.search import Evaluator, NoFeasiblePlan, search
 
-# 5 %: two plans closer than that are alike as far as a forecast can tell.
-RUNG = 1.05
+# 10 %: finer steps than forecasts are exact to would only look so.
+RUNG = 1.1
 HEADS = {
     "split_layer": "split\nlayer", "num_draft_tokens": "draft\ntokens", "max_rows": "rows",
     "prefill_tokens_per_step": "prefill\ntokens", "rounds_per_prefill": "rounds/\nprefill",
@@ -50,8 +50,8 @@ def find_frontier(
 ) -> Frontier:
     """The best plans for every bound on the token latency, with the one on first tokens as it is.
 
-    Starts without a bound on the token latency, then asks again and again for 5 % less than the last plan gave, until
-    no plan gives that. known: forecasts of earlier searches with the same evaluator, which are not made again.
+    Starts without a bound on the token latency, then asks again and again for a tenth less than the last plan gave,
+    until no plan gives that. known: forecasts of earlier searches with the same evaluator, which are not made again.
     Raises NoFeasiblePlan when no plan meets the bound on first tokens.
     """
     found = [search(space, replace(bound, token_s=math.inf), evaluator, known=known)]
@@ -91,9 +91,10 @@ def plans_table(choices: Sequence[Choice], *, title: str) -> Table:
 def plot_frontier(
     frontier: Frontier, marked: Sequence[Choice], bound: LatencyBound, path: str | Path, *, conditions: str
 ) -> None:
-    """Writes a PNG: throughput over p99 token latency, as steps; dots are all plans simulated.
+    """Writes a PNG: throughput over p99 token latency, as steps; grey are all plans simulated, blue the choices.
 
-    A step is as high as what a bound anywhere along it admits. marked: the chosen plan, and one to hold it against.
+    A step is as high as what a bound anywhere along it admits, of what was simulated: from one choice to the next, a
+    tenth of latency, better plans may be left. marked: the chosen plan, and one to hold it against.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -112,11 +113,12 @@ def plot_frontier(
     if too_late:
         label = f"first token after {1e3 * bound.first_token_s:.4g} ms ({len(too_late)})"
         axes.plot(*places(too_late), "x", color="0.8", markersize=5, label=label)
-    steps = places([choice.forecast for choice in frontier.choices])
-    axes.plot(
-        *steps, drawstyle="steps-post", marker=".", linewidth=1.8, color="tab:blue",
-        label="frontier: the best under each bound",
-    )  # fmt: skip
+    steps: list[Forecast] = []
+    for forecast in sorted(in_time, key=lambda f: (f.token_p99_s, -f.tokens_per_s)):
+        if not steps or forecast.tokens_per_s > steps[-1].tokens_per_s:
+            steps.append(forecast)
+    axes.step(*places(steps), where="post", linewidth=1.8, color="tab:blue", label="frontier: the best under each bound")
+    axes.plot(*places([choice.forecast for choice in frontier.choices]), "o", markersize=4, color="tab:blue")
     for choice, colour, marker in zip(marked, ("tab:red", "tab:orange"), ("*", "D"), strict=False):
         axes.plot(
             *places([choice.forecast]), marker, color=colour, markersize=14 if marker == "*" else 8, zorder=3,
@@ -127,7 +129,7 @@ def plot_frontier(
         axes.axvline(bound_ms, color="black", linestyle="--", linewidth=1.2, label=f"bound: {bound_ms:.4g} ms")
     axes.set_xscale("log")
     right = axes.get_xlim()[1]  # to here the last step goes on
-    axes.plot([steps[0][-1], right], [steps[1][-1]] * 2, linewidth=1.8, color="tab:blue")
+    axes.hlines(steps[-1].tokens_per_s, 1e3 * steps[-1].token_p99_s, right, linewidth=1.8, color="tab:blue")
     axes.set_xlim(right=right)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

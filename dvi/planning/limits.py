@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -50,8 +51,10 @@ class Limits:
         self._stretch_s = 1e-9 / (1 - learner_share)
         self._mean_reading = float(requests.reading_N.mean())
         rng, num_requests = np.random.default_rng(0), len(requests.new_N)
-        self._stall_N = STALL_SPREAD * np.maximum(rng.permutation(np.sort(requests.difficulty_N)), 0)
-        self._calm_N = CALM * rng.permutation(-np.log((np.arange(num_requests) + 0.5) / num_requests))
+        even_N = (np.arange(num_requests) + 0.5) / num_requests
+        normal_N = np.array([NormalDist().inv_cdf(quantile) for quantile in even_N])
+        self._stall_N = STALL_SPREAD * np.maximum(rng.permutation(normal_N), 0)
+        self._calm_N = CALM * rng.permutation(-np.log(even_N))
         self._answers = requests.new_N > 1
         self._rounds: dict[tuple[int, ...], _Rounds] = {}
         self._readings: dict[tuple[int, ...], np.ndarray] = {}
@@ -120,15 +123,17 @@ class Limits:
         return rounds.mean * prefill_tokens_per_step / turn / self._mean_reading
 
     def _reading_of(self, plan: ServingPlan) -> np.ndarray:
-        """[N] nanoseconds to read each prompt in pieces of up to the plan's most, each position at the best price."""
+        """[N] nanoseconds to read each prompt in pieces of up to the plan's most, each position at its best price."""
         key = plan.split_layer, plan.tensor_parallel, plan.prefill_tokens_per_step
         if key not in self._readings:
             base_W, growth_W = self._times.reading(plan)
             width_W, positions_N = np.arange(1, len(base_W)), self._requests.reading_N
             behind_N = positions_N * np.maximum(positions_N - plan.prefill_tokens_per_step, 0) / 2
-            self._readings[key] = (
-                positions_N * (base_W[1:] / width_W).min() + behind_N * (growth_W[1:] / width_W).min()
+            widest_N = np.clip(positions_N, 1, plan.prefill_tokens_per_step) - 1  # a short prompt has no long piece
+            base_N, growth_N = (
+                np.minimum.accumulate(table_W[1:] / width_W)[widest_N] for table_W in (base_W, growth_W)
             )
+            self._readings[key] = positions_N * base_N + behind_N * growth_N
         return self._readings[key]
 
     def _rounds_of(self, plan: ServingPlan) -> _Rounds:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 
@@ -26,7 +25,6 @@ class Requests:
 
     new_N         tokens to generate. reading_N: positions to read, all of the prompt but its last token, which opens
                   the first round.
-    difficulty_N  how much harder than usual each is to draft for, in standard deviations; evenly spaced quantiles.
     """
 
     def __init__(self, workload: Workload, *, seed: int, num_requests: int) -> None:
@@ -36,9 +34,7 @@ class Requests:
         order = np.concatenate([rng.permutation(num_samples) for _ in range(-(-num_requests // num_samples))])
         prompt_N, self.new_N = np.array(workload.lengths, dtype=np.int64)[order[:num_requests]].T
         self.reading_N = prompt_N - 1
-        self.difficulty_N = rng.permutation(
-            [NormalDist().inv_cdf((index + 0.5) / num_requests) for index in range(num_requests)]
-        )
+        self._ease_N = np.array(workload.ease or (0.0,) * num_samples)[order[:num_requests]]
         self._luck_NJ = rng.random((num_requests, self.new_N.max()))
         self._seed_of_rows = int(rng.integers(2**32))
         self._workload = workload
@@ -67,9 +63,7 @@ class Requests:
         if acceptance is None:
             known = ", ".join(map(str, sorted(self._workload.acceptance)))
             raise ValueError(f"nothing is known of acceptance at split_layer {split_layer}, only at {known or 'none'}")
-        return spread_out(
-            acceptance.at(self._workload.tokens_seen), -acceptance.spread * self.difficulty_N, new_N=self.new_N
-        )
+        return spread_out(acceptance.at(self._workload.tokens_seen), self._ease_N, new_N=self.new_N)
 
     def begun(self, num_rows: int) -> np.ndarray:
         """[R] how much of its rounds is still to come for each row's first request, in (0, 1]."""

@@ -1,7 +1,6 @@
-"""What `dvi tune` leaves behind: a plan as a fragment of settings, the frontier as table, picture and JSON.
+"""`dvi tune`: from a server's settings and a latency bound to the best plan, as settings, tables and a picture.
 
-Knows plans, forecasts, settings and files; measures nothing. What it is told of is made by `dvi.planning.profile`,
-`workload` and `simulator`.
+Ties measurement, simulation and search together; knows files and a console.
 """
 
 from __future__ import annotations
@@ -9,28 +8,163 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from dvi.bench.machine import describe_machine
 from dvi.planning.frontier import Choice, find_frontier, plans_table, plot_frontier
+from dvi.planning.measurement import BUDGET_S, DRAFT_TOKENS, measure_workload, obtain_profile
 from dvi.planning.plans import LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.search import Evaluator, NoFeasiblePlan, search
+from dvi.planning.simulator import Simulator
+from dvi.planning.workload import Workload, read_acceptance, read_lengths
+from dvi.serving.scheduler import SchedulerLimits
 from dvi.settings import ServeConfig
+from dvi.speculator import SelfSpeculator, build_speculator
+from dvi.traffic import read_prompts
 
 PLAN_FILE, FRONTIER_FILE, PICTURE_FILE = "plan.yaml", "frontier.json", "frontier.png"
+NUM_PROMPTS = 64  # decoded at most; fewer where measure_workload's time is up
+CHOICES = {"num_draft_tokens": (0, DRAFT_TOKENS[-1])} | dict.fromkeys(
+    ("max_rows", "prefill_tokens_per_step", "rounds_per_prefill"), (1, 4096)
+)  # the fields that may be narrowed, and what they may be
 
 
-def present_plan(config: ServeConfig, *, split_layer: int, tensor_parallel: int) -> ServingPlan:
-    """What a server of these settings follows; the two that depend on model and launcher are given."""
+@dataclass(frozen=True)
+class Sources:
+    """What is known beforehand, and what is to be measured.
+
+    prompts     JSONL rows, decoded for their lengths and acceptance unless both are given.
+    traffic     JSONL rows with prompt_tokens and new_tokens: lengths of requests.
+    acceptance  JSON by split layer, see `read_acceptance`: only a split layer named there is planned beside the own.
+    seconds     for measuring the passes of each split layer; remeasure: even those that are known.
+    """
+
+    prompts: Path
+    traffic: Path | None = None
+    acceptance: Path | None = None
+    seconds: float = BUDGET_S
+    remeasure: bool = False
+
+
+def tune(
+    config: ServeConfig, bound: LatencyBound, sources: Sources, *, choices: Mapping[str, tuple[int, ...]],
+    folder: Path, command: str, console: Console,
+) -> dict[str, Any]:
+    """Measures, searches and writes; see `report_plan` for what it raises and returns.
+
+    choices  values that fields of the plan may take, in the place of `PlanSpace`'s own and the present one.
+    command  starts a server of these settings; followed by the file of the plan it starts one that follows it.
+    Servers do not run tensor-parallel, so that is not planned here.
+    """
+    lengths = None if sources.traffic is None else read_lengths(sources.traffic)
+    acceptance = {} if sources.acceptance is None else read_acceptance(sources.acceptance)
+    with console.status("loading the model"):
+        speculator = build_speculator(config)
+    own = speculator.split.split_layer
+    split_layers = tuple(sorted({own, *acceptance}))
+    with console.status("") as status:
+        profile, is_new = obtain_profile(
+            speculator, split_layers=split_layers, remeasure=sources.remeasure, budget_s=sources.seconds,
+            on_part=lambda part: status.update(f"measuring {part}"),
+        )
+    console.print(
+        "profile of this machine: measured now, and kept" if is_new else
+        "profile of this machine: measured before; --remeasure measures it anew"
+    )  # fmt: skip
+    if lengths is None or own not in acceptance:
+        decoded = _decode(speculator, config, sources.prompts, console=console)
+        lengths, acceptance = lengths or decoded.lengths, decoded.acceptance | acceptance
+    workload = Workload(lengths, acceptance, config.train.budget if config.train.enabled else 0.0)
+    console.print(_describe(workload, split_layer=own))
+    present = present_plan(config, split_layer=own)
+    space = plan_space(
+        present, choices, split_layers=split_layers, max_positions=config.serve.max_positions, lengths=lengths
+    )
+    machine = describe_machine(speculator.split.device)
+    facts = report_plan(
+        space, bound, Simulator(profile, workload), config=config, present=present, folder=folder,
+        command=f"{command} {folder / PLAN_FILE}", console=console,
+        conditions=f"{Path(config.model.path).name}, {config.model.dtype}, {machine['gpu'] or machine['cpu']}, "
+        f"{machine['threads']} threads; {len(lengths)} requests",
+    )
+    return facts | {"is_newly_measured": is_new}
+
+
+def _decode(speculator: SelfSpeculator, config: ServeConfig, prompts: Path, *, console: Console) -> Workload:
+    """Lengths and acceptance of the model's answers to the first prompts of a file."""
+    messages = read_prompts([prompts], limit=NUM_PROMPTS)
+    max_new_tokens = config.sampling.max_new_tokens
+    columns = (TextColumn("decoding prompts"), BarColumn(bar_width=20), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=len(messages))
+        return measure_workload(
+            speculator, [speculator.encode_request(one, max_new_tokens=max_new_tokens)[0] for one in messages],
+            max_new_tokens=max_new_tokens, on_answer=lambda: progress.advance(task),
+        )
+
+
+def _describe(workload: Workload, *, split_layer: int) -> str:
+    """Traffic in a line."""
+    prompts, answers = zip(*workload.lengths, strict=True)
+    acceptance = " ".join(f"{a:.2f}" for a in workload.acceptance[split_layer].at(workload.tokens_seen))
+    return (
+        f"traffic: {len(prompts)} requests, on average {fmean(prompts):.0f} prompt, {fmean(answers):.0f} new tokens; "
+        f"acceptance by depth {acceptance}; learning takes {workload.learner_share:.0%} of the time"
+    )
+
+
+def plan_space(
+    present: ServingPlan, choices: Mapping[str, tuple[int, ...]], *, split_layers: tuple[int, ...],
+    max_positions: int, lengths: Sequence[tuple[int, int]],
+) -> PlanSpace:
+    """The plans to choose among: the given values, else `PlanSpace`'s own and the present one.
+
+    Of the numbers of rows only those whose requests fit max_positions together, were all as long as the longest.
+    Raises ValueError when none does.
+    """
+    usual = PlanSpace(split_layer=split_layers)
+    values = {
+        name: choices.get(name) or tuple(sorted({*getattr(usual, name), getattr(present, name)})) for name in CHOICES
+    }
+    longest = max(map(sum, lengths)) + SchedulerLimits.headroom
+    rows = tuple(rows for rows in values["max_rows"] if rows * longest <= max_positions)
+    if not rows:
+        raise ValueError(
+            f"serve.max_positions must be at least {values['max_rows'][0] * longest} for so few rows as "
+            f"{values['max_rows'][0]} of this traffic, got {max_positions}"
+        )
+    return replace(usual, **values | {"max_rows": rows})
+
+
+def read_choices(name: str, text: str) -> tuple[int, ...]:
+    """The values in "4,8,16" for a field of CHOICES, ascending. Raises ValueError for others than it may take."""
+    low, high = CHOICES[name]
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        values = []
+    if not values or not low <= values[0] <= values[-1] <= high:
+        raise ValueError(
+            f"--{name.replace('_', '-')} must be numbers in {low}..{high} with commas between them, got {text!r}; try "
+            f"{','.join(map(str, getattr(PlanSpace((1,)), name)))}"
+        )
+    return tuple(values)
+
+
+def present_plan(config: ServeConfig, *, split_layer: int) -> ServingPlan:
+    """What a server of these settings follows, its model cut there."""
     serve = config.serve
     return ServingPlan(
         split_layer=split_layer, num_draft_tokens=config.draft.num_draft_tokens, max_rows=serve.max_rows,
         prefill_tokens_per_step=serve.prefill_tokens_per_step, rounds_per_prefill=serve.rounds_per_prefill,
-        tensor_parallel=tensor_parallel,
     )
 
 
@@ -50,21 +184,18 @@ def plan_settings(plan: ServingPlan, config: ServeConfig) -> dict[str, dict[str,
     }  # fmt: skip
     if config.draft.policy == "auto":
         sections["draft"]["policy"] = "fixed"
-    if (plan.tensor_parallel > 1) != (config.model.placement == "tensor"):
-        sections["model"]["placement"] = "tensor" if plan.tensor_parallel > 1 else "single"
     return sections
 
 
 def report_plan(
     space: PlanSpace, bound: LatencyBound, evaluator: Evaluator, *, config: ServeConfig, present: ServingPlan,
-    folder: Path, command: str, conditions: str, notes: Sequence[str], console: Console,
+    folder: Path, command: str, conditions: str, console: Console,
 ) -> dict[str, Any]:
     """Searches, writes plan.yaml, frontier.json and frontier.png, prints the tables, and returns the figures in JSON.
 
     present     the plan that the settings follow now, forecast beside the best one.
-    command     how a server is started with the plan.
+    command     starts a server that follows the plan.
     conditions  model, machine and traffic in a line.
-    notes       what else must be done, or known, before it is.
     Raises NoFeasiblePlan, having written all this for the nearest plan and a bound that it meets.
     """
     refused = None
@@ -77,36 +208,66 @@ def report_plan(
         [present_forecast] = evaluator.forecast([present])
     chosen = Choice(result.best, result.forecast, "nearest" if refused else "tuned")
     beside = Choice(present, present_forecast, "present")
+    ratio, is_present_fit = chosen.forecast.tokens_per_s / present_forecast.tokens_per_s, present_forecast.meets(bound)
     facts = {
         "bound": {"token_ms": _ms(bound.token_s), "first_token_ms": _ms(bound.first_token_s)}, "is_met": not refused,
         "plans": len(space), "simulations": result.num_simulations, "bounds": result.num_bounds,
-        "is_proved": result.is_proved, chosen.label: _facts(chosen), "present": _facts(beside) | {
-            "is_met": present_forecast.meets(bound)
-        }, "throughput_ratio": chosen.forecast.tokens_per_s / present_forecast.tokens_per_s,
+        "is_proved": result.is_proved, chosen.label: _facts(chosen), "throughput_ratio": ratio,
+        "present": _facts(beside) | {"is_met": is_present_fit}, "folder": str(folder),
     }  # fmt: skip
+    notes = [*_notes(result.best, config, present=present), f"To use it: {command}"]
     folder.mkdir(parents=True, exist_ok=True)
-    _write_plan(folder / PLAN_FILE, chosen, config=config, bound=bound, notes=[*notes, f"To use it: {command}"])
+    _write_plan(folder / PLAN_FILE, chosen, config=config, bound=bound, notes=notes)
     everything = facts | {
         "conditions": conditions, "frontier": [_facts(choice) for choice in frontier.choices],
         "simulated": [_facts(Choice(plan, gives)) for plan, gives in frontier.simulated.items()],
     }  # fmt: skip
     (folder / FRONTIER_FILE).write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     plot_frontier(frontier, [chosen, beside], bound, folder / PICTURE_FILE, conditions=conditions)
+
+    console.print(f"{len(space)} plans, of which {result.num_simulations} were simulated to find the best")
     console.print(plans_table(frontier.choices, title="The best plan under each bound on the token latency"))
     console.print(plans_table([chosen, beside], title=f"Under {bound}"))
+    console.print(
+        f"{chosen.label}: {ratio:.2f} times the present throughput, by forecast; the present plan "
+        f"{'meets' if is_present_fit else 'does not meet'} the bound"
+    )
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    console.print(f"written: {', '.join(str(folder / name) for name in (PLAN_FILE, FRONTIER_FILE, PICTURE_FILE))}")
     if refused:
         raise refused
     return facts
+
+
+def _notes(plan: ServingPlan, config: ServeConfig, *, present: ServingPlan) -> list[str]:
+    """What to know before the plan is used."""
+    notes = []
+    if plan.split_layer != present.split_layer:
+        notes.append(
+            f"Split layer {plan.split_layer} is not the drafter's, {present.split_layer}: first train one for it, with "
+            f"dvi warmup or dvi train and model.split_layer={plan.split_layer}, and name it in drafter.adapter."
+        )
+    elif config.drafter.adapter is None:
+        notes.append(
+            "No drafter.adapter is set, so the acceptance is an untrained drafter's. Plan again once it has learnt."
+        )
+    if config.draft.policy not in ("auto", "fixed") and plan.num_draft_tokens:
+        notes.append(
+            f"The forecast is for rounds of always {plan.num_draft_tokens} drafts; with draft.policy "
+            f"{config.draft.policy} that is the most."
+        )
+    return notes
 
 
 def _write_plan(
     path: Path, choice: Choice, *, config: ServeConfig, bound: LatencyBound, notes: Sequence[str]
 ) -> None:
     gives = choice.forecast
-    verdict = "Written for" if gives.meets(bound) else "NO plan meets, and this one is nearest to,"
     lines = [
-        f"{verdict} {bound}.",
-        f"Forecast: {gives.tokens_per_s:,.0f} tokens/s, {LatencyBound(gives.token_p99_s, gives.first_token_p99_s)}.",
+        f"The plan for {bound}." if gives.meets(bound) else f"No plan gives {bound}; this one is nearest.",
+        f"Forecast: {gives.tokens_per_s:,.0f} tokens/s; 99 requests of 100 within {1e3 * gives.token_p99_s:.4g} ms a "
+        f"token and {1e3 * gives.first_token_p99_s:.4g} ms to the first.",
         *notes,
     ]
     fragment = yaml.safe_dump(plan_settings(choice.plan, config), sort_keys=False)

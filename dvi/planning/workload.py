@@ -16,6 +16,9 @@ from typing import Protocol
 import numpy as np
 
 MIN_ACCEPTANCE, MAX_ACCEPTANCE = 0.001, 0.999  # what counts can show; also keeps log-odds finite
+NEWTON_STEPS = 20
+EASE_PRIOR = 2.0  # standard deviation, in log-odds
+NEIGHBOURS = 8
 FIT_TAUS = 200  # tried between the closest two points and ten times the whole span of a history
 
 
@@ -33,30 +36,27 @@ class AcceptanceModel:
     """Acceptance at each depth, given that the depth was reached, while the drafter learns from n tokens of traffic.
 
     a_d(n) = final_d - (final_d - initial_d) exp(-n / tau): the learning curve. Depths beyond the last are as the last.
-
-    spread  standard deviation, between requests, of the log-odds of acceptance: some texts are easier than others.
     """
 
     initial: tuple[float, ...]
     final: tuple[float, ...]
     tau_tokens: float = 1.0
-    spread: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.initial or len(self.initial) != len(self.final):
             raise ValueError(f"initial and final must have as many depths, got {self.initial} and {self.final}")
         if not all(0 <= a <= 1 for a in (*self.initial, *self.final)):
             raise ValueError(f"an acceptance must be in [0, 1], got {self.initial} and {self.final}")
-        if not 0 < self.tau_tokens < math.inf or not 0 <= self.spread < math.inf:
-            raise ValueError(f"tau_tokens must be > 0 and spread >= 0, got {self.tau_tokens} and {self.spread}")
+        if not 0 < self.tau_tokens < math.inf:
+            raise ValueError(f"tau_tokens must be > 0 and finite, got {self.tau_tokens}")
 
     @classmethod
-    def constant(cls, per_depth: Sequence[float], *, spread: float = 0.0) -> AcceptanceModel:
+    def constant(cls, per_depth: Sequence[float]) -> AcceptanceModel:
         """Of a drafter that does not learn, or of which no history is known."""
-        return cls(tuple(per_depth), tuple(per_depth), spread=spread)
+        return cls(tuple(per_depth), tuple(per_depth))
 
     @classmethod
-    def fit(cls, points: Sequence[tuple[float, float | Sequence[float]]], *, spread: float = 0.0) -> AcceptanceModel:
+    def fit(cls, points: Sequence[tuple[float, float | Sequence[float]]]) -> AcceptanceModel:
         """Through (tokens seen, acceptance, of one depth or of each), by least squares.
 
         For each tau the curve is linear in initial and final; the best tau is looked for on a grid. Less than three
@@ -66,7 +66,7 @@ class AcceptanceModel:
         acceptance_ND = np.array([np.atleast_1d(acceptance) for _, acceptance in points], dtype=np.float64)
         places = np.unique(seen)
         if len(places) < 3:
-            return cls.constant(tuple(acceptance_ND[seen.argmax()].tolist()), spread=spread)
+            return cls.constant(acceptance_ND[seen.argmax()].tolist())
         taus = np.geomspace(np.diff(places).min() / 2, 10 * (places[-1] - places[0]), FIT_TAUS)
 
         def solve(tau: float) -> tuple[float, np.ndarray]:
@@ -77,31 +77,7 @@ class AcceptanceModel:
 
         tau = min(taus, key=lambda tau: solve(tau)[0])
         initial, final = solve(tau)[1].tolist()
-        return cls(tuple(initial), tuple(final), float(tau), spread)
-
-    @classmethod
-    def of_counts(cls, requests: Iterable[RequestCounts]) -> AcceptanceModel:
-        """Of requests that were drafted for, by their counts. Raises ValueError where nothing was drafted.
-
-        The spread is what remains of the variance between requests when that of so few draws each is taken off.
-        """
-        drafted_per_depth, accepted_per_depth = [], []
-        for request in requests:
-            drafted_per_depth.append(request.drafted_per_depth)
-            accepted_per_depth.append(request.accepted_per_depth)
-        num_depths = max(map(len, drafted_per_depth), default=0)
-        reached_ND, accepted_ND = (
-            np.array([[*counts, *[0] * (num_depths - len(counts))] for counts in per_depth], dtype=np.float64)
-            for per_depth in (drafted_per_depth, accepted_per_depth)
-        )
-        if not reached_ND.sum():
-            raise ValueError("no request was drafted for, so no acceptance is known; set draft.num_draft_tokens to 4")
-        acceptance_D = (accepted_ND.sum(0) / reached_ND.sum(0)).clip(MIN_ACCEPTANCE, MAX_ACCEPTANCE)
-        # Log-odds move acceptance by a (1 - a) each: the score statistic of a shift that all depths share.
-        variance_N = reached_ND @ (acceptance_D * (1 - acceptance_D))
-        excess_N = accepted_ND.sum(1) - reached_ND @ acceptance_D
-        spread = math.sqrt(max(float((excess_N**2 - variance_N).sum() / (variance_N**2).sum()), 0.0))
-        return cls.constant(tuple(acceptance_D.tolist()), spread=spread)
+        return cls(tuple(initial), tuple(final), float(tau))
 
     def at(self, tokens_seen: float) -> tuple[float, ...]:
         """Acceptance per depth after so many more tokens of traffic; infinity is the settled drafter's."""
@@ -117,33 +93,56 @@ class Workload:
     acceptance     by split layer.
     learner_share  of all time that goes into learning: `train.budget`, 0 without a learner.
     tokens_seen    where on the learning curve forecasts are made: tokens of traffic from now; infinity is settled.
+    ease           of each request, how much higher than usual the log-odds of acceptance are; () where all are alike.
+                   Hard ones are often short, and it is they that the 99th percentile of the token latency is made of.
     """
 
     lengths: tuple[tuple[int, int], ...]
     acceptance: Mapping[int, AcceptanceModel]
     learner_share: float = 0.0
     tokens_seen: float = 0.0
+    ease: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.lengths or min(map(min, self.lengths)) < 1:
             raise ValueError("a workload needs requests of at least 1 prompt token and 1 new token each")
         if not 0 <= self.learner_share < 1:
             raise ValueError(f"learner_share must be in [0, 1), got {self.learner_share}; 0 is no learner")
+        if self.ease and len(self.ease) != len(self.lengths):
+            raise ValueError(f"ease must be of all {len(self.lengths)} requests or of none, got {len(self.ease)}")
 
     @classmethod
     def of_counts(
         cls, requests: Iterable[RequestCounts], *, split_layer: int, learner_share: float = 0.0
     ) -> Workload:
-        """Of requests that have ended, at the split layer they were served with."""
+        """Of requests that have ended, at the split layer they were served with.
+
+        Raises ValueError where nothing was drafted.
+        """
         requests = list(requests)
         lengths = tuple((request.prompt_tokens, request.new_tokens) for request in requests)
-        return cls(lengths, {split_layer: AcceptanceModel.of_counts(requests)}, learner_share)
+        reached_ND = _padded([request.drafted_per_depth for request in requests])
+        accepted_ND = _padded([request.accepted_per_depth for request in requests])
+        if not reached_ND.sum():
+            raise ValueError("no request was drafted for, so no acceptance is known; set draft.num_draft_tokens to 4")
+        acceptance_D = (accepted_ND.sum(axis=0) / reached_ND.sum(axis=0)).clip(MIN_ACCEPTANCE, MAX_ACCEPTANCE)
+        ease = tuple(_ease(reached_ND, accepted_ND, acceptance_D).tolist())
+        return cls(lengths, {split_layer: AcceptanceModel.constant(acceptance_D.tolist())}, learner_share, ease=ease)
+
+    def with_lengths(self, lengths: Sequence[tuple[int, int]]) -> Workload:
+        """The same for requests of other lengths, each as easy as one of ours whose answer is about as long."""
+        ease: tuple[float, ...] = ()
+        if self.ease:
+            log_new_N = np.log([new for _, new in self.lengths])
+            nearest = (np.abs(log_new_N - math.log(new)).argsort(kind="stable")[:NEIGHBOURS] for _, new in lengths)
+            ease = tuple(self.ease[places[index % len(places)]] for index, places in enumerate(nearest))
+        return dataclasses.replace(self, lengths=tuple(lengths), ease=ease)
 
     def to_json(self) -> dict[str, object]:
         return {
             "lengths": [list(pair) for pair in self.lengths], "learner_share": self.learner_share,
             "tokens_seen": None if self.tokens_seen == math.inf else self.tokens_seen,  # None: settled
-            "acceptance": acceptance_to_json(self.acceptance),
+            "acceptance": acceptance_to_json(self.acceptance), "ease": list(self.ease),
         }  # fmt: skip
 
     @classmethod
@@ -151,7 +150,31 @@ class Workload:
         """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
         tokens_seen = math.inf if data["tokens_seen"] is None else data["tokens_seen"]
         lengths = tuple((prompt, new) for prompt, new in data["lengths"])
-        return cls(lengths, acceptance_from_json(data["acceptance"]), data["learner_share"], tokens_seen)
+        acceptance = acceptance_from_json(data["acceptance"])
+        return cls(lengths, acceptance, data["learner_share"], tokens_seen, tuple(data["ease"]))
+
+
+def _padded(counts: Sequence[Sequence[int]]) -> np.ndarray:
+    """[N, D] counts per depth, 0 beyond the depths that a request came to."""
+    num_depths = max(map(len, counts), default=0)
+    return np.array([[*row, *[0] * (num_depths - len(row))] for row in counts], dtype=np.float64)
+
+
+def _ease(reached_ND: np.ndarray, accepted_ND: np.ndarray, acceptance_D: np.ndarray) -> np.ndarray:
+    """[N] the likeliest shift of each request's log-odds, by Newton's method.
+
+    The wide prior keeps those finite that accepted all or nothing. It hardly shrinks the rest, although what few draws
+    say of one request is mostly chance: so the simulated requests differ as the real ones did. Shrunk by the spread
+    that all of them show they would not, the hard and short ones least; docs/planning.md.
+    """
+    log_odds_D = np.log(acceptance_D / (1 - acceptance_D))
+    shift_N = np.zeros(len(reached_ND))
+    for _ in range(NEWTON_STEPS):
+        chance_ND = 1 / (1 + np.exp(-(log_odds_D + shift_N[:, None])))
+        slope_N = (accepted_ND - reached_ND * chance_ND).sum(axis=1) - shift_N / EASE_PRIOR**2
+        bend_N = (reached_ND * chance_ND * (1 - chance_ND)).sum(axis=1) + EASE_PRIOR**-2
+        shift_N += np.clip(slope_N / bend_N, -1, 1)
+    return shift_N
 
 
 def acceptance_to_json(acceptance: Mapping[int, AcceptanceModel]) -> dict[str, object]:

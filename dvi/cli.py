@@ -233,7 +233,8 @@ def _finish_job(command: str, summary: dict[str, Any]) -> None:
 def serve(
     config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/online/serve.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as serve.port=8001.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as serve.port=8001, or another YAML file, such as a plan."),
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
     live: Annotated[bool, typer.Option("--live", help="Show the figures here as they change.")] = False,

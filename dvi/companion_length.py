@@ -149,7 +149,7 @@ class CompanionLength(GoodputLength):
         agreements = sight.agreements[-1].tolist()
         bins, told = self.estimate.bins, sight.token_ratios
         if told:
-            newest = zip(sight.agreements[-1].tolist(), told[-1].tolist(), strict=True)
+            newest = zip(sight.agreements[len(told) - 1].tolist(), told[-1].tolist(), strict=True)
             self._survival = [s * bins.given_both(*both) for s, both in zip(self._survival, newest, strict=True)]
         if len(told) > sight.depth:  # of this very position
             return self._survival

@@ -37,10 +37,10 @@ from tests.tiny_models import tiny_model
 
 # One position costs 0.1 s, a draft step 0.05 s, beside 1 s.
 FLAT = CostTable(draft_step_s={1: 0.05, 64: 0.05}, verify_s={1: 1.1, 640: 65.0})
-# Tables that give S itself as P(accept | S), and A as P(accept | S, A), by bins of a hundredth.
+# Tables that give S itself as P(accept | S), and A as P(accept | S, A) but for a tenth where S < 0.5, by hundredths.
 EDGES = [i / 100 for i in range(1, 100)]
 MIDDLES = [(i + 0.5) / 100 for i in range(100)]
-S_AND_A = AcceptanceBins(EDGES, MIDDLES, [EDGES] * 100, [MIDDLES] * 100)
+S_AND_A = AcceptanceBins(EDGES, MIDDLES, [EDGES] * 100, [[0.1] * 100] * 50 + [MIDDLES] * 50)
 
 
 def ruling(
@@ -88,8 +88,15 @@ def test_a_of_a_position_steers_the_later_ones_alone_unless_it_is_told():
     policy = ruling(tokens_per_s=4.0)
     assert lengths_of(policy, [[0.9, 0.9, 0.9]], [[0.3, 1.0, 1.0]]) == [1]
     assert lengths_of(policy, [[0.9, 0.9, 0.9]], [[0.3, 1.0, 1.0]], is_told=True) == [0]
-    assert lengths_of(policy, [[0.3, 0.9, 0.9]], [[0.95, 0.9, 0.5]], is_told=True) == [2]
-    assert lengths_of(policy, [[0.3, 0.9, 0.9]], [[0.95, 0.9, 0.5]]) == [0]
+    assert lengths_of(policy, [[0.55, 0.9, 0.9]], [[0.95, 0.9, 0.5]], is_told=True) == [2]
+    assert lengths_of(policy, [[0.55, 0.9, 0.9]], [[0.95, 0.9, 0.5]]) == [0]
+
+
+def test_a_goes_with_the_s_of_its_own_position():
+    """At S_0 = 0.4 a high A_0 says little. Catches the newest S taken together with the A before it."""
+    policy = ruling(tokens_per_s=2.0)
+    assert lengths_of(policy, [[0.4, 0.9, 0.9]], [[0.95, 0.9, 0.9]]) == [1]
+    assert lengths_of(policy, [[0.6, 0.9, 0.9]], [[0.95, 0.9, 0.9]]) == [3]
 
 
 def test_a_second_round_begins_without_the_first_ones_survival():

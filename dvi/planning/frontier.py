@@ -38,10 +38,11 @@ class Choice:
 class Frontier:
     """choices: the best plan under ever looser bounds on the token latency; both their figures rise.
 
-    simulated: every forecast made for it, or known before.
+    first_token_s: the bound on first tokens, which all of them meet. simulated: every forecast made or known before.
     """
 
     choices: list[Choice]
+    first_token_s: float
     simulated: dict[ServingPlan, Forecast]
 
 
@@ -62,7 +63,8 @@ def find_frontier(
         simulated = found[-1].simulated
     except NoFeasiblePlan as error:
         simulated = error.nearest.simulated
-    return Frontier([Choice(result.best, result.forecast) for result in reversed(found)], simulated)
+    choices = [Choice(result.best, result.forecast) for result in reversed(found)]
+    return Frontier(choices, bound.first_token_s, simulated)
 
 
 def plans_table(choices: Sequence[Choice], *, title: str) -> Table:
@@ -89,12 +91,12 @@ def plans_table(choices: Sequence[Choice], *, title: str) -> Table:
 
 
 def plot_frontier(
-    frontier: Frontier, marked: Sequence[Choice], bound: LatencyBound, path: str | Path, *, conditions: str
+    frontier: Frontier, marked: Sequence[Choice], token_s: float, path: str | Path, *, conditions: str
 ) -> None:
     """Writes a PNG: throughput over p99 token latency, as steps; grey are all plans simulated, blue the choices.
 
     A step is as high as what a bound anywhere along it admits, of what was simulated: from one choice to the next, a
-    tenth of latency, better plans may be left. marked: the chosen plan, and one to hold it against.
+    tenth of latency, better plans may be left. marked: the chosen plan, and one to hold it against. token_s: a bound.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -107,26 +109,27 @@ def plot_frontier(
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    in_time = [f for f in frontier.simulated.values() if f.first_token_p99_s <= bound.first_token_s]
-    too_late = [f for f in frontier.simulated.values() if f.first_token_p99_s > bound.first_token_s]
+    in_time = [f for f in frontier.simulated.values() if f.first_token_p99_s <= frontier.first_token_s]
+    too_late = [f for f in frontier.simulated.values() if f.first_token_p99_s > frontier.first_token_s]
     axes.plot(*places(in_time), ".", color="0.7", markersize=5, label=f"simulated plan ({len(in_time)})")
     if too_late:
-        label = f"first token after {1e3 * bound.first_token_s:.4g} ms ({len(too_late)})"
+        label = f"first token after {1e3 * frontier.first_token_s:.4g} ms ({len(too_late)})"
         axes.plot(*places(too_late), "x", color="0.8", markersize=5, label=label)
     steps: list[Forecast] = []
     for forecast in sorted(in_time, key=lambda f: (f.token_p99_s, -f.tokens_per_s)):
         if not steps or forecast.tokens_per_s > steps[-1].tokens_per_s:
             steps.append(forecast)
-    axes.step(*places(steps), where="post", linewidth=1.8, color="tab:blue", label="frontier: the best under each bound")
+    label = "frontier: the best under each bound"
+    axes.step(*places(steps), where="post", linewidth=1.8, color="tab:blue", label=label)
     axes.plot(*places([choice.forecast for choice in frontier.choices]), "o", markersize=4, color="tab:blue")
     for choice, colour, marker in zip(marked, ("tab:red", "tab:orange"), ("*", "D"), strict=False):
         axes.plot(
             *places([choice.forecast]), marker, color=colour, markersize=14 if marker == "*" else 8, zorder=3,
             markeredgecolor="black", markeredgewidth=0.6, linestyle="none", label=choice.label,
         )  # fmt: skip
-    if bound.token_s < math.inf:
-        bound_ms = 1e3 * bound.token_s
-        axes.axvline(bound_ms, color="black", linestyle="--", linewidth=1.2, label=f"bound: {bound_ms:.4g} ms")
+    if token_s < math.inf:
+        label = f"bound: {1e3 * token_s:.4g} ms"
+        axes.axvline(1e3 * token_s, color="black", linestyle="--", linewidth=1.2, label=label)
     axes.set_xscale("log")
     right = axes.get_xlim()[1]  # to here the last step goes on
     axes.hlines(steps[-1].tokens_per_s, 1e3 * steps[-1].token_p99_s, right, linewidth=1.8, color="tab:blue")

@@ -112,7 +112,8 @@ class Limits:
             calm_N = self._calm_N * rounds.mean / (lowest.max_rows - 1)
             pieces_N = -(-positions_N // highest.prefill_tokens_per_step)
             waits_N = np.maximum(pieces_N - 1, 0) * turn + np.where(pieces_N, np.maximum(turn - 1 - calm_N, 0), 0)
-        first_N = reading_N + round_N * (1 + np.minimum(waits_N, rounds.mean / 2))
+        waiting_N = np.minimum(waits_N, rounds.mean / 2) * rounds.with_rows(max(rows - 1, 1))
+        first_N = reading_N + waiting_N + round_N
         queue_ns = max(lowest.max_rows - most_rows, 0.0) * request_ns
         return request_ns, percentile_99(token_N), max(percentile_99(first_N), queue_ns)
 

@@ -160,7 +160,7 @@ class _Bench:
         for row in range(ROWS[-1]):
             sequence = self._open(self._context + row * 7 % RAGGED, 1)
             batch.prefill(sequence, 1)
-        lengths = list(batch.cache.lengths)
+        wanted = list(batch.cache.lengths)
         for num_rows in reversed(ROWS):
             while len(batch.sequences) > num_rows:
                 batch.remove(batch.sequences[-1])
@@ -168,7 +168,9 @@ class _Bench:
                 batch.policy = FixedLength(num_draft_tokens)
 
                 def round_again() -> None:
-                    batch.cache.set_lengths(lengths)  # of rows gone too: nobody asks for theirs
+                    rows = slice(0, len(batch.sequences))
+                    pairs = zip(wanted[rows], batch.cache.lengths[rows], strict=True)
+                    batch.cache.commit([want - have for want, have in pairs], rows=rows)
                     batch.round()
 
                 yield (num_rows, num_draft_tokens), round_again
@@ -211,7 +213,8 @@ def measure_overheads(speculator: SelfSpeculator) -> Overheads:
 
 def _request(index: int, num_draft_tokens: int, speculator: SelfSpeculator) -> Request:
     generator = torch.Generator().manual_seed(index)
-    prompt_ids = torch.randint(speculator.split.vocab_size, (ENGINE_PROMPT,), generator=generator).tolist()
+    length = min(ENGINE_PROMPT, speculator.max_positions // 2)
+    prompt_ids = torch.randint(speculator.split.vocab_size, (length,), generator=generator).tolist()
     return Request(
         request_id=index, prompt_ids=prompt_ids, params=SamplingParams(max_new_tokens=ENGINE_NEW, ignore_eos=True),
         draft=DraftChoice(policy="fixed", num_draft_tokens=num_draft_tokens), arrived_s=time.perf_counter(),

@@ -93,7 +93,7 @@ def tune(
         space, bound, Simulator(profile, workload), config=config, present=present, folder=folder,
         command=f"{command} {folder / PLAN_FILE}", console=console,
         conditions=f"{Path(config.model.path).name}, {config.model.dtype}, {machine['gpu'] or machine['cpu']}, "
-        f"{machine['threads']} threads; {len(lengths)} requests",
+        f"threads: {machine['threads']}; {len(lengths)} requests",
     )
     return facts | {"is_newly_measured": is_new}
 
@@ -179,7 +179,6 @@ def plan_settings(plan: ServingPlan, config: ServeConfig) -> dict[str, dict[str,
         "draft": {"num_draft_tokens": plan.num_draft_tokens},
         "serve": {
             "max_rows": plan.max_rows, "prefill_tokens_per_step": plan.prefill_tokens_per_step,
-            "rounds_per_prefill": plan.rounds_per_prefill,
         },
     }  # fmt: skip
     if config.draft.policy == "auto":
@@ -223,7 +222,7 @@ def report_plan(
         "simulated": [_facts(Choice(plan, gives)) for plan, gives in frontier.simulated.items()],
     }  # fmt: skip
     (folder / FRONTIER_FILE).write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    plot_frontier(frontier, [chosen, beside], bound, folder / PICTURE_FILE, conditions=conditions)
+    plot_frontier(frontier, [chosen, beside], bound.token_s, folder / PICTURE_FILE, conditions=conditions)
 
     console.print(f"{len(space)} plans, of which {result.num_simulations} were simulated to find the best")
     console.print(plans_table(frontier.choices, title="The best plan under each bound on the token latency"))

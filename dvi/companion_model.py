@@ -68,25 +68,26 @@ class _CompanionRows:
     def __init__(self, split: SplitModel) -> None:
         self._split = split
         self._cache = split.make_cache(1, 0)
-        # As of the newest `follow`, and steps since.
+        # As of the newest `follow`, and what steps have fed since: the texts' newest tokens, then drafts.
         self._request_ids: list[int] = []
         self._texts: list[list[int]] = []
-        self._num_steps = 0
+        self._fed: list[Tensor] = []
 
     def follow(self, rows: Sequence[Row]) -> None:
         texts, lengths = {row.request_id: row.text_ids for row in rows}, list(self._cache.lengths)
-        for place, (request_id, old) in enumerate(zip(self._request_ids, self._texts, strict=True)):
+        # A round has ended, so nothing waits for this. What was not fed, another policy's rounds decoded.
+        fed = torch.stack(self._fed, 1).tolist() if self._fed else [[]] * len(self._texts)
+        for place, (request_id, old, tokens) in enumerate(zip(self._request_ids, self._texts, fed, strict=True)):
             new = texts.get(request_id, [])
             if new[: len(old)] == old:
-                # The round fed the newest token and then its drafts, of which the text has kept the first few.
-                lengths[place] += min(self._num_steps, len(new) - len(old))
+                lengths[place] += _num_equal(tokens, new[len(old) - 1 : -1])
             else:
                 lengths[place] = 0
         self._cache.set_lengths(lengths)
         for place, request_id in enumerate(texts):
             self._seat(place, request_id)
         del self._request_ids[len(texts) :]
-        self._texts, self._num_steps = list(texts.values()), 0
+        self._texts, self._fed = list(texts.values()), []
 
     def _seat(self, place: int, request_id: int) -> None:
         """Puts the request's row there, an empty one if it has none. Rows before are seated already."""
@@ -131,13 +132,18 @@ class _CompanionRows:
 
         At depth 0 the token is the text's newest.
         """
-        self._num_steps = depth + 1
+        self._fed.append(token_B)
         return self._split.head(self._final(token_B[:, None], slice(0, len(token_B)), offset=depth))[:, 0]
 
     def _final(self, token_ids_BQ: Tensor, rows: slice, *, offset: int) -> Tensor:
         placement = self._cache.place(offset=offset, width=token_ids_BQ.shape[1], rows=rows)
         hidden_BQD = self._split.shallow(token_ids_BQ, self._cache, placement)
         return self._split.deep(hidden_BQD, token_ids_BQ, self._cache, placement)
+
+
+def _num_equal(one: list[int], other: list[int]) -> int:
+    """Of their leading tokens."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def load_companion(

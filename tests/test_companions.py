@@ -289,6 +289,18 @@ def test_a_request_of_the_same_number_with_another_text_is_read_anew():
         run_round(companion, drafter, [TextRow(0, text)], rng, num_draft_tokens=2, split=split)
 
 
+def test_rounds_that_another_policy_decoded_are_read():
+    """An engine may change policies between rounds. Catches rejected drafts taken for accepted because the text has
+    grown by as much."""
+    split, rng = companion_split(), random.Random(6)
+    drafter, companion = random_drafter(split_of(), seed=1), ModelCompanion(split)
+    rows = [TextRow(i, [3, 4, 5]) for i in range(3)]
+    for _ in range(8):
+        run_round(companion, drafter, rows, rng, num_draft_tokens=4, split=split)
+        for row in rows:
+            row.text_ids = row.text_ids + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 6))]
+
+
 def test_rows_that_have_ended_make_room():
     """Catches a cache that grows with every request."""
     split, rng = companion_split(), random.Random(4)

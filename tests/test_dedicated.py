@@ -204,7 +204,8 @@ BAD_EXPERIENCE = {
     for name, value in (
         ("round", -1), ("request_id", -1), ("request_id", REQUESTS_PER_RANK), ("start_position", -1), ("width", 0),
         ("width", 9), ("num_drafted", -1), ("num_drafted", 99), ("num_accepted", 5), ("num_accepted", 1),
-        ("drafter_version", -1), ("num_waived", -1), ("num_waived", 9), ("is_prefill", 1), ("tenant", 1), ("tenant", -1),
+        ("drafter_version", -1), ("num_waived", -1), ("num_waived", 9), ("is_prefill", 1), ("tenant", 1),
+        ("tenant", -1),
     )
 }  # fmt: skip
 

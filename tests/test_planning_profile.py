@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from planning_doubles import synthetic
-from tiny_models import tiny_model
 
 from dvi.planning import measurement
 from dvi.planning.measurement import fingerprint_of, measure_workload, obtain_profile
@@ -22,6 +20,8 @@ from dvi.planning.simulator import Simulator
 from dvi.planning.workload import AcceptanceModel, Workload, read_acceptance, read_lengths
 from dvi.records import SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator
+from tests.planning_doubles import synthetic
+from tests.tiny_models import tiny_model
 
 PASSES = PassSeconds(
     contexts=(100, 300), rows=(1, 4), draft_tokens=(0, 2), widths=(1, 11),

@@ -91,9 +91,12 @@ def test_a_search_by_arithmetic_finds_what_looking_at_every_plan_finds(slack):
 def test_of_plans_that_give_the_same_the_first_of_the_space_is_best():
     """Catches a tie that batches or the order of the queue decide: two runs on one profile would disagree."""
 
-    class Alike(Arithmetic):
-        def _between(self, lowest, highest, slack):
-            return Forecast(100.0, 0.01, 0.02, 0.1, 0.2)
+    class Alike:
+        def forecast(self, plans):
+            return [Forecast(100.0, 0.01, 0.02, 0.1, 0.2) for _ in plans]
+
+        def optimistic(self, lowest, highest):  # the last plans promise more than the first
+            return Forecast(150.0 if highest.max_rows == 16 else 100.0, 0.01, 0.02, 0.1, 0.2)
 
     result = search(SPACE, LatencyBound(), Alike())
     assert result.best == next(iter(SPACE))

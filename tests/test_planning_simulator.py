@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from planning_doubles import synthetic
 
 from dvi.planning.plans import Forecast, PlanSpace, ServingPlan
 from dvi.planning.profile import LatencyProfile, Overheads
@@ -18,6 +17,7 @@ from dvi.planning.workload import AcceptanceModel, Workload
 from dvi.records import SamplingParams
 from dvi.serving.request import Request
 from dvi.serving.scheduler import Scheduler, SchedulerLimits
+from tests.planning_doubles import synthetic
 
 
 def space_of(profile):

@@ -135,6 +135,15 @@ def test_a_split_layer_other_than_the_drafters_is_planned_with_the_word_to_train
         assert "Split layer 2 is not the drafter's, 1: first train one for it" in " ".join(text.split())
 
 
+def test_every_field_of_a_plan_that_a_server_has_is_written(tmp_path):
+    """Catches a field that is planned and then left as it was."""
+    plan = ServingPlan(3, 5, 7, 111, rounds_per_prefill=9)
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan_settings(plan, ServeConfig())), encoding="utf-8")
+    planned = load_config(tmp_path / "plan.yaml", schema=ServeConfig)
+    assert present_plan(planned, split_layer=planned.model.split_layer) == plan
+    assert differing(ServeConfig(), planned) == CHANGED
+
+
 @pytest.mark.parametrize(("policy", "written"), [("auto", "fixed"), ("fixed", None), ("goodput", None)])
 def test_only_an_automatic_length_policy_is_replaced(policy, written):
     """Catches a plan that overrides what the user chose, and one whose rounds are not those that were simulated."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,7 @@ def measure_passes(speculator: SelfSpeculator, split_layer: int, *, budget_s: fl
     """Medians of rounds and of prompts being read, by the batch that serves, with the model cut at this layer.
 
     Repetitions are interleaved, so that a busy moment of the machine does not fall on one pass alone. After budget_s
-    no further one begins; ranks in lock-step, whose clocks differ, make LOCK_STEP_REPEATS.
+    none begins; ranks in lock-step, whose clocks differ, make LOCK_STEP_REPEATS.
     """
     passes = speculator.passes
     if split_layer != speculator.split.split_layer:
@@ -115,12 +116,12 @@ def measure_passes(speculator: SelfSpeculator, split_layer: int, *, budget_s: fl
     benches = [_Bench(speculator, passes, context, chunk) for context in contexts]
     seconds: dict[tuple[int, ...], list[float]] = {}
     is_lock_step = is_tensor_parallel(speculator.model)
-    deadline_s = time.perf_counter() + budget_s
+    deadline_s = math.inf if is_lock_step else time.perf_counter() + budget_s
     for repeat in range(LOCK_STEP_REPEATS if is_lock_step else NUM_REPEATS):
+        if repeat and time.perf_counter() > deadline_s:
+            break
         for index, bench in enumerate(benches):
             for size, run in bench.runs(widths):
-                if repeat and not is_lock_step and time.perf_counter() > deadline_s:
-                    continue  # the runs left still put away what they have begun
                 if not repeat:
                     run()  # the warm-up
                 seconds.setdefault((index, *size), []).append(_timed(run, passes.device))

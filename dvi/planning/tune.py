@@ -179,6 +179,7 @@ def plan_settings(plan: ServingPlan, config: ServeConfig) -> dict[str, dict[str,
         "draft": {"num_draft_tokens": plan.num_draft_tokens},
         "serve": {
             "max_rows": plan.max_rows, "prefill_tokens_per_step": plan.prefill_tokens_per_step,
+            "rounds_per_prefill": plan.rounds_per_prefill,
         },
     }  # fmt: skip
     if config.draft.policy == "auto":

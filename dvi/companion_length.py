@@ -46,7 +46,6 @@ from dvi.round_costs import CostTable
 FULL = 0.99  # chance that the rule lets a row go on, before anything is known of it
 
 
-
 class CompanionLength(GoodputLength):
     """T by the goodput rule, and within the round the positions that pay, as the module says.
 
@@ -72,7 +71,10 @@ class CompanionLength(GoodputLength):
         self.companion = companion
         self.estimate = AgreementEstimate()
         self._is_on_cpu, self._can_pack = is_on_cpu, can_pack
+        # By the table, each looked up many times a round.
+        self._full_round_s = functools.cache(costs.round_s)
         self._verify_s = functools.cache(lambda num_positions: costs.round_s(num_positions, 0))
+        self._draft_step_s = functools.cache(lambda num_rows: costs.round_s(num_rows, 1) - self._verify_s(2 * num_rows))
         self._work: dict[int, _WorkEstimate] = {}
         self._goodput: dict[int, float] = {}  # as last asked for
         self._length, self._has_rule, self._keeps_all = 0, False, True
@@ -93,12 +95,13 @@ class CompanionLength(GoodputLength):
 
     def choose(self, info: RoundInfo) -> int:
         if self._is_on_cpu and not self._has_rule and self.estimate.num_samples >= FIRST_FIT:
-            self._has_rule, self._is_burst, self._probe_credit = True, True, BURST_ROUNDS
+            self._has_rule, self._is_burst = True, True
+            self._probe_credit = BURST_ROUNDS if self._probe_share else 0.0
         num_rows, length = info.num_rows, super().choose(info)
         usual = self._standings[num_rows].length
         self._length, self._keeps_all = length, length != usual or not self._has_rule
-        table_share = self.costs.round_s(num_rows, length) / self.costs.table.round_s(num_rows, length)
-        self._tokens_per_s = num_rows * self._goodput[usual] * table_share
+        slowness = self.costs.round_s(num_rows, length) / self._full_round_s(num_rows, length)
+        self._tokens_per_s = num_rows * self._goodput[usual] * slowness
         return length
 
     def observe(self, outcome: RoundOutcome) -> None:
@@ -121,14 +124,11 @@ class CompanionLength(GoodputLength):
         if not (self._can_pack and is_worth_packing(num_positions, num_places)):
             num_positions = num_places
         seconds = num_steps * self._draft_step_s(num_rows) + self._verify_s(round(num_positions))
-        return seconds / self.costs.table.round_s(num_rows, length)
+        return seconds / self._full_round_s(num_rows, length)
 
     def _work_of(self, num_rows: int) -> _WorkEstimate:
         size = (num_rows - 1).bit_length()  # shared between powers of two, as `LiveCosts` has it
         return self._work.setdefault(size, _WorkEstimate(self.buckets[-1]))
-
-    def _draft_step_s(self, num_rows: int) -> float:
-        return self.costs.table.round_s(num_rows, 1) - self._verify_s(2 * num_rows)
 
     # Within a round
 

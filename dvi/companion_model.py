@@ -132,7 +132,7 @@ class _CompanionRows:
 
         At depth 0 the token is the text's newest.
         """
-        self._fed.append(token_B)
+        self._fed.append(token_B.clone())  # the first is a buffer that the round rewrites
         return self._split.head(self._final(token_B[:, None], slice(0, len(token_B)), offset=depth))[:, 0]
 
     def _final(self, token_ids_BQ: Tensor, rows: slice, *, offset: int) -> Tensor:

@@ -39,6 +39,7 @@ from dvi.traffic import read_prompts
 
 CONSOLE = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 GOAL = 0.15
+SHUFFLES = 3  # of all requests, in a simulation
 # Draft tokens, rows, prefill tokens, rounds per prefill: no plan has both of the first two on the measured grid.
 HELD_OUT = (
     (3, 1, 200, 1), (0, 3, 96, 1), (3, 6, 256, 1), (6, 6, 96, 4), (3, 12, 200, 1), (1, 12, 384, 8), (3, 24, 512, 1),
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="configs/demo/prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=96)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--num-requests", type=int, default=64, help="counted, of each plan and repetition")
+    parser.add_argument("--num-requests", type=int, default=96, help="counted, of each plan and repetition")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plans", type=int, nargs="+", default=list(range(len(HELD_OUT))), help="which of the plans")
     parser.add_argument("--profile-s", type=float, default=4.0, help="seconds for the passes, each repetition")
@@ -150,8 +151,9 @@ def main() -> None:
             profile = LatencyProfile(
                 {(layer, 1): measure_passes(speculator, layer, budget_s=args.profile_s)}, measure_overheads(speculator)
             )
+            simulator = Simulator(profile, workload, num_requests=SHUFFLES * len(requests))
             progress.advance(task)
-            for plan, forecast in zip(plans, Simulator(profile, workload).forecast(plans), strict=True):
+            for plan, forecast in zip(plans, simulator.forecast(plans), strict=True):
                 predicted[plan].append(forecast)
                 run_engine(
                     speculator, plan, requests, measured[plan], first=repeat * args.num_requests,

@@ -218,7 +218,9 @@ def run_round(
         num_steps = rng.randint(1, num_draft_tokens)  # a round may end early
         for depth in range(num_steps):
             fed = [row.text_ids[-1] if depth == 0 else d[depth - 1] for row, d in zip(rows, drafts, strict=True)]
-            logits_BV = companion.step(torch.tensor(fed), None, None, state, depth)
+            token_B = torch.tensor(fed)
+            logits_BV = companion.step(token_B, None, None, state, depth)
+            token_B.zero_()  # the first is a buffer of the batch's, which the round rewrites
             for logits_V, row, draft in zip(logits_BV, rows, drafts, strict=True):
                 expected_V = plain_logits(split, row.text_ids + draft[:depth])
                 torch.testing.assert_close(logits_V, expected_V, rtol=0, atol=1e-4)  # rotary angles are float32

@@ -36,10 +36,12 @@ def speculator():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A smaller grid."""
+    """A smaller grid, and fewer requests."""
     monkeypatch.setattr(measurement, "ROWS", (1, 2))
     monkeypatch.setattr(measurement, "DRAFT_TOKENS", (0, 2, 4))
     monkeypatch.setattr(measurement, "WIDTHS", (1, 8, 64))
+    monkeypatch.setattr(measurement, "ENGINE_LOADS", ((1, 1), (2, 3)))
+    monkeypatch.setattr(measurement, "ENGINE_NEW", 8)
 
 
 # Numbers

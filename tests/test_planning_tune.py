@@ -106,6 +106,7 @@ def test_an_impossible_bound_is_refused_with_the_nearest_plan_which_is_written_a
         (["--max-token-latency-ms", "9", "--max-rows", "0,4"], "--max-rows must be numbers in 1..4096 with commas"),
         (["--max-token-latency-ms", "9", "--num-draft-tokens", "9"], "--num-draft-tokens must be numbers in 0..8"),
         (["--max-token-latency-ms", "9", "--traffic", "nowhere"], "No such file or directory: 'nowhere'"),
+        (["--max-token-latency-ms", "9", "--prompts", "nowhere"], "no prompts file nowhere; give JSONL"),
         (["--max-token-latency-ms", "9", "--traffic", "PROMPTS"], "line 1: prompt_tokens and new_tokens must be"),
         (["--max-token-latency-ms", "9", "--acceptance", "PROMPTS"], "must hold acceptance by split layer"),
         (["--max-token-latency-ms", "9", "serve.maxrows=1"], "unknown key 'serve.maxrows'"),

@@ -85,11 +85,11 @@ def search(
     first, by throughput, and then the others, by how little they violate it. A forecast that is better in every number
     never ranks behind, so an optimistic forecast ranks before every plan of its box.
 
-    What makes such a forecast possible is that each part of a simulation is monotone in each field, even where the
-    whole is not. A round takes longer with more rows and more drafted tokens, and its rows gain more tokens by it; a
-    prompt is read in less time in longer pieces and delays each row more; with more rounds between two readings it
-    waits longer and delays fewer. So each part is taken at the corner of the box where it is best. Split layer and
-    tensor-parallel degree have no such order, and the best of their few values is taken.
+    What makes such a forecast possible is that each part of a simulation is monotone in most fields, even where the
+    whole is not. A round takes longer with more rows, and each row's share of it less time; a prompt is read in less
+    time in longer pieces, and holds the others up for longer; with more rounds between two readings it waits longer,
+    and holds fewer up. So each part is taken at the corner of the box where it is best, see `dvi.planning.limits`.
+    Split layer, draft length and tensor-parallel degree have no such order: the best of their few values is taken.
 
     known            forecasts of earlier searches with the same evaluator: not made again, and not counted.
     max_simulations  the search ends with what it has once that many are made; at least one batch is.

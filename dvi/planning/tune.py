@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dvi.bench.machine import describe_machine
 from dvi.planning.frontier import Choice, find_frontier, plans_table, plot_frontier
-from dvi.planning.measurement import BUDGET_S, DRAFT_TOKENS, measure_workload, obtain_profile
+from dvi.planning.measurement import DRAFT_TOKENS, measure_workload, obtain_profile
 from dvi.planning.plans import LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.search import Evaluator, NoFeasiblePlan, search
 from dvi.planning.simulator import Simulator
@@ -28,7 +28,7 @@ from dvi.planning.workload import Workload, read_acceptance, read_lengths
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.settings import ServeConfig
 from dvi.speculator import SelfSpeculator, build_speculator
-from dvi.traffic import read_prompts
+from dvi.traffic import Messages, read_prompts
 
 PLAN_FILE, FRONTIER_FILE, PICTURE_FILE = "plan.yaml", "frontier.json", "frontier.png"
 NUM_PROMPTS = 64  # decoded at most; fewer where measure_workload's time is up
@@ -48,10 +48,10 @@ class Sources:
     """
 
     prompts: Path
-    traffic: Path | None = None
-    acceptance: Path | None = None
-    seconds: float = BUDGET_S
-    remeasure: bool = False
+    traffic: Path | None
+    acceptance: Path | None
+    seconds: float
+    remeasure: bool
 
 
 def tune(
@@ -70,6 +70,8 @@ def tune(
         speculator = build_speculator(config)
     own = speculator.split.split_layer
     split_layers = tuple(sorted({own, *acceptance}))
+    is_known = lengths is not None and own in acceptance
+    prompts = [] if is_known else read_prompts([sources.prompts], limit=NUM_PROMPTS)
     with console.status("") as status:
         profile, is_new = obtain_profile(
             speculator, split_layers=split_layers, remeasure=sources.remeasure, budget_s=sources.seconds,
@@ -79,8 +81,8 @@ def tune(
         "profile of this machine: measured now, and kept" if is_new else
         "profile of this machine: measured before; --remeasure measures it anew"
     )  # fmt: skip
-    if lengths is None or own not in acceptance:
-        decoded = _decode(speculator, config, sources.prompts, console=console)
+    if not is_known:
+        decoded = _decode(speculator, prompts, max_new_tokens=config.sampling.max_new_tokens, console=console)
         lengths, acceptance = lengths or decoded.lengths, decoded.acceptance | acceptance
     workload = Workload(lengths, acceptance, config.train.budget if config.train.enabled else 0.0)
     console.print(_describe(workload, split_layer=own))
@@ -98,15 +100,15 @@ def tune(
     return facts | {"is_newly_measured": is_new}
 
 
-def _decode(speculator: SelfSpeculator, config: ServeConfig, prompts: Path, *, console: Console) -> Workload:
-    """Lengths and acceptance of the model's answers to the first prompts of a file."""
-    messages = read_prompts([prompts], limit=NUM_PROMPTS)
-    max_new_tokens = config.sampling.max_new_tokens
+def _decode(
+    speculator: SelfSpeculator, prompts: Sequence[Messages], *, max_new_tokens: int, console: Console
+) -> Workload:
+    """Lengths and acceptance of the model's answers."""
     columns = (TextColumn("decoding prompts"), BarColumn(bar_width=20), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=len(messages))
+        task = progress.add_task("", total=len(prompts))
         return measure_workload(
-            speculator, [speculator.encode_request(one, max_new_tokens=max_new_tokens)[0] for one in messages],
+            speculator, [speculator.encode_request(one, max_new_tokens=max_new_tokens)[0] for one in prompts],
             max_new_tokens=max_new_tokens, on_answer=lambda: progress.advance(task),
         )
 

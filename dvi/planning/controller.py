@@ -159,12 +159,8 @@ def is_worthwhile(proposal: Proposal, bound: LatencyBound) -> bool:
     """
     new, present = proposal.forecast, proposal.present
     if not new.meets(bound):
-        return _excess(present, bound) > WORTHWHILE * _excess(new, bound)
+        return present.strain(bound) > WORTHWHILE * new.strain(bound)
     return not present.meets(bound) or new.tokens_per_s > WORTHWHILE * present.tokens_per_s
-
-
-def _excess(forecast: Forecast, bound: LatencyBound) -> float:
-    return max(forecast.token_p99_s / bound.token_s, forecast.first_token_p99_s / bound.first_token_s)
 
 
 def _offer(forecast: Forecast, bound: LatencyBound) -> LatencyBound:

@@ -134,8 +134,8 @@ def search(
 
 
 def _rank(plan: ServingPlan, forecast: Forecast, bound: LatencyBound) -> Rank:
-    excess = max(forecast.token_p99_s / bound.token_s, forecast.first_token_p99_s / bound.first_token_s)
-    return 0.0 if forecast.meets(bound) else excess, -forecast.tokens_per_s, plan
+    strain = forecast.strain(bound)
+    return 0.0 if strain <= 1 else strain, -forecast.tokens_per_s, plan
 
 
 def _corners(box: PlanSpace) -> tuple[ServingPlan, ServingPlan]:

@@ -123,6 +123,14 @@ def answer(
     return workload, [(prompts[result.index], result.stats.new_tokens) for result in results]
 
 
+def _plan(text: str) -> tuple[int, ...]:
+    """Draft tokens, rows, prefill tokens and rounds per prefill of a plan."""
+    numbers = tuple(int(part) for part in text.split(","))
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"must be four numbers such as 4,16,256,1, got {text!r}")
+    return numbers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="checkpoints/reference-11m")
@@ -132,7 +140,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--num-requests", type=int, default=96, help="counted, of each plan and repetition")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plans", type=int, nargs="+", default=list(range(len(HELD_OUT))), help="which of the plans")
+    parser.add_argument(
+        "--plan", type=_plan, action="append", metavar="T,ROWS,PREFILL,ROUNDS", help="in place of the held-out plans",
+    )
     parser.add_argument("--profile-s", type=float, default=4.0, help="seconds for the passes, each repetition")
     parser.add_argument("--num-threads", type=int, default=int(os.environ.get("DVI_THREADS", 1)))
     args = parser.parse_args()
@@ -140,7 +150,7 @@ def main() -> None:
 
     speculator = SelfSpeculator.from_pretrained(args.model, adapter=args.adapter)
     layer = speculator.split.split_layer
-    plans = [ServingPlan(layer, *HELD_OUT[index]) for index in args.plans]
+    plans = [ServingPlan(layer, *plan) for plan in args.plan or HELD_OUT]
     texts = read_prompts([args.prompts], limit=args.num_prompts, shuffle_seed=0)
     prompts = [speculator.encode_request(text, max_new_tokens=args.max_new_tokens)[0] for text in texts]
     workload, requests = answer(speculator, prompts, max_new_tokens=args.max_new_tokens)

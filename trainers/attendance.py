@@ -11,7 +11,6 @@ import dataclasses
 import signal
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -84,7 +83,7 @@ def attend(desk: Desk, speculator: SelfSpeculator, trainer: OnlineTrainer | None
     return ShippingAttendance(desk, speculator)
 
 
-class Attendance(ABC):
+class Attendance:
     """The learner as a job's serving sees it, with its updates written down; between rounds it saves, or ends the job.
 
     serves       False on a rank that takes no requests.
@@ -111,21 +110,21 @@ class Attendance(ABC):
         if self._learner is not None:
             self._learner.end_request(request_id)
 
-    @abstractmethod
     def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
-        """As `Learner` has it; raises Interrupted when the job is to end."""
+        """As `Learner` has it; raises Interrupted when the job is to end. Not asked of a rank that serves nobody."""
+        raise NotImplementedError
 
-    def save_if_due(self) -> None:  # noqa: B027  nothing to do is a fair default
+    def save_if_due(self) -> None:
         """To be called when a request has ended; where ranks agree on the moment, they have saved already."""
 
-    def wait_for_others(self) -> None:  # noqa: B027  nothing to do is a fair default
+    def wait_for_others(self) -> None:
         """Does its part until no rank has any traffic. Raises Interrupted, and PeerLostError when a rank is lost."""
 
     def facts(self) -> dict[str, object]:
         """What the company costs, for the summary: numbers that can be added up over the ranks."""
         return {}
 
-    def leave(self) -> None:  # noqa: B027  nothing to do is a fair default
+    def leave(self) -> None:
         """Takes leave of the others."""
 
     def _write(self, report: UpdateReport) -> None:

@@ -14,6 +14,7 @@ is a model of its own is in `dvi.companion_model`.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -105,7 +106,7 @@ class ExitCompanion:
         return self._drafter.draft_head.frozen_logits(self._final_norm(hidden_BD))
 
 
-class _PastDrafter:
+class _PastDrafter(ABC):
     """Drafts along with what the drafter has been; equal to it until it publishes.
 
     With another drafter, or one whose vocabulary has been trimmed, the past begins anew.
@@ -135,9 +136,9 @@ class _PastDrafter:
     def _start(self, drafter: Drafter) -> None:
         self._past = _copy_of(drafter)
 
+    @abstractmethod
     def _move_on(self, drafter: Drafter) -> None:
         """The drafter has published another version."""
-        raise NotImplementedError
 
 
 class OlderCompanion(_PastDrafter):

@@ -81,21 +81,27 @@ def tune(
         "profile of this machine: measured now, and kept" if is_new else
         "profile of this machine: measured before; --remeasure measures it anew"
     )  # fmt: skip
-    if not is_known:
+    learner_share = config.train.budget if config.train.enabled else 0.0
+    if is_known:
+        workload = Workload(lengths, acceptance, learner_share)
+    else:
         decoded = _decode(speculator, prompts, max_new_tokens=config.sampling.max_new_tokens, console=console)
-        lengths, acceptance = lengths or decoded.lengths, decoded.acceptance | acceptance
-    workload = Workload(lengths, acceptance, config.train.budget if config.train.enabled else 0.0)
+        # Texts differ in how well they are drafted for, and the slowest hundredth is made of the hard ones.
+        workload = dataclasses.replace(
+            decoded if lengths is None else decoded.with_lengths(lengths),
+            acceptance={**decoded.acceptance, **acceptance}, learner_share=learner_share,
+        )
     console.print(_describe(workload, split_layer=own))
     present = present_plan(config, split_layer=own)
     space = plan_space(
-        present, choices, split_layers=split_layers, max_positions=config.serve.max_positions, lengths=lengths
+        present, choices, split_layers=split_layers, max_positions=config.serve.max_positions, lengths=workload.lengths
     )
     machine = describe_machine(speculator.split.device)
     facts = report_plan(
         space, bound, Simulator(profile, workload), config=config, present=present, folder=folder,
         command=f"{command} {folder / PLAN_FILE}", console=console,
         conditions=f"{Path(config.model.path).name}, {config.model.dtype}, {machine['gpu'] or machine['cpu']}, "
-        f"threads: {machine['threads']}; {len(lengths)} requests",
+        f"threads: {machine['threads']}; {len(workload.lengths)} requests",
     )
     return facts | {"is_newly_measured": is_new}
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from dvi.drafter import DrafterConfig, RmsGain, build_drafter
 from dvi.durable import staged_folder, surviving_folder, write_tensors
+from dvi.software import versions_of
 
 if TYPE_CHECKING:  # reading a manifest needs no transformers, which takes seconds to import
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ def save_drafter(
             metrics=metrics or {},
             config=config or {},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            software={name: _version(name) for name in ("dvi", "torch", "transformers", "peft")},
+            software=versions_of(("dvi", "torch", "transformers", "peft")),
             has_learnt_lossy=drafter.has_learnt_lossy,
         )
         (staging / MANIFEST_FILE).write_bytes(TypeAdapter(AdapterManifest).dump_json(manifest, indent=2) + b"\n")
@@ -370,10 +370,3 @@ linear layer named `draft_head`.
 
 def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
-        return None

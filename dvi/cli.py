@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from dvi import __version__
 from dvi.bench.commands import app as bench_app
 from dvi.config import load_config, to_yaml
 from dvi.settings import (
@@ -28,6 +29,7 @@ from dvi.settings import (
     VerifySettings,
     WarmupConfig,
 )
+from dvi.software import extra_of, install_extra
 from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:
@@ -66,13 +68,35 @@ class _Group(TyperGroup):
             lines = (line.strip() for line in str(error).splitlines())
             say(f"error: {'; '.join(line for line in lines if line)}")
             raise typer.Exit(exit_code) from None
+        except ModuleNotFoundError as error:
+            extra = extra_of(error.name)
+            if extra is None or ctx.meta[DEBUG]:
+                raise
+            say(f"error: this needs {error.name}, which is not installed: {install_extra(extra)}")
+            raise typer.Exit(USER_ERROR) from None
 
 
 app = typer.Typer(
     cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Draft, Verify, & Improve: self-speculative decoding whose drafter learns while it serves.",
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every verb: they inherit it
     epilog="--debug, anywhere, shows the traceback of an error.",
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"dvi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Draft, Verify, & Improve: self-speculative decoding whose drafter learns while it serves."""
+
 
 app.add_typer(bench_app, name="bench")
 

@@ -21,7 +21,9 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 
+from dvi.bundled import here_or_bundled
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
+from dvi.software import versions_of
 
 Schema = TypeVar("Schema")
 
@@ -63,7 +65,7 @@ def write_provenance(folder: str | Path, config: TrainConfig | ServeConfig | War
         "argv": sys.argv,
         "git_sha": _git_sha(),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("dvi", "torch", "transformers", "peft", "accelerate")},
+        | versions_of(("dvi", "torch", "transformers", "peft", "accelerate")),
     }
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
@@ -79,7 +81,7 @@ _Loader.add_implicit_resolver(
 
 def _read_yaml(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = here_or_bundled(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"config must be a readable YAML file, got {path}: {error.strerror}") from error
     return _parse_yaml(text, source=str(path))
@@ -183,13 +185,4 @@ def _git_sha() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata  # here for the same reason as pydantic
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
         return None

@@ -9,7 +9,6 @@ import dataclasses
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from packaging.requirements import Requirement
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig
 
+from dvi import software
 from dvi.adapter_store import MANIFEST_FILE, read_manifest
 from dvi.config import load_config
 from dvi.drafter import DRAFTER_KINDS, DrafterConfig
@@ -28,7 +28,7 @@ from dvi.speculator import EXACT_WIDTH, SelfSpeculator, default_split_layer
 from dvi.split import SplitModel
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
-OPTIONAL = {"deepspeed": "training with DeepSpeed needs it: pip install 'dvi[deepspeed]'"}
+OPTIONAL = {"fastapi": ("serve", "a server"), "deepspeed": ("deepspeed", "training with DeepSpeed")}  # extra, what for
 
 CHECKED_BYTES = 2**30  # of weights: a model up to this size is loaded and its split checked, unasked
 USUAL_POSITIONS = 4096  # of a row where nothing else is said: prompt and answer of all but few requests
@@ -148,16 +148,19 @@ def memory_table(facts: Mapping[str, Any]) -> Table:
 def describe_machine() -> dict[str, Any]:
     """Versions, devices and precisions; "problems" lists what is wrong, with remedies, "notes" what is only absent."""
     problems, notes = [], []
-    versions = {name: _version(name) for name in ("dvi", *PACKAGES, *OPTIONAL)}
-    for requirement in map(Requirement, metadata.requires("dvi") or () if versions["dvi"] else ()):
+    versions, required = software.versions_of(("dvi", *PACKAGES, *OPTIONAL)), software.requirements()
+    for requirement in map(Requirement, required or ()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found = _version(requirement.name)
+        found = software.version_of(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             problems.append(f"{requirement.name} {found or 'is missing'}: pip install '{requirement}'")
-    if versions["dvi"] is None:
+    if required is None:
         notes.append("dvi is not installed, only importable: pip install -e .")
-    notes += [f"{name} is missing; {remedy}" for name, remedy in OPTIONAL.items() if versions[name] is None]
+    notes += [
+        f"{name} is missing; {purpose} needs it: {software.install_extra(extra)}"
+        for name, (extra, purpose) in OPTIONAL.items() if versions[name] is None
+    ]  # fmt: skip
     devices = [
         f"cuda:{index} {torch.cuda.get_device_name(index)}, "
         f"{torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB"
@@ -254,10 +257,3 @@ def _has_fast_cpu_bf16() -> bool:
     except OSError:
         return False
     return any(flag in flags.split() for flag in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dvi.bundled import here_or_bundled
+
 _LOG = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
@@ -69,7 +71,7 @@ def read_prompts(
     """
     parse = parse or as_messages
     domains, seen_splits, seen_domains = set(domains), set(), set()
-    paths = [Path(path) for path in paths]
+    paths = [here_or_bundled(path) for path in paths]
     files: list[list[Parsed]] = []
     for path in paths:
         files.append([])

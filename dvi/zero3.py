@@ -22,6 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from dvi.drafter import DrafterConfig
 from dvi.placement import gather_module
 from dvi.recordings import RecordedText
+from dvi.software import install_extra
 from dvi.speculator import SelfSpeculator, choose_split_layer, make_drafter
 from dvi.split import fingerprint_of_head, post_head_of, refuse_unsplittable
 from dvi.views import Anatomy, dissect
@@ -149,7 +150,7 @@ def _import_deepspeed() -> ModuleType:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
-        raise ValueError("ZeRO-3 needs DeepSpeed; pip install 'dvi[deepspeed]'") from error
+        raise ValueError(f"ZeRO-3 needs DeepSpeed; {install_extra('deepspeed')}") from error
     # Else it compiles shared-memory collectives for CPUs when it starts: minutes, and a failure without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its collectives go by names that newer torch calls old; nobody here can change that.

@@ -335,3 +335,33 @@ def test_a_terminated_job_saves_a_checkpoint_and_says_so(tmp_path):
     facts = json.loads(stdout.splitlines()[-1])
     assert facts["status"] == "interrupted" and Path(facts["checkpoint"]).is_dir()
     assert "output.resume=true goes on" in stderr
+
+
+def test_the_version_is_printed_alone():
+    """Catches a version that needs a verb, or that comes with a JSON line."""
+    result = CliRunner().invoke(dvi.cli.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"dvi {dvi.__version__}\n")
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS, "bench spec-bench", "bench report"])
+def test_h_is_help(verb):
+    """Catches a verb that does not inherit the short form."""
+    short, long = (CliRunner().invoke(dvi.cli.app, [*verb.split(), option]) for option in ("-h", "--help"))
+    assert short.exit_code == 0 and short.stdout == long.stdout
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
+    """Catches a traceback for a server without its packages, and another bug's traceback swallowed."""
+    import dvi.serving.front_door
+
+    for module, message in (("fastapi", "pip install 'draft-verify-improve[serve]'"), ("elsewhere", None)):
+        def fail(*_arguments, module=module, **_options):
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+        monkeypatch.setattr(dvi.serving.front_door, "run_front_door", fail)
+        if message is None:
+            with pytest.raises(ModuleNotFoundError):
+                dvi_command("route", "http://127.0.0.1:1")
+        else:
+            code, _, _, stderr = dvi_command("route", "http://127.0.0.1:1")
+            assert code == 2 and stderr == f"error: this needs {module}, which is not installed: {message}\n"

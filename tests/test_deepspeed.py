@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs/accelerate"
 TIMEOUT_S = 120
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install 'dvi[deepspeed]'")
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: make test installs it")
 PROBE = "from dvi.distributed import join; p = join(timeout_s=30); print(p.exchange([p.rank, p.num_ranks])); p.leave()"
 
 
@@ -229,7 +229,7 @@ def test_without_deepspeed_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     plain_student()
-    with pytest.raises(ImportError, match=r"pip install 'dvi\[deepspeed\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'draft-verify-improve\[deepspeed\]'"):
         sharded_student.ZeroStudent(serving().split, serving().drafter, deepspeed_ranks.CONFIG, stage=1)
 
 

@@ -23,7 +23,7 @@ from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
 from trainers.warmup import run_warmup
 
-pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's: pip install 'dvi[deepspeed]'")
+pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's: pip install 'draft-verify-improve[deepspeed]'")
 
 # By rank: not equally many, nor equally long.
 TEXTS = ([list(range(2, 11))], [list(range(12, 30)), [5], [40, 41, 42]])

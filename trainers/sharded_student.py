@@ -21,6 +21,7 @@ from dvi.distributed import SOLO, Peers, Pieces, wait
 from dvi.losses import BatchTotals, RewardBaseline
 from dvi.records import LossWeights, ReplayBatch
 from dvi.settings import LearningSettings
+from dvi.software import install_extra
 from trainers.student import Student
 from trainers.versions import State
 
@@ -195,7 +196,7 @@ def _plugin(stage: int | None, device: torch.device) -> DeepSpeedPlugin:
     try:
         import deepspeed.ops
     except ImportError as error:
-        raise ImportError("ZeRO needs DeepSpeed: pip install 'dvi[deepspeed]', or set train.strategy=ddp") from error
+        raise ValueError(f"ZeRO needs DeepSpeed: {install_extra('deepspeed')}, or set train.strategy=ddp") from error
 
     # Else DeepSpeed compiles C++ for messages through shared memory when it starts on a CPU, and fails without a
     # compiler. Nothing else reads this table.

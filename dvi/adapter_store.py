@@ -5,7 +5,8 @@ Knows files, tensors and which backbone a drafter fits; knows nothing of decodin
                                                      with a linear layer named `draft_head`
     drafter_extra.safetensors                        the drafter's other tensors under their state-dict names
     dvi_manifest.json, README.md                     what it fits (`AdapterManifest`), for machines and for people
-A folder is staged beside its place, synced and renamed, so a crash leaves the old drafter or the new one.
+A folder is staged beside its place, read back, synced and renamed, so a crash leaves the old drafter or the new one,
+and what does not come back as it was leaves nothing.
 """
 # D hidden, R rank, V draft vocabulary (trimmed or full).
 
@@ -17,16 +18,17 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import safetensors.torch
 import torch
+from annotated_types import Ge, Le
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dvi.drafter import DrafterConfig, RmsGain, build_drafter
+from dvi.drafter import MAX_VERSION, MAX_VOCAB, MAX_WIDTH, DrafterConfig, RmsGain, build_drafter
 from dvi.durable import staged_folder, surviving_folder, write_tensors
 from dvi.software import versions_of
 
@@ -41,6 +43,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 EXTRA_FILE = "drafter_extra.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 MAX_HEADER_BYTES = 1 << 20  # a drafter has some ten tensors; a longer safetensors header is an attack or damage
+MAX_MANIFEST_BYTES = 1 << 20  # one is some 3 kB
+MAX_LAYERS = 1 << 16
 
 TENSOR_FILES = (ADAPTER_FILE, EXTRA_FILE)
 TOKEN_IDS = "draft_head.draft_token_ids_V"
@@ -60,18 +64,20 @@ class AdapterManifest:
     has_learnt_lossy  it learnt, here or before, from text in which only a lossy verify rule let some tokens pass.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
+
     format_version: int
     drafter: DrafterConfig
-    drafter_version: int
+    drafter_version: Annotated[int, Ge(0), Le(MAX_VERSION)]
     base_model: str
     base_revision: str | None
     architecture: str
     dtype: str
     head_fingerprint: str
-    split_layer: int
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
+    split_layer: Annotated[int, Ge(0), Le(MAX_LAYERS)]
+    num_layers: Annotated[int, Ge(1), Le(MAX_LAYERS)]
+    hidden_size: Annotated[int, Ge(1), Le(MAX_WIDTH)]
+    vocab_size: Annotated[int, Ge(1), Le(MAX_VOCAB)]
     sha256: dict[str, str]
     metrics: dict[str, Any]
     config: dict[str, Any]
@@ -91,8 +97,8 @@ def save_drafter(
 ) -> None:
     """Writes the drafter to `folder`, in place of a drafter saved there before. One writer at a time.
 
-    Raises ValueError when `folder` holds files that this would delete, OSError when the disk refuses; what was there
-    then stays as it was.
+    Raises ValueError when `folder` holds files that this would delete, or when what was written does not come back bit
+    for bit, OSError when the disk refuses; what was there then stays as it was.
     """
     from peft import LoraConfig  # seconds to import, and only saving needs it
 
@@ -122,7 +128,26 @@ def save_drafter(
             has_learnt_lossy=drafter.has_learnt_lossy,
         )
         (staging / MANIFEST_FILE).write_bytes(TypeAdapter(AdapterManifest).dump_json(manifest, indent=2) + b"\n")
-        (staging / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+        is_trimmed = drafter.draft_head.draft_token_ids_V is not None
+        (staging / "README.md").write_text(_model_card(manifest, is_trimmed=is_trimmed), encoding="utf-8")
+        _check_comes_back(staging, drafter, manifest, folder)
+
+
+def _check_comes_back(staging: Path, drafter: nn.Module, manifest: AdapterManifest, folder: str | Path) -> None:
+    """Reads what was just written. Raises ValueError unless it is the drafter and its vocabulary, to the bit."""
+    try:
+        found, expected = read_manifest(staging), drafter.state_dict()
+        for name in ("drafter", "drafter_version", "sha256", "has_learnt_lossy"):
+            if getattr(found, name) != getattr(manifest, name):
+                raise ValueError(f"{name} is {getattr(found, name)!r} and was {getattr(manifest, name)!r}")
+        tensors = _named_tensors(staging, found)
+        _check_tensors(tensors, expected, staging)
+        for name, tensor in tensors.items():
+            if not torch.equal(tensor, expected[name].cpu()):
+                raise ValueError(f"{name} is not what it was")
+    except ValueError as error:
+        reason = str(error).replace(str(staging), str(folder))
+        raise ValueError(f"the drafter written for {folder} does not come back, so it is not kept: {reason}") from error
 
 
 def load_drafter(folder: str | Path, split: SplitModel) -> nn.Module:
@@ -134,10 +159,7 @@ def load_drafter(folder: str | Path, split: SplitModel) -> nn.Module:
     folder = surviving_folder(folder)
     manifest = read_manifest(folder)
     _check_backbone(manifest, split, folder)
-    tensors = {name: tensor for file in TENSOR_FILES for name, tensor in _read_tensors(folder / file, manifest).items()}
-    for name, peft_name in PEFT_NAMES.items():
-        if peft_name in tensors:
-            tensors[name] = tensors.pop(peft_name)
+    tensors = _named_tensors(folder, manifest)
     _check_claimed_sizes(tensors, manifest.drafter, folder)
     token_ids_V = tensors.get(TOKEN_IDS)
     if token_ids_V is not None:
@@ -162,6 +184,8 @@ def read_manifest(folder: str | Path) -> AdapterManifest:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing, so nothing tells what the drafter fits; save it with save_drafter")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{path} must be <= {MAX_MANIFEST_BYTES} bytes, got {path.stat().st_size}; do not use it")
     text = path.read_bytes()
     try:
         fields = from_json(text)
@@ -175,7 +199,9 @@ def read_manifest(folder: str | Path) -> AdapterManifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is not valid: {where}: {first['msg']}; save the drafter again") from error
+        message, found = first["msg"].removeprefix("Value error, "), repr(first["input"])
+        got = "" if first["type"] in ("missing", "value_error") else f", got {found[:40]}"
+        raise ValueError(f"{path} is not valid: {where}: {message}{got}; save the drafter again") from error
 
 
 def export_standalone(
@@ -213,6 +239,10 @@ def export_standalone(
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        reloaded = AutoModelForCausalLM.from_pretrained(staging, dtype=split.dtype).state_dict()
+        for name, tensor in model.state_dict().items():
+            if name not in reloaded or not torch.equal(tensor, reloaded[name]):
+                raise ValueError(f"the draft model written for {folder} does not come back, so it is not kept: {name}")
 
 
 def _shallow_config(config: PretrainedConfig, split: SplitModel) -> PretrainedConfig:
@@ -294,9 +324,28 @@ def _check_backbone(manifest: AdapterManifest, split: SplitModel, folder: Path) 
             )
 
 
-def _read_tensors(path: Path, manifest: AdapterManifest) -> dict[str, Tensor]:
+def _named_tensors(folder: Path, manifest: AdapterManifest) -> dict[str, Tensor]:
+    """The saved tensors under their state-dict names; the manifest's sizes bound what is read."""
+    rank, width = manifest.drafter.lora_rank, manifest.drafter.anchor_hidden
+    hidden_size, vocab_size = manifest.hidden_size, manifest.vocab_size
+    # Correction, token ids, MLP with its depths, norm with room to spare: no drafter of this shape is larger.
+    largest = 4 * (rank + 2) * (hidden_size + vocab_size) + 12 * (width + 16) * (hidden_size + 16) + MAX_HEADER_BYTES
+    tensors: dict[str, Tensor] = {}
+    for file in TENSOR_FILES:
+        tensors |= _read_tensors(folder / file, manifest, largest)
+    for name, peft_name in PEFT_NAMES.items():
+        if peft_name in tensors:
+            tensors[name] = tensors.pop(peft_name)
+    return tensors
+
+
+def _read_tensors(path: Path, manifest: AdapterManifest, largest: int) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; copy the whole folder again")
+    if path.stat().st_size > largest:
+        raise ValueError(
+            f"{path} must be <= {largest} bytes for a drafter of this shape, got {path.stat().st_size}; do not use it"
+        )
     # Read once: what is hashed is what is parsed, and a file cut short under a memory map would kill the process.
     content = path.read_bytes()
     wanted, found = manifest.sha256.get(path.name), sha256_of(content)
@@ -340,13 +389,17 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], fold
             raise ValueError(f"{folder}: {name} holds NaN or infinity; use one saved before its training diverged")
 
 
-def _model_card(manifest: AdapterManifest) -> str:
+def _model_card(manifest: AdapterManifest, *, is_trimmed: bool) -> str:
     base, drafter = json.dumps(manifest.base_model), manifest.drafter  # JSON strings are also YAML's and Python's
     metrics = "".join(f"| {name} | {value} |\n" for name, value in manifest.metrics.items())
     table = f"\n| metric | value |\n|---|---|\n{metrics}" if metrics else ""
     origin = "It learnt in part from text that a lossy verify rule let pass.\n" if manifest.has_learnt_lossy else ""
+    rest = "is its norm, and what reads the verifier's hidden state, which only dvi has at hand."
+    if drafter.kind == "lora_head":
+        rest = "is its norm. For **transformers** `dvi export --standalone` makes both a draft model of its own."
+    rows = "" if not is_trimmed else f'[load_file(f"{{folder}}/{EXTRA_FILE}")["{TOKEN_IDS}"]]'
     return f"""---
-library_name: peft
+library_name: dvi
 base_model: {base}
 tags: [dvi, speculative-decoding]
 ---
@@ -356,16 +409,41 @@ It drafts tokens from layer {manifest.split_layer} of {manifest.num_layers} for 
 changes how fast the model decodes, not what. Made for {manifest.architecture} in {manifest.dtype}, revision
 {manifest.base_revision or "not recorded"}.
 
+Kind `{drafter.kind}`, rank {drafter.lora_rank}, version {manifest.drafter_version}, saved {manifest.created}.
+`{MANIFEST_FILE}` says what it was trained on and how.
+{origin}
+## What loads it
+
+**dvi** loads all of it, and only dvi drafts with it:
+
 ```python
 from dvi import SelfSpeculator
 
-speculator = SelfSpeculator.from_pretrained({base}, split_layer={manifest.split_layer}, adapter="this folder")
+folder = "."  # where this file lies
+speculator = SelfSpeculator.from_pretrained(
+    {base}, split_layer={manifest.split_layer}, dtype="{manifest.dtype}", adapter=folder
+)
 ```
 
-Kind `{drafter.kind}`, rank {drafter.lora_rank}, version {manifest.drafter_version}, saved {manifest.created}.
-`{MANIFEST_FILE}` says what it was trained on and how. The low-rank head correction alone is a PEFT adapter for a
-linear layer named `draft_head`.
-{origin}{table}"""
+**peft** loads a part: `{ADAPTER_FILE}`, the low-rank correction of the draft head, on a module that has a linear layer
+named `draft_head`. It is refused on the base model itself, which has none, and that is meant: the correction on the
+model's own head would change what the model says. The rest, in `{EXTRA_FILE}`,
+{rest}
+
+```python
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+folder = "."  # where this file lies
+base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{manifest.dtype})
+weight = base.get_output_embeddings().weight.detach(){rows}
+head = torch.nn.ModuleDict({{"draft_head": torch.nn.Linear(*weight.T.shape, bias=False, dtype=weight.dtype)}})
+head["draft_head"].weight.data = weight
+corrected = PeftModel.from_pretrained(head, folder).base_model.model["draft_head"]  # normed states to draft logits
+```
+{table}"""
 
 
 def sha256_of(content: bytes) -> str:

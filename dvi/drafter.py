@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MAX_DEPTH = 16
+MAX_VERSION = 2**53 - 1  # beyond it a JSON reader that takes numbers for doubles would lose the last digit
+# Of a drafter's shape: beyond what any model can use, within what a machine can be asked for.
+MAX_RANK, MAX_ALPHA, MAX_WIDTH, MAX_VOCAB = 4096, 1_000_000, 1 << 17, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,15 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         if self.kind not in DRAFTER_KINDS:
             raise ValueError(f"drafter kind must be one of {', '.join(DRAFTER_KINDS)}, got {self.kind!r}")
-        for name in ("lora_rank", "anchor_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        bounds = {
+            "lora_rank": (1, MAX_RANK), "anchor_hidden": (1, MAX_WIDTH), "draft_vocab_size": (0, MAX_VOCAB),
+            "lora_alpha": (0, MAX_ALPHA),
+        }  # fmt: skip
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # NaN is in no range
+                default = type(self).__dataclass_fields__[name].default
+                raise ValueError(f"{name} must be in {least}..{most}, got {value}; try {default}")
 
 
 class Drafter(Protocol):

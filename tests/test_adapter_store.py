@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -145,6 +147,84 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new_drafter(tmp_pat
     assert outcomes.count(False) >= 8 and outcomes.count(True) >= 2
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda path: flip(path), "is damaged: its SHA-256"),
+        (lambda path: os.truncate(path, path.stat().st_size - 4), "is damaged: its SHA-256"),
+    ],
+)
+def test_a_drafter_that_does_not_come_back_from_the_disk_is_not_kept(
+    tmp_path: Path, split: SplitModel, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None], reason: str
+) -> None:
+    """Would catch an export that is found to be broken where it is to be used, and one that replaced a good one."""
+    old = trained(split, seed=1)
+    save_drafter(tmp_path / "old", old, split, base_model="base")
+    card = adapter_store._model_card
+
+    def break_then_write(*args: object, **options: object) -> str:  # comes last: all is hashed by then
+        for extra in tmp_path.glob(f".*.staging/{EXTRA_FILE}"):
+            fault(extra)
+        return card(*args, **options)
+
+    monkeypatch.setattr(adapter_store, "_model_card", break_then_write)
+    for name in ("old", "new"):
+        with pytest.raises(ValueError, match=f"written for {tmp_path / name} does not come back.*{reason}"):
+            save_drafter(tmp_path / name, trained(split, seed=2), split, base_model="base")
+    monkeypatch.undo()
+    assert not (tmp_path / "new").exists()
+    assert_same_drafter(load_drafter(tmp_path / "old", split), old)
+
+
+def test_a_drafter_that_has_diverged_is_not_saved(tmp_path: Path, split: SplitModel) -> None:
+    """Would catch an export that every reader refuses."""
+    drafter = trained(split)
+    with torch.no_grad():
+        drafter.draft_head.lora_B[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"does not come back, so it is not kept: .*lora_B holds NaN or infinity"):
+        save_drafter(tmp_path / "new", drafter, split, base_model="base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_id_map_that_comes_back_otherwise_is_found(
+    tmp_path: Path, split: SplitModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a round trip that leaves out the draft vocabulary: every token would then be drafted as another."""
+    real = adapter_store.write_tensors
+
+    def write_shifted(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        real(path, {name: t + 1 if name == TOKEN_IDS else t for name, t in tensors.items()})
+
+    monkeypatch.setattr(adapter_store, "write_tensors", write_shifted)
+    with pytest.raises(ValueError, match=f"does not come back, so it is not kept: {TOKEN_IDS} is not what it was"):
+        save_drafter(tmp_path / "new", trained(split, token_ids_V=torch.tensor([3, 8])), split, base_model="base")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("kind", "is_trimmed"), [("anchored", True), ("lora_head", False)])
+def test_the_snippets_of_the_card_run_and_say_what_loads_where(
+    tmp_path: Path, split: SplitModel, monkeypatch: pytest.MonkeyPatch, kind: str, is_trimmed: bool
+) -> None:
+    """Would catch a card that promises what PEFT refuses, and code that nobody has ever run."""
+    base = SplitModel(AutoModelForCausalLM.from_pretrained(STORIES), split_layer=2)
+    drafter = trained(base, kind=kind, token_ids_V=torch.tensor([3, 8, 60]) if is_trimmed else None)
+    save_drafter(tmp_path / "drafter", drafter, base, base_model=str(STORIES))
+    card = (tmp_path / "drafter" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "drafter")
+    with_dvi, with_peft = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    found: dict[str, object] = {}
+    exec(with_dvi, found)
+    assert_same_drafter(found["speculator"].drafter, drafter)
+    exec(with_peft, found)
+    x = torch.randn(4, base.hidden_size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        # float32 sums in another order
+        torch.testing.assert_close(found["corrected"](x), drafter.draft_head(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"Target modules .*draft_head.* not found in the base model"):
+        PeftModel.from_pretrained(found["base"], tmp_path / "drafter")
+    assert "library_name: dvi" in card and ("dvi export --standalone" in card) == (kind == "lora_head")
+
+
 def test_saving_over_other_files_is_refused_and_deletes_nothing(tmp_path: Path, split: SplitModel) -> None:
     """Would catch `save_drafter("checkpoints")` wiping everything that lives there."""
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -194,6 +274,11 @@ def set_first(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], ob
     return lambda tensors: tensors[name].view(-1).__setitem__(0, value)
 
 
+def number(name: str, value: float) -> Callable[[Path], object]:
+    """Plants a number in the drafter's shape."""
+    return lambda folder: edit(folder, lambda manifest: manifest["drafter"].update({name: value}))
+
+
 LORA_A = "base_model.model.draft_head.lora_A.weight"
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing folder": (lambda f: os.rename(f, f"{f}-gone"), "there is no adapter folder"),
@@ -225,8 +310,34 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a NaN": (lambda f: rewrite(f, ADAPTER_FILE, set_first(LORA_A, float("nan"))), "lora_A holds NaN or infinity"),
     "an infinity": (lambda f: rewrite(f, EXTRA_FILE, set_first("norm.gain", float("inf"))), "gain holds NaN or inf"),
-    "a rank that lies": (lambda f: edit(f, lambda m: m["drafter"].update(lora_rank=10**12)), "lora_rank=1000000000000"),
-    "a width that lies": (lambda f: edit(f, lambda m: m["drafter"].update(anchor_hidden=10**12)), "anchor_hidden=1000"),
+    "a rank that lies": (lambda f: edit(f, lambda m: m["drafter"].update(lora_rank=999)), "lora_rank=999 rows"),
+    "a width that lies": (lambda f: edit(f, lambda m: m["drafter"].update(anchor_hidden=999)), "anchor_hidden=999 row"),
+    "a rank beyond all": (number("lora_rank", 10**12), "lora_rank must be in 1..4096, got 1000000000000; try 32"),
+    "a width beyond all": (number("anchor_hidden", 10**12), "anchor_hidden must be in 1..131072, got 10000"),
+    "no rank": (number("lora_rank", 0), "lora_rank must be in 1..4096, got 0"),
+    "a huge alpha": (number("lora_alpha", 1e308), r"lora_alpha must be in 0..1000000, got 1e\+308"),
+    "alpha NaN": (number("lora_alpha", float("nan")), "drafter.lora_alpha: .*finite number, got nan"),
+    "alpha infinite": (number("lora_alpha", float("inf")), "drafter.lora_alpha: .*finite number, got inf"),
+    "a draft vocabulary beyond all": (number("draft_vocab_size", 2**63), "draft_vocab_size must be in 0..16777216"),
+    "a version that overflows": (
+        lambda f: edit(f, lambda m: m.update(drafter_version=2**63)),
+        f"drafter_version: Input should be less than or equal to {2**53 - 1}, got {2**63}",
+    ),
+    "the first version too many": (
+        lambda f: edit(f, lambda m: m.update(drafter_version=2**53)), "drafter_version: Input should be less than or"
+    ),
+    "a version below 0": (
+        lambda f: edit(f, lambda m: m.update(drafter_version=-1)),
+        "drafter_version: Input should be greater than or equal to 0, got -1",
+    ),
+    "a version that is a truth": (
+        lambda f: edit(f, lambda m: m.update(drafter_version=True)), "drafter_version: Input should be a valid integer"
+    ),
+    "layers beyond all": (lambda f: edit(f, lambda m: m.update(num_layers=2**40)), "num_layers: Input should be less"),
+    "a long manifest": (
+        lambda f: (f / MANIFEST_FILE).write_text(" " * (2**20 + 1)), "must be <= 1048576 bytes, got 1048577"
+    ),
+    "a file that no such drafter needs": (lambda f: os.truncate(f / EXTRA_FILE, 2**23), "bytes for a drafter of this"),
     "an id out of range": (lambda f: rewrite(f, EXTRA_FILE, set_first(TOKEN_IDS, -1)), "must be ascending int64 ids"),
     "ids out of order": (lambda f: rewrite(f, EXTRA_FILE, set_first(TOKEN_IDS, 63)), "must be ascending int64 ids"),
 }  # fmt: skip

@@ -151,10 +151,13 @@ def test_another_drafter_is_told_from_the_reloaded_one(settings, tmp_path):
     with torch.no_grad():
         other.drafter.draft_head.lora_B.add_(1e-3)
     other.drafter.publish(other.drafter, 1)
-    prompts = [speculator.encode("Once upon a time")]
-    params = job_module.SamplingParams(max_new_tokens=24)
-    assert drafts_alike(speculator, speculator.drafter, prompts, params, num_draft_tokens=4)
-    assert not drafts_alike(speculator, other.drafter, prompts, params, num_draft_tokens=4)
+    prompt, params = speculator.encode("Once upon a time"), job_module.SamplingParams(max_new_tokens=24)
+    assert drafts_alike(speculator, speculator.drafter, prompt, params, num_draft_tokens=4)
+    assert not drafts_alike(speculator, other.drafter, prompt, params, num_draft_tokens=4)
+    same, _, _ = load_run(tmp_path / "run")
+    same.drafter.publish(other.drafter, 1)  # what serves, not what is stored
+    same.drafter.load_state_dict(speculator.drafter.state_dict())
+    assert not drafts_alike(speculator, same.drafter, prompt, params, num_draft_tokens=4)
 
 
 def test_requests_that_overtake_others_are_not_served_again():

@@ -187,6 +187,33 @@ def test_a_step_in_progress_is_finished_before_it_is_saved_and_still_reported():
     assert_same(state_of(resumed._live), state_of(straight._live))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_version", 2**53), ("_version", -1), ("num_steps", -1), ("train_s", float("nan")), ("train_s", float("inf"))],
+)
+def test_a_saved_count_that_no_run_comes_to_is_refused_before_anything_changes(name, value):
+    """Catches a learner that dies in the middle of serving of a number it was given, as 2^63 in a struct of int64."""
+    trainer = trainer_of(serving())
+    trainer.step()
+    state = copy.deepcopy(trainer.state_dict())
+    state["counts"][name] = value
+    resumed = OnlineTrainer(serving(), trainer.config)
+    before = state_of(resumed._live)
+    with pytest.raises(ValueError, match=f"the learner's counts: {name} must be finite, .*< 2\\^53, got"):
+        resumed.load_state_dict(state)
+    assert_same(state_of(resumed._live), before)
+    assert resumed.num_steps == 0
+
+
+def test_saved_weights_that_are_not_finite_are_refused():
+    """Catches a server that goes on from a checkpoint and drafts nothing that is ever accepted."""
+    trainer = trainer_of(serving())
+    state = copy.deepcopy(trainer.state_dict())
+    state["live"]["draft_head.lora_B"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"the saved drafter's draft_head.lora_B holds NaN or infinity"):
+        OnlineTrainer(serving(), trainer.config).load_state_dict(state)
+
+
 def test_idle_time_catches_up_with_the_steps_owed_and_then_ends():
     """Catches a server that never rests, and one that forgets what a busy hour left to learn."""
     trainer = trainer_of(serving(), budget=0.05, blocks_per_slice=8, rounds_per_step=10)

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -177,6 +178,17 @@ def read_checkpoint(folder: Path, step: int) -> dict[str, object]:
 def peek(folder: Path, step: int, key: str) -> object:
     """A plain value at the top of the state saved at a step, without its tensors; None where it has none."""
     return dict(map(tuple, _tree(_path(folder, step))["state"]["dict"])).get(key)
+
+
+def check_counts(counts: Mapping[str, object], *, where: str) -> None:
+    """Raises ValueError for a number that no run can have come to: not finite, 2^53 and more, or a count below 0."""
+    for name, value in counts.items():
+        is_count = isinstance(value, int)
+        if not (0 if is_count else -(2**53)) <= value < 2**53:  # NaN is in no range
+            raise ValueError(
+                f"{where}: {name} must be finite, {'>= 0 ' if is_count else ''}and < 2^53, got {value}; the checkpoint "
+                "was changed: resume from the one before, or start afresh in another output.folder"
+            )
 
 
 def pack(state: dict[str, object]) -> Tensor:

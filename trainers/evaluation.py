@@ -12,6 +12,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from dvi.draft_length import FixedLength, LengthPolicy
@@ -22,6 +23,7 @@ from dvi.verification import StrictRule
 REQUESTS_PER_PROBE = 25  # times the batch size; with PROBE_TOKENS plain tokens a row that is about 1 % of the time
 PROBE_TOKENS = 16
 NUM_PROBES_KEPT = 5
+SHORT_ANSWER = 16  # tokens along which a reloaded drafter is held against the one that was saved
 
 
 @dataclass(frozen=True)
@@ -79,26 +81,29 @@ def measure(
     )
 
 
-def drafts_alike(
-    speculator: SelfSpeculator, other: nn.Module, prompts: list[list[int]], params: SamplingParams, *,
-    num_draft_tokens: int,
-) -> bool:
-    """Whether another drafter drafts the same tokens with the same log-probabilities, to the bit, and so the same text.
+def weights_alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two drafters have the same tensors, draft vocabulary included, to the bit."""
+    own, others = one.state_dict(), other.state_dict()
+    return own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
 
-    The text alone would say nothing: it is the verifier's.
+
+def drafts_alike(
+    speculator: SelfSpeculator, other: nn.Module, prompt: list[int], params: SamplingParams, *, num_draft_tokens: int
+) -> bool:
+    """Whether another drafter has the same weights and drafts with them the same, to the bit, along one short answer.
+
+    That is the same tokens with the same log-probabilities. The text alone would say nothing: it is the verifier's.
     """
-    drafting = FixedLength(num_draft_tokens)
+    drafting, params = FixedLength(num_draft_tokens), replace(params, max_new_tokens=SHORT_ANSWER)
+    own = speculator.drafter
+    if not weights_alike(own, other):
+        return False
 
     def trace() -> list[object]:
-        found: list[object] = []
-        for prompt in prompts:
-            result = next(speculator.generate([prompt], params, batch_size=1, policy=drafting))
-            found.append(result.token_ids)
-            for stretch in result.transitions:
-                found.append((stretch.draft_token_ids_W.tolist(), stretch.draft_log_probs_W.tolist()))
-        return found
+        result = next(speculator.generate([prompt], params, batch_size=1, policy=drafting))
+        stretches = [(s.draft_token_ids_W.tolist(), s.draft_log_probs_W.tolist()) for s in result.transitions]
+        return [result.token_ids, stretches]
 
-    own = speculator.drafter
     expected = trace()
     speculator.drafter = other
     try:

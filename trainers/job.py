@@ -12,7 +12,6 @@ rank 0 measures and reports.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import signal
@@ -34,7 +33,7 @@ from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import METRICS_FILE, MetricsWriter, plot_acceptance, read_metrics
 from dvi.traffic import Messages
 from trainers.attendance import Attendance, Desk, Interrupted, Signals, attend
-from trainers.checkpoint import CheckpointStore
+from trainers.checkpoint import CheckpointStore, check_counts
 from trainers.evaluation import Measurement, SpeedProbe, drafts_alike, measure
 from trainers.online import OWN, OnlineTrainer
 from trainers.place import Place
@@ -43,7 +42,6 @@ from trainers.progress import RunDisplay, comparison_table
 from trainers.shards import CHECKPOINTS, SavedRun, load_alike, load_saved, rank_folder
 
 DRAFTER, PICTURE, SUMMARY = "drafter", "acceptance.png", "summary.json"
-NUM_RELOAD_PROMPTS = 3
 
 
 def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
@@ -211,6 +209,7 @@ class Job(ABC):
         self.store.drop_after(saved.steps.get(self.peers.rank, -1))
         self.before = None if state["before"] is None else Measurement(**state["before"])
         for rank, place in saved.places.items():
+            check_counts(place["counts"] | {"first_open": place["first_open"]}, where=f"counts of rank {rank}")
             # Counts of a rank that is no more are rank 0's now.
             if rank % self.peers.num_ranks == self.peers.rank:
                 for name, value in place["counts"].items():
@@ -317,8 +316,8 @@ class Job(ABC):
         """Whether the drafter read back from the disk drafts what the one here does."""
         traffic = (self._request(0, messages).token_ids for messages in self.traffic)
         return drafts_alike(
-            self.speculator, reloaded, list(itertools.islice(self.held_out or traffic, NUM_RELOAD_PROMPTS)),
-            self.eval_params, num_draft_tokens=max(self.config.draft.num_draft_tokens, 1),
+            self.speculator, reloaded, self.held_out[0] if self.held_out else next(traffic), self.eval_params,
+            num_draft_tokens=max(self.config.draft.num_draft_tokens, 1),
         )
 
     def _measure(self) -> Measurement:

@@ -29,6 +29,7 @@ from dvi.settings import LearningSettings
 from trainers import ballot
 from trainers.ballot import Ballot, Notices
 from trainers.budget import TimeBudget
+from trainers.checkpoint import check_counts
 from trainers.drift import AcceptanceTrend
 from trainers.sharded_student import build_student
 from trainers.student import copy_state
@@ -586,7 +587,15 @@ class OnlineTrainer:
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Continues where `state_dict` was taken, the serving drafter included. The time budget starts afresh."""
+        """Continues where `state_dict` was taken, the serving drafter included. The time budget starts afresh.
+
+        Raises ValueError, before anything has changed, for counts that no run comes to and weights that are not finite.
+        """
+        check_counts(state["counts"], where="the learner's counts")
+        check_counts({"rounds_owed": state["rounds_owed"]}, where="the learner's budget")
+        for name, tensor in state["live"].items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"the saved drafter's {name} holds NaN or infinity; resume from the checkpoint before")
         self._work = self._unreported = self._batch = None
         token_ids_V = state["drafter"].get("draft_head.draft_token_ids_V")
         if token_ids_V is not None and self._live.draft_head.draft_token_ids_V is None:

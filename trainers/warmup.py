@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -27,6 +26,7 @@ from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from dvi.zero3 import ShardedBackbone, ShardedSpeculator
 from trainers.attendance import Interrupted, Signals
 from trainers.ballot import Ballot
+from trainers.evaluation import weights_alike
 from trainers.job import Job, Request, resume_job
 from trainers.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
 from trainers.place import Place
@@ -270,8 +270,7 @@ class _WarmupJob(Job):
         """As of any job; where nothing can be decoded, whether the weights are the same to the bit."""
         if not self._is_sharded:
             return super()._drafts_alike(reloaded)
-        own, other = self.speculator.drafter.state_dict(), reloaded.state_dict()
-        return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+        return weights_alike(self.speculator.drafter, reloaded)
 
     # Texts
 

@@ -1,5 +1,6 @@
 """`dvi tune`: what it measures, writes and says, and that a server takes what it writes."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 import dvi.cli
 from dvi.config import load_config, to_yaml
-from dvi.planning.plans import LatencyBound, ServingPlan
+from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.search import NoFeasiblePlan
 from dvi.planning.tune import plan_settings, plan_space, present_plan, report_plan
 from dvi.settings import ServeConfig
@@ -158,6 +159,32 @@ def test_an_impossible_bound_raises_after_the_picture_is_drawn(tmp_path):
     with pytest.raises(NoFeasiblePlan):
         report(tmp_path, LatencyBound(1e-6, 1e-6), ServeConfig())
     assert {path.name for path in tmp_path.iterdir()} == {"plan.yaml", "frontier.json", "frontier.png"}
+
+
+class ByRows:
+    """Plans of 1, 2 and 4 rows. The second takes a twentieth longer for a token than the first: less than a rung."""
+
+    def forecast(self, plans):
+        seconds = {1: 0.010, 2: 0.0105, 4: 0.020}
+        return [Forecast(100 * p.max_rows, *2 * [seconds[p.max_rows]], 0.1, 0.1) for p in plans]
+
+    def optimistic(self, lowest, highest):
+        low, high = self.forecast([lowest, highest])
+        return dataclasses.replace(low, tokens_per_s=high.tokens_per_s)
+
+
+@pytest.mark.parametrize(("bound_s", "label"), [(0.0102, "tuned"), (0.001, "nearest")])
+def test_the_plan_that_is_chosen_is_on_the_frontier_however_near_it_lies_to_a_faster_one(tmp_path, bound_s, label):
+    """Catches a frontier that ends a rung above the lowest latency, and one without the best plan under the bound."""
+    space = PlanSpace((1,), num_draft_tokens=(0,), max_rows=(1, 2, 4), prefill_tokens_per_step=(64,),
+                      rounds_per_prefill=(1,))  # fmt: skip
+    with pytest.raises(NoFeasiblePlan) if label == "nearest" else contextlib.nullcontext():
+        report(
+            tmp_path, LatencyBound(bound_s), ServeConfig(), evaluator=ByRows(), space=space, present=next(iter(space))
+        )
+    written = json.loads((tmp_path / "frontier.json").read_text())
+    assert written[label]["max_rows"] == 1
+    assert [choice["max_rows"] for choice in written["frontier"]] == [1, 2, 4]
 
 
 def test_the_figures_are_json_whatever_the_bound_leaves_open(tmp_path):

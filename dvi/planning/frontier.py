@@ -52,10 +52,12 @@ def find_frontier(
     """The best plans for every bound on the token latency, with the one on first tokens as it is.
 
     Starts without a bound on the token latency, then asks again and again for a tenth less than the last plan gave,
-    until no plan gives that. known: forecasts of earlier searches with the same evaluator, which are not made again.
-    Raises NoFeasiblePlan when no plan meets the bound on first tokens.
+    until no plan gives that. The best plan under `bound` itself is among them, also where it lies between two steps or
+    within a tenth of the last. known: forecasts of earlier searches with the same evaluator, which are not made again.
+    Raises NoFeasiblePlan when no plan meets the bound.
     """
-    found = [search(space, replace(bound, token_s=math.inf), evaluator, known=known)]
+    own = search(space, bound, evaluator, known=known)
+    found = [search(space, replace(bound, token_s=math.inf), evaluator, known=own.simulated)]
     try:
         while (latency_s := found[-1].forecast.token_p99_s) > 0:  # 0 where all answers have one token
             rung = replace(bound, token_s=latency_s / RUNG)
@@ -63,7 +65,8 @@ def find_frontier(
         simulated = found[-1].simulated
     except NoFeasiblePlan as error:
         simulated = error.nearest.simulated
-    choices = [Choice(result.best, result.forecast) for result in reversed(found)]
+    best = {result.best: Choice(result.best, result.forecast) for result in (own, *found)}
+    choices = sorted(best.values(), key=lambda choice: (choice.forecast.token_p99_s, choice.forecast.tokens_per_s))
     return Frontier(choices, bound.first_token_s, simulated)
 
 

@@ -31,6 +31,10 @@ WEIGHTS = LossWeights(forward_kl=1.0, policy_gradient=0.5, accepted_ce=0.3)
 NUM_PARTS = 4
 TIMEOUT_S = 30.0
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# Adam's eps. A usual 1e-8 makes its first steps the gradient's sign: where a gradient is nearly zero, rounding that
+# depends on the processor's kernels would decide which way a weight moves. With this much, of the size of a gradient's
+# entries, an error in a gradient moves a weight by at most lr / EPS times as much.
+EPS = 0.01
 
 
 def parts_of_step(seed: int) -> list[ReplayBatch]:
@@ -57,6 +61,7 @@ def take_step(
     student: Student, parts: list[ReplayBatch], *, share: Callable[[list], list], refuses: bool = False
 ) -> float:
     """One step on this rank's share of the parts; the gradient's norm before clipping."""
+    damp(student)
     totals = BatchTotals(sum(BatchTotals.of(part).values_K for part in parts))
     student.clear_gradient()
     mine = share(parts)
@@ -119,6 +124,12 @@ def lesson(student: Student, peers: Peers, folder: Path) -> tuple[dict[str, Tens
     moments = [m for state in student.optimizer.state.values() for m in (state["exp_avg"], state["exp_avg_sq"])]
     facts["num_moments"] = sum(m.numel() for m in moments)
     return tensors, facts
+
+
+def damp(student: Student) -> None:
+    """Sets EPS in the optimizer, of which a student gets a new one now and then."""
+    for group in student.optimizer.param_groups:
+        group["eps"] = EPS
 
 
 def flatten(state: dict) -> dict[str, Tensor]:

@@ -162,7 +162,8 @@ def test_deepspeed_says_nothing_of_its_own(given):
 def test_the_ranks_share_of_the_rows_give_the_update_of_all_rows(given, event):
     """Catches gradients that are averaged, sent twice or left over, moments that a restart keeps or a load loses.
 
-    The tolerance is that of float32: sums over ranks round otherwise than sums over rows.
+    The tolerance is that of float32: sums over ranks round otherwise than sums over rows. `deepspeed_ranks.EPS` keeps
+    Adam from making more of it.
     """
     ranks, expected = given.weights(event)
     for weights in ranks:
@@ -201,7 +202,9 @@ def test_the_state_is_that_of_a_plain_student(given):
     for tensors in given.tensors:
         assert {name for name in tensors if name.startswith("state/")} == names
         for name in names:
-            torch.testing.assert_close(tensors[name], given.expected[name], rtol=1e-4, atol=1e-6)
+            expected = given.expected[name]
+            # Of the largest entry: the others are sums of terms as large, and rounded like it.
+            assert (tensors[name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
 # Choosing and refusing

@@ -15,7 +15,9 @@ from dvi import SelfSpeculator
 from dvi.bench.arms import OUR_ARMS, ArmOptions, plans_of_ours
 from dvi.bench.records import ArmPlan
 from dvi.drafter import DrafterConfig
+from dvi.exact import ExactSplit
 from dvi.settings import LearningSettings
+from tests.exact_doubles import self_check_left_out
 from tests.tiny_models import tiny_model
 from trainers import OnlineTrainer
 
@@ -37,6 +39,12 @@ def speculator() -> SelfSpeculator:
     )
 
 
+@pytest.fixture(autouse=True)
+def padded_passes_on_any_processor():
+    with self_check_left_out():
+        yield
+
+
 def plans(speculator: SelfSpeculator, options: ArmOptions = OPTIONS, **changed: object) -> dict[str, ArmPlan]:
     found = plans_of_ours(speculator, options, **{"make_learner": eager_learner} | changed)
     return {plan.name: plan for plan in found}
@@ -55,12 +63,10 @@ def test_every_arm_gives_the_greedy_tokens_of_plain_and_counts_its_rounds(specul
 
 def test_arms_agree_on_a_real_model():
     """Catches end tokens and contexts that arms understand differently."""
-    speculator = SelfSpeculator.from_pretrained(STORIES, split_layer=1)
+    speculator = SelfSpeculator.from_pretrained(STORIES, split_layer=1, dtype="float64")
     prompt = speculator.encode("Lily and Tom went to the park")
-    answers = {
-        name: plan.build().answer([prompt], seed=0)[0].token_ids
-        for name, plan in plans(speculator, ArmOptions(max_new_tokens=16)).items()
-    }
+    found = plans(speculator, ArmOptions(max_new_tokens=16))
+    answers = {name: plan.build().answer([prompt], seed=0)[0].token_ids for name, plan in found.items()}
     assert list(answers) == list(OUR_ARMS)
     assert len({tuple(token_ids) for token_ids in answers.values()}) == 1
 
@@ -161,6 +167,18 @@ def test_padded_passes_are_not_offered_in_half_precision():
     half = SelfSpeculator(tiny_model("llama", dtype=torch.bfloat16), None, split_layer=1)
     plan = plans(half)["plain_padded"]
     assert plan.build is None and "float32 or float64" in plan.na_reason
+
+
+def test_padded_passes_are_not_offered_where_the_self_check_refuses_them(speculator, monkeypatch):
+    """Catches an arm that ends the run of all others on a machine whose kernels look at a row's index."""
+
+    def refuse(split: ExactSplit) -> None:
+        raise ValueError("exact mode is not possible for torch.float32 on this machine")
+
+    monkeypatch.setattr(ExactSplit, "self_check", refuse)
+    found = plans(speculator)
+    assert [name for name, plan in found.items() if plan.build is None] == ["plain_padded"]
+    assert found["plain_padded"].na_reason == "exact mode is not possible for torch.float32 on this machine"
 
 
 def test_without_a_learner_the_learning_arms_say_so(speculator):

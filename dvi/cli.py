@@ -1,4 +1,4 @@
-"""The `dvi` command: generate, train, warmup, serve, tune, route, top, verify, export, inspect, doctor, bench.
+"""The `dvi` command: generate, train, warmup, serve, tune, route, top, verify, export, inspect, doctor, bench, model.
 
 Knows arguments, streams and exit codes; every verb imports what it needs when it runs, so that `--help` is instant.
 What is for people goes to stderr (generated text, which is the product, to stdout); the last line of stdout is one JSON
@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from dvi import __version__
 from dvi.bench.commands import app as bench_app
 from dvi.config import load_config, to_yaml
+from dvi.model_commands import app as model_app
 from dvi.settings import (
     DrafterSettings,
     DraftSettings,
@@ -99,6 +100,7 @@ def program(
 
 
 app.add_typer(bench_app, name="bench")
+app.add_typer(model_app, name="model")
 
 ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face model folder or hub id.", show_default=False)]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")]

@@ -27,7 +27,7 @@ from dvi.settings import ServeConfig, TrainConfig
 from dvi.speculator import EXACT_WIDTH, SelfSpeculator, default_split_layer
 from dvi.split import SplitModel
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "gguf")
 OPTIONAL = {"fastapi": ("serve", "a server"), "deepspeed": ("deepspeed", "training with DeepSpeed")}  # extra, what for
 
 CHECKED_BYTES = 2**30  # of weights: a model up to this size is loaded and its split checked, unasked

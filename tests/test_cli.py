@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 STORIES = str(ROOT / "tests/stories260k")
 VERBS = (
     "generate", "train", "warmup", "serve", "route", "tune", "top", "verify", "export", "inspect", "doctor", "bench",
+    "model",
 )  # fmt: skip
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %} Once upon a"
 FAST = ("--policy", "fixed", "--max-new-tokens", "12")

@@ -13,7 +13,9 @@ ROWS = (
     "dvi.settings dvi.software dvi.bundled",
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
     "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.packing dvi.round_costs dvi.cuda_graph dvi.traffic "
-    "dvi.durable dvi.chat_templates dvi.placement",
+    "dvi.durable dvi.chat_templates dvi.placement dvi.gguf",
+    "dvi.model_conversion",
+    "dvi.published_models",
     "dvi.views dvi.direct dvi.split dvi.drafter dvi.replay dvi.losses dvi.loss_schedule",
     "dvi.companions dvi.agreement",
     "dvi.draft_length dvi.companion_model",
@@ -64,7 +66,7 @@ ROWS = (
     "trainers.experiments.domain_shift trainers.experiments.sweep",
     "trainers.experiments.ablation_cells",
     "trainers.experiments.ablation",
-    "dvi.bench.commands",
+    "dvi.bench.commands dvi.model_commands",
     "dvi.cli",
     "dvi.__main__",
 )

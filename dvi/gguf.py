@@ -1,0 +1,168 @@
+"""Models in one GGUF file, read through transformers: which file a name means, its config, tokenizer and weights.
+
+What comes out is what a Hugging Face folder of the same model gives: dense weights, and a config that knows nothing of
+GGUF. What transformers cannot read is refused with the reason. Reading takes several times as long as reading
+safetensors: `dvi model get --file` converts once.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+SUFFIX = ".gguf"
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+# llama.cpp's names of tokenizers that take every digit by itself and then split as GPT-2 does; transformers leaves the
+# digits together, which changes how spaces before them are split.
+DIGIT_SPLITTERS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+
+Report = Callable[[int, int], None]  # told how many tensors are read, of how many
+
+
+def find_gguf(name_or_path: str | Path) -> Path | None:
+    """The GGUF file that a model's name means: itself, or the one in a folder without other weights. None: no GGUF.
+
+    Raises ValueError for a file that is not there, and for a folder of several.
+    """
+    path = Path(name_or_path)
+    if path.suffix.lower() == SUFFIX and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}; give a GGUF file, a Hugging Face folder or a hub id")
+        return path
+    if not path.is_dir():
+        return None
+    files = sorted(path.iterdir())
+    found = [file for file in files if file.suffix.lower() == SUFFIX]
+    if not found or any(file.suffix in WEIGHT_SUFFIXES for file in files):
+        return None
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} holds {len(found)} GGUF files, {', '.join(file.name for file in found)}; give the path of one"
+        )
+    return found[0]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The file's metadata by llama.cpp's keys, arrays of strings as their lengths. Raises ValueError as all here do."""
+    if find_spec("gguf") is None:
+        raise ValueError(f"{path} cannot be read without the package gguf; pip install gguf")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give the path of a GGUF file")
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    with _refusing(path):
+        metadata, _ = read_gguf_metadata(str(path))
+    num_parts = metadata.get("split.count", 1)
+    if num_parts > 1:
+        raise ValueError(
+            f"{path} is one of {num_parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
+        )
+    return metadata
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The model's config, with the file as its name."""
+    architecture = read_metadata(path)["general.architecture"]
+    with _refusing(path, architecture):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    return _without_gguf(config, path)
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the file describes, with its chat template; tokenizer files beside it are not looked at."""
+    splitter = read_metadata(path).get("tokenizer.ggml.pre")
+    with tempfile.TemporaryDirectory() as alone, _refusing(path):
+        os.symlink(path.resolve(), Path(alone) / path.name)
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
+    tokenizer.name_or_path = str(path)
+    if splitter in DIGIT_SPLITTERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer
+
+
+def read_model(path: Path, *, dtype: torch.dtype, report: Report | None = None) -> PreTrainedModel:
+    """The causal language model on the CPU, in eval mode, its weights dequantised to dtype."""
+    config = read_config(path)
+    with _refusing(path), _reporting(report):
+        quantised, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=config, dtype=dtype, output_loading_info=True,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
+    if info["missing_keys"] or info["mismatched_keys"]:  # transformers fills these with random numbers
+        lacking = sorted({*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])})
+        raise ValueError(f"{path} lacks {len(lacking)} weights of its model, such as {lacking[0]}; get it anew")
+    # Again, from these weights: a model that was read from GGUF keeps a quantizer, and refuses to be moved or saved.
+    generation_config = quantised.generation_config
+    model = type(quantised).from_pretrained(None, config=config, state_dict=quantised.state_dict(), dtype=dtype)
+    model.generation_config = generation_config
+    model.config.name_or_path = str(path)
+    return model.eval()
+
+
+def _without_gguf(config: PretrainedConfig, path: Path) -> PretrainedConfig:
+    """A copy without what refers to the file's form."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # From the file's title, that of whoever trained the model, it would pass for a hub id.
+    config.__dict__.pop("_model_name_or_path", None)
+    config.name_or_path = str(path)
+    return config
+
+
+@contextmanager
+def _refusing(path: Path, architecture: str | None = None) -> Iterator[None]:
+    """Whatever a damaged file, or one of a kind unknown to transformers, makes the readers raise, as one ValueError."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError, OSError, struct.error) as error:
+        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        known = ""
+        if architecture is not None and architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+            known = f" of architecture {architecture!r}, one of {', '.join(sorted(GGUF_SUPPORTED_ARCHITECTURES))} is,"
+        raise ValueError(
+            f"{path}{known} cannot be read by transformers {transformers.__version__} ({reason}); it may be damaged, "
+            "or of a kind it does not know: get it anew, or take the model's safetensors"
+        ) from error
+
+
+@contextmanager
+def _reporting(report: Report | None) -> Iterator[None]:
+    """Has the reader's loop over the tensors call `report` instead of drawing a bar that nothing turns off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def counted(tensors: Iterable[Any], **_bar: object) -> Iterator[Any]:
+        tensors = list(tensors)
+        for index, tensor in enumerate(tensors):
+            yield tensor
+            if report is not None:
+                report(index + 1, len(tensors))
+
+    bar, reader.tqdm = reader.tqdm, counted
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

@@ -11,7 +11,7 @@ import urllib.parse
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 Count = Annotated[int, Ge(0)]
 PositiveCount = Annotated[int, Ge(1)]
@@ -292,6 +292,8 @@ class ServeSettings:
     """The server: where it listens, who may use it, and how much of it.
 
     port                      0 takes a free one.
+    model_name                what clients call the model; null is the last part of model.path, which they may also give
+                              in full.
     keys_file                 API keys, see `dvi.serving.access`; null takes DVI_API_KEY and DVI_ADMIN_KEY from the
                               environment. Without any key only a loopback host is served.
     adapters_folder           saved drafters that admin routes load and save, by name.
@@ -307,6 +309,7 @@ class ServeSettings:
                               traffic: max_rows, prefill_tokens_per_step and draft.num_draft_tokens are then the most
                               that it may choose. See docs/planning.md.
     prefix_cache_positions    cached positions kept of prompts and answers gone by, 0 keeps none.
+    max_connections           at once; beyond them only /health is answered, and those that say nothing make way.
     max_prompt_tokens         null: as many as the model's context holds; max_new_tokens the same.
     max_stop, max_stop_chars  stop strings of a request (and stop token ids), and the length of each.
     max_prompts, max_n        prompts in a request, and answers to each.
@@ -318,6 +321,7 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: Port = 8000
+    model_name: Annotated[str, MinLen(1)] | None = None
     keys_file: str | None = None
     adapters_folder: str = "runs/serve/adapters"
     max_rows: PositiveCount = 16

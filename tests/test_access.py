@@ -8,6 +8,7 @@ import hmac
 import itertools
 import logging
 import os
+import re
 
 import pytest
 from serving_doubles import FakeLoop, bare_engine, client_of, stories_config, stories_loop
@@ -21,6 +22,9 @@ def key(name, secret, **rights):
     return ApiKey(name, hashlib.sha256(secret.encode()).digest(), **rights)
 
 
+ACTIONS = {
+    "versions", "rollback", "pin", "unpin", "plan", "adapters", "adapters/x", "save", "forget", "checkpoint",
+}  # fmt: skip
 ACCESS = Access((key("alice", ALICE), key("root", ADMIN, is_admin=True)))
 
 
@@ -55,6 +59,9 @@ def test_keys_come_from_a_file_with_their_rights(tmp_path):
     text = f"- {{name: alice, key: {ALICE}, train: false}}\n- {{name: root, key_sha256: {digest}, admin: true}}\n"
     access = load_access(keys_file(tmp_path, text), environment={"DVI_API_KEY": "x" * 20})
     assert access.keys == (key("alice", ALICE, may_train=False), key("root", ADMIN, is_admin=True))
+    text = f"- {{name: alice, key: {ALICE}, adapters: [maths, code]}}\n- {{name: root, key: {ADMIN}, adapters: []}}\n"
+    alice, root = load_access(keys_file(tmp_path, text)).keys
+    assert alice.may_use("maths") and not alice.may_use("other") and not root.may_use("maths")
     json_text = f'[{{"name": "alice", "key": "{ALICE}"}}]'
     assert load_access(keys_file(tmp_path, json_text)).keys == (key("alice", ALICE),)
 
@@ -86,7 +93,9 @@ def test_a_file_that_others_can_read_is_warned_about(tmp_path, caplog):
         "- {name: alice, key: 12345678901234567890}", f"- {{name: alice, key: {ALICE}, rights: all}}",
         f"- {{name: a, key: {ALICE}}}\n- {{name: b, key: {ALICE}}}",
         f"- {{name: a, key: {ALICE}}}\n- {{name: a, key: {ADMIN}}}", f"- {{name: a, key: {ALICE}",
-        "- {name: a, key: ''}", "- !!python/object/apply:os.getcwd []",
+        "- {name: a, key: ''}", f"- {{name: alice, key: {ALICE}, adapters: all}}",
+        f"- {{name: alice, key: {ALICE}, adapters: [../x]}}", f"- {{name: alice, key: {ALICE}, adapters: [1]}}",
+ "- !!python/object/apply:os.getcwd []",
     ],
 )  # fmt: skip
 def test_a_keys_file_that_is_not_understood_is_refused_without_quoting_it(tmp_path, text):
@@ -150,7 +159,8 @@ def test_without_keys_only_this_machine_is_served(host):
 
 def routes_of(app):
     """(method, path) of every route, with a value for each parameter."""
-    return [(m, r.path.replace("{name}", "x")) for r in all_routes(app.routes) for m in r.methods]
+    routes = [(method, re.sub(r"\{[^}]*\}", "x", r.path)) for r in all_routes(app.routes) for method in r.methods]
+    return [*routes, *(("HEAD", path) for method, path in routes if method == "GET")]
 
 
 def all_routes(routes):
@@ -165,7 +175,10 @@ def test_every_route_but_health_needs_a_key(fake):
     """Catches a new route that nobody thought of locking: it fails here until it answers 401."""
     client = client_of(fake, access=ACCESS)
     routes = routes_of(client.app)
-    assert {"/v1/completions", "/admin/save", "/dashboard", "/dashboard/data", "/metrics"} <= {p for _, p in routes}
+    assert {path for _, path in routes} == {
+        "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/x", "/version", "/health", "/metrics",
+        "/dashboard", "/dashboard/data", *(f"/admin/{action}" for action in ACTIONS),
+    }, "a new route takes a place in this list, and in docs/serving.md"  # fmt: skip
     for (method, path), headers in itertools.product(
         [*routes, ("GET", "/nowhere"), ("GET", "//health"), ("GET", "/health/"), ("POST", "/HEALTH"), ("GET", "/")],
         ({}, bearer("wrong-key-0123456789"), {"Authorization": "Basic Og=="}),
@@ -175,6 +188,9 @@ def test_every_route_but_health_needs_a_key(fake):
             assert response.status_code == 200
         else:
             assert response.status_code == 401, (method, path)
+            if method == "HEAD":
+                assert response.content == b""
+                continue
             assert response.json()["error"]["type"] == "authentication_error" and "www-authenticate" in response.headers
     assert fake.calls == fake.requests == []
 
@@ -193,7 +209,8 @@ def test_admin_routes_need_an_admin_key(fake):
     for method, path in routes_of(client.app):
         if path.startswith("/admin"):
             response = client.request(method, path, headers=bearer(ALICE), json={"name": "x"})
-            assert response.status_code == 403 and "admin key" in response.json()["error"]["message"], path
+            assert response.status_code == 403, path
+            assert method == "HEAD" or "admin key" in response.json()["error"]["message"], path
     assert fake.calls == []
     assert client.post("/admin/unpin", headers=bearer(ADMIN), json={}).status_code == 200
     assert client.get("/v1/models", headers=bearer(ADMIN)).status_code == 200
@@ -211,7 +228,9 @@ def test_an_open_server_answers_to_this_machines_names_alone(fake):
     client = client_of(fake)
     for host, status in (
         ("127.0.0.1:8000", 200), ("localhost", 200), ("[::1]:8000", 200), ("evil.example", 403), ("", 403),
-        ("127.0.0.1.evil.example:8000", 403), ("localhost.evil.example", 403), ("0.0.0.0", 403),
+        ("127.0.0.1.evil.example:8000", 403), ("localhost.evil.example", 403), ("0.0.0.0", 403), ("[::1]", 200),
+        ("[::1]evil", 403), ("[::1]evil:80", 403), ("localhost:evil", 403), ("localhost:80:80", 403), ("[::1", 403),
+        ("::1", 403), ("]localhost[", 403), ("[localhost]", 403), ("localhost:", 200),
     ):  # fmt: skip
         assert client.get("/health", headers={"Host": host}).status_code == status, host
     assert client_of(fake, access=ACCESS).get("/health", headers={"Host": "dvi.example"}).status_code == 200

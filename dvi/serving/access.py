@@ -26,19 +26,26 @@ MIN_KEY_CHARS = 16  # shorter ones can be guessed over the network
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _HEX_DIGEST = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
-_ENTRY_KEYS = {"name", "key", "key_sha256", "train", "admin"}
+_ENTRY_KEYS = {"name", "key", "key_sha256", "train", "admin", "adapters"}
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """One client. name is its tenant: fairness, prefix sharing and `forget` go by it. digest: SHA-256 of the key."""
+    """One client. name is its tenant: fairness, prefix sharing and `forget` go by it. digest: SHA-256 of the key.
+
+    adapters: the names of those that it may ask for; None: of all.
+    """
 
     name: str
     digest: bytes
     may_train: bool = True
     is_admin: bool = False
+    adapters: frozenset[str] | None = None
+
+    def may_use(self, adapter: str) -> bool:
+        return self.adapters is None or adapter in self.adapters
 
 
 ANYBODY = ApiKey(name="", digest=b"", is_admin=True)
@@ -81,8 +88,8 @@ class Access:
 def load_access(keys_file: str | Path | None, environment: Mapping[str, str] = os.environ) -> Access:
     """The keys of a YAML (or JSON) file, or those of the environment where there is no file.
 
-    The file holds a list of {name, key or key_sha256 (hex), train: true, admin: false}. Raises ValueError for a file
-    that cannot be read or understood, naming the entry and never the key.
+    The file holds a list of {name, key or key_sha256 (hex), train: true, admin: false, adapters: list of names}.
+    Raises ValueError for a file that cannot be read or understood, naming the entry and never the key.
     """
     if keys_file is not None:
         return Access(_read_keys(Path(keys_file)))
@@ -167,7 +174,7 @@ def _read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 def _entry(entry: Any, *, source: str) -> ApiKey:
     if not isinstance(entry, dict) or not {"name"} <= set(entry) <= _ENTRY_KEYS:
-        raise ValueError(f"{source} must hold name, key or key_sha256, and if wanted train and admin; nothing else")
+        raise ValueError(f"{source} must hold name, key or key_sha256, and train, admin or adapters if wanted")
     if ("key" in entry) == ("key_sha256" in entry):
         raise ValueError(f"{source} must hold one of key and key_sha256")
     if not isinstance(entry["name"], str):
@@ -184,4 +191,11 @@ def _entry(entry: Any, *, source: str) -> ApiKey:
             raise ValueError(f"key_sha256 in {source} must be 64 hexadecimal digits")
         digest = bytes.fromhex(hexadecimal)
     name = check_name(entry["name"], what=f"the name in {source}")
-    return ApiKey(name, digest, may_train=flags["train"], is_admin=flags["admin"])
+    adapters = _adapters(entry["adapters"], source=source) if "adapters" in entry else None
+    return ApiKey(name, digest, may_train=flags["train"], is_admin=flags["admin"], adapters=adapters)
+
+
+def _adapters(names: Any, *, source: str) -> frozenset[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapters in {source} must be a list of names; [] allows none, without it all are allowed")
+    return frozenset(check_name(name, what=f"an adapter in {source}") for name in names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import traceback
 import uuid
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dvi.serving.access import Access, is_loopback
+from dvi.serving.connections import CROWDED
 from dvi.serving.protocol import ApiError
 
-OPEN_PATHS = {"/health"}
+OPEN_PATHS = {"/health"}  # for which nobody needs a key, and which are answered however many are connected
 BODY_TIMEOUT_S = 30.0
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(?::[0-9]*)?", re.ASCII)
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ class Door:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return  # nothing else is served, and what is not answered is refused
+        if scope["method"] == "HEAD":  # as GET: servers leave the body out
+            scope = scope | {"method": "GET"}
         has_begun = False
 
         async def watched_send(message: Message) -> None:
@@ -77,6 +83,11 @@ class Door:
             raise ApiError(403, "without API keys the Host must be a loopback name", code="wrong_host")
         if scope["path"] in OPEN_PATHS:
             return
+        if scope["state"].get(CROWDED):
+            raise ApiError(
+                503, "the server has as many connections as it takes; try again later", code="too_many_connections",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )  # fmt: skip
         key = self._access.identify(headers.get("authorization"))
         if key is None:
             # Only browsers ask for a dashboard, and they ask for a password only when told to.
@@ -134,7 +145,6 @@ def _too_large(limit: int) -> ApiError:
 
 
 def _host_name(host: str) -> str:
-    """The name or address of a Host header, without its port."""
-    if host.startswith("["):
-        return host.partition("]")[0]
-    return host.partition(":")[0]
+    """The name or address of a Host header, without its port; empty, which is nobody's, where it is of no such form."""
+    match = _HOST.fullmatch(host)
+    return match[1] if match else ""

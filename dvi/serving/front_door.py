@@ -28,8 +28,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
 
+from dvi import __version__
 from dvi.serving import aggregation
 from dvi.serving.access import API_KEY_VARIABLE, Access, is_loopback, load_access
+from dvi.serving.connections import BoundedServer, http_options
 from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.front_page import PAGE_HEADERS, front_page
 from dvi.serving.protocol import ADMIN_TIMEOUT_S, ApiError
@@ -73,7 +75,9 @@ class FrontDoor:
         app.add_exception_handler(HTTPException, routing_error)
         for path in ("/v1/completions", "/v1/chat/completions"):
             app.add_api_route(path, self._generation, methods=["POST"], response_model=None)
-        app.add_api_route("/v1/models", self._pass_on, methods=["GET"], response_model=None)
+        for path in ("/v1/models", "/v1/models/{model_id:path}"):
+            app.add_api_route(path, self._pass_on, methods=["GET"], response_model=None)
+        app.add_api_route("/version", self._version, methods=["GET"])
         app.add_api_route("/admin/{path:path}", self._admin, methods=["GET", "POST", "DELETE"], response_model=None)
         app.add_api_route("/health", self._health, methods=["GET"], response_model=None)
         app.add_api_route("/metrics", self._metrics, methods=["GET"], response_model=None)
@@ -189,6 +193,9 @@ class FrontDoor:
             ]
         return JSONResponse(content, status_code=200 if num_healthy else 503)
 
+    async def _version(self) -> dict[str, str]:
+        return {"version": __version__}
+
     async def _metrics(self, request: Request) -> Response:
         families = await self._families(request.headers.get("authorization"))
         return Response(aggregation.expose([*families, *self._own_families()]), media_type=CONTENT_TYPE_LATEST)
@@ -237,14 +244,15 @@ class FrontDoor:
         return families
 
 
-class DoorServer(uvicorn.Server):
+class DoorServer(BoundedServer):
     """uvicorn over a front door. A first SIGTERM or SIGINT lets running answers end, a second one ends the process."""
 
     def __init__(self, door: FrontDoor, settings: RouteSettings) -> None:
         super().__init__(uvicorn.Config(
-            door.app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-            limit_concurrency=settings.max_connections, timeout_keep_alive=KEEP_ALIVE_S,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_graceful_shutdown=math.ceil(settings.drain_s),
+            door.app, ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s),
+            **http_options(settings.max_connections, descriptors_each=2),  # one to a replica beside each of a client
         ))  # fmt: skip
         self.on_listening: Callable[[], None] = lambda: None
 

@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -21,6 +20,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from dvi import __version__
 from dvi.serving.access import Access, ApiKey
 from dvi.serving.admin_api import admin_routes
 from dvi.serving.api_schema import (
@@ -36,8 +36,9 @@ from dvi.serving.api_schema import (
 from dvi.serving.dashboard import routes as dashboard_routes
 from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.loop import EngineLoop
+from dvi.serving.model_names import ModelNames, last_part
 from dvi.serving.prompts import PromptEncoder, TokenTexts
-from dvi.serving.protocol import TRAIN_HEADER, ApiError, invalid
+from dvi.serving.protocol import ADAPTERS_HEADER, TRAIN_HEADER, ApiError, invalid
 from dvi.serving.replies import Reply
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, RequestOutput, Timeouts
 from dvi.serving.request import Request as EngineRequest
@@ -77,8 +78,9 @@ class _Api:
             max_tokens=min(config.serve.max_prompt_tokens or self._context, self._context - 1),
         )
         self._token_text = TokenTexts(speculator.tokenizer).text
-        self._model_name = Path(config.model.path).name
-        self._started_s = int(time.time())
+        self._names = ModelNames(
+            config.serve.model_name or last_part(config.model.path), config.model.path, created_s=int(time.time())
+        )
         # One thread: text is tokenised beside the event loop, and a flood of long prompts takes one core at most.
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
 
@@ -91,6 +93,8 @@ class _Api:
         router.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
         router.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"], response_model=None)
         router.add_api_route("/v1/models", self.models, methods=["GET"])
+        router.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"])
+        router.add_api_route("/version", self.version, methods=["GET"])
         router.add_api_route("/health", self.health, methods=["GET"], response_model=None)
         router.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
         return router
@@ -108,13 +112,17 @@ class _Api:
         chat = [(message.role, message.text) for message in body.messages]
         return await self._answer(request, body, lambda: [self._encoder.encode_chat(chat)])
 
-    async def models(self) -> dict[str, Any]:
-        adapters = sorted(set(self._loop.engine.drafters) - {DEFAULT_DRAFTER})
-        names = [self._model_name, *(f"{self._model_name}:{adapter}" for adapter in adapters)]
-        return {
-            "object": "list",
-            "data": [{"id": name, "object": "model", "created": self._started_s, "owned_by": "dvi"} for name in names],
-        }
+    async def models(self, request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": self._names.listing(self._adapters(request))}
+
+    async def model(self, request: Request, model_id: str) -> dict[str, Any]:
+        try:
+            return self._names.entry(model_id, self._adapters(request))
+        except ValueError as error:
+            raise _no_model(error) from None
+
+    async def version(self) -> dict[str, Any]:
+        return {"version": __version__}
 
     async def health(self) -> JSONResponse:
         """Open to everybody, so it tells states and no reasons."""
@@ -140,7 +148,10 @@ class _Api:
     # From a body to an answer
 
     async def _answer(self, request: Request, body: GenerationBody, encode: Any) -> Response:
-        drafter = self._drafter(body.model)
+        try:
+            drafter = self._names.find(body.model or None, self._adapters(request))
+        except ValueError as error:
+            raise _no_model(error) from None
         try:
             prompts = await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
             requests = self._requests(request, body, prompts, drafter)
@@ -153,7 +164,7 @@ class _Api:
         except ValueError as error:
             raise invalid(str(error)[:300]) from None
         reply = Reply(
-            is_chat=isinstance(body, ChatBody), model=body.model or self._model_name,
+            is_chat=isinstance(body, ChatBody), model=body.model or self._names.served,
             prompt_tokens=[len(ids) for ids in prompts], num_answers=body.num_answers,
             has_logprobs=body.num_logprobs is not None, token_text=self._token_text,
         )
@@ -200,20 +211,19 @@ class _Api:
         is_wanted = key.may_train and header in ("true", "1") and body.dvi.train
         return is_wanted and random.random() < self._config.serve.learn_sample_rate
 
-    def _drafter(self, model: str | None) -> str:
-        """The drafter of `BASE` or `BASE:ADAPTER`; no model at all is the base model."""
-        name = model or self._model_name
-        base, _, adapter = name.partition(":")
-        adapter = adapter or DEFAULT_DRAFTER
-        if base != self._model_name or adapter not in self._loop.engine.drafters or name.endswith(":"):
-            raise ApiError(
-                404, f"there is no such model here; GET /v1/models lists them, the base is {self._model_name}",
-                code="model_not_found", param="model",
-            )  # fmt: skip
-        return adapter
+    def _adapters(self, request: Request) -> set[str]:
+        """The loaded adapters that whoever asks may use: a key, and a front door's header, can each leave some out."""
+        key: ApiKey = request.scope["state"]["key"]
+        adapters = {name for name in set(self._loop.engine.drafters) - {DEFAULT_DRAFTER} if key.may_use(name)}
+        header = request.headers.get(ADAPTERS_HEADER)
+        return adapters if header is None else adapters & {name.strip() for name in header.split(",")}
 
     def _drafter_version(self) -> int:
         return self._loop.engine.drafters[DEFAULT_DRAFTER].version
+
+
+def _no_model(error: ValueError) -> ApiError:
+    return ApiError(404, str(error), code="model_not_found", param="model")
 
 
 class Flight:

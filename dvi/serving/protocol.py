@@ -1,4 +1,4 @@
-"""What a server and a front door agree on beside OpenAI's API: errors, a header, and how long an action may take.
+"""What a server and a front door agree on beside OpenAI's API: errors, headers, and how long an action may take.
 
 Imports nothing heavy: a front door is up at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 TRAIN_HEADER = "X-DVI-Train"
+ADAPTERS_HEADER = "X-DVI-Adapters"  # names, with commas between: this request may use these alone
 ADMIN_TIMEOUT_S = 120.0  # an action waits for the round, and a large drafter for its disk
 
 

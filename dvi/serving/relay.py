@@ -22,7 +22,7 @@ from fastapi import Request, Response
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
-from dvi.serving.protocol import TRAIN_HEADER, ApiError
+from dvi.serving.protocol import ADAPTERS_HEADER, TRAIN_HEADER, ApiError
 from dvi.serving.replicas import Fleet, Replica
 
 CONVERSATION_HEADER, REQUEST_HEADER, REPLICA_HEADER = "x-conversation-id", "x-request-id", "x-dvi-replica"
@@ -68,15 +68,18 @@ class Message:
 def message_of(request: Request, body: bytes = b"") -> Message:
     """What is sent on of a request that was let in: all but this hop's headers, with a request id.
 
-    A key that may not be learnt from says so in a header, for replicas that have no keys of their own.
+    What a key may not do is said in headers, for replicas that have no keys of their own.
     """
     dropped = {name.strip().lower() for name in request.headers.get("connection", "").split(",")} | _OF_THIS_HOP
     headers = {name: value for name, value in request.headers.items() if name not in dropped}
     if not _REQUEST_ID.fullmatch(headers.get(REQUEST_HEADER, "")):
         headers[REQUEST_HEADER] = uuid.uuid4().hex
     headers["accept-encoding"] = "identity"  # events are read here
-    if not request.scope["state"]["key"].may_train:
+    key = request.scope["state"]["key"]
+    if not key.may_train:
         headers[TRAIN_HEADER.lower()] = "false"
+    if key.adapters is not None:
+        headers[ADAPTERS_HEADER.lower()] = ",".join(sorted(key.adapters))
     return Message(request.method, request.scope["raw_path"].decode("latin-1"), headers, body)
 
 

@@ -19,6 +19,7 @@ import uvicorn
 
 from dvi.records import Learner
 from dvi.serving.access import Access
+from dvi.serving.connections import BoundedServer, http_options
 from dvi.serving.engine import Engine
 from dvi.serving.http_api import build_app
 from dvi.serving.loop import EngineLoop
@@ -65,7 +66,7 @@ def build_loop(config: ServeConfig, speculator: SelfSpeculator, learner: Learner
     return loop
 
 
-class Server(uvicorn.Server):
+class Server(BoundedServer):
     """uvicorn over an app and its loop. A first SIGTERM or SIGINT drains, a second one ends the process at once.
 
     While it drains it still listens: running answers are finished, new requests and /health get 503.
@@ -76,9 +77,9 @@ class Server(uvicorn.Server):
     def __init__(self, config: ServeConfig, loop: EngineLoop, access: Access) -> None:
         serve = config.serve
         super().__init__(uvicorn.Config(
-            build_app(loop, config, access), http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, limit_concurrency=serve.max_connections, timeout_keep_alive=KEEP_ALIVE_S,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_graceful_shutdown=FLUSH_S,
+            build_app(loop, config, access), ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, timeout_keep_alive=KEEP_ALIVE_S, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=FLUSH_S, **http_options(serve.max_connections),
         ))  # fmt: skip
         self._loop, self._drain_s = loop, serve.drain_s
         self._draining: threading.Thread | None = None

@@ -192,10 +192,14 @@ def test_inspect_shows_how_a_model_would_be_split(tmp_path):
 
 
 def test_doctor_finds_this_machine_sound():
-    """Catches a check that fails where the tests pass, and versions that are not found."""
+    """Catches a check that fails where the tests pass, and versions that are not found.
+
+    Whether exact mode is possible is for the processor to say; that it is not is no problem of the installation.
+    """
     code, facts, _, stderr = dvi_command("doctor")
     assert code == 0, facts["problems"]
-    assert facts["versions"]["torch"] and facts["exact_mode"]["float32"] and "torch" in stderr
+    assert facts["versions"]["torch"] and "torch" in stderr
+    assert {type(is_possible) for is_possible in facts["exact_mode"].values()} == {bool}
 
 
 def test_printed_settings_are_a_configuration_file_without_running_anything(tmp_path):

@@ -1,7 +1,7 @@
 """The engine: whatever joins, leaves, is preempted, shares prefixes or changes drafters, each request's tokens are its
 own.
 
-Fast-mode tests run in float64, where batched and single-row passes agree to 1e-12 and no argmax hangs on it.
+All in float64, where batched and single-row passes agree to 1e-12 and no argmax hangs on it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dvi.serving.request import DraftChoice, Request, RequestOutput, Timeouts
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.speculator import PLAIN, SelfSpeculator
 from tests.drafter_doubles import Letters, plain_text, random_drafter, randomise, small_config
+from tests.exact_doubles import self_check_left_out
 from tests.tiny_models import tiny_model
 
 VOCAB_SIZE = 64
@@ -31,9 +32,9 @@ COSTS = CostTable(draft_step_s={1: 1e-4}, verify_s={1: 1e-3, 80: 9e-3})  # measu
 
 @functools.cache
 def speculator_of(mode: str = "fast") -> SelfSpeculator:
-    dtype = torch.float32 if mode == "exact" else torch.float64
-    model = tiny_model("llama", num_layers=3, hidden_size=16, vocab_size=VOCAB_SIZE, seed=3, dtype=dtype)
-    speculator = SelfSpeculator(model, None, split_layer=1, drafter=small_config(), mode=mode)
+    model = tiny_model("llama", num_layers=3, hidden_size=16, vocab_size=VOCAB_SIZE, seed=3)
+    with self_check_left_out():
+        speculator = SelfSpeculator(model, None, split_layer=1, drafter=small_config(), mode=mode)
     speculator.drafter = random_drafter(speculator.split, seed=1, scale=0.02)
     return speculator
 

@@ -35,6 +35,7 @@ from tests.drafter_doubles import (
     random_drafter,
     small_config,
 )
+from tests.exact_doubles import self_check_left_out
 from tests.tiny_models import tiny_model
 
 VOCAB_SIZE = 64
@@ -49,7 +50,6 @@ MODELS = {
     "qwen3": ("qwen3", "views", 2, 1, 4),
     "gpt_neox": ("gpt_neox", "views", 2, 1, 5),
 }
-DTYPES = {"exact": torch.float32, "fast": torch.float64}
 # (repetition, presence); the texts of penalised requests differ from token to token, others soon repeat themselves.
 PENALTIES = ((1.0, 0.0), (1.3, 0.0), (1.0, 1.5))
 REAL_DRAFTERS = ("anchored", "recurrent", "lora_head")
@@ -58,12 +58,11 @@ REAL_DRAFTERS = ("anchored", "recurrent", "lora_head")
 @functools.cache
 def speculator_of(model: str, mode: str) -> SelfSpeculator:
     arch, path, num_layers, split_layer, seed = MODELS[model]
-    network = tiny_model(
-        arch, num_layers=num_layers, hidden_size=16, vocab_size=VOCAB_SIZE, dtype=DTYPES[mode], seed=seed
-    )
-    return SelfSpeculator(
-        network, Letters(), split_layer=split_layer, drafter=small_config(), mode=mode, path=path
-    )
+    network = tiny_model(arch, num_layers=num_layers, hidden_size=16, vocab_size=VOCAB_SIZE, seed=seed)
+    with self_check_left_out():
+        return SelfSpeculator(
+            network, Letters(), split_layer=split_layer, drafter=small_config(), mode=mode, path=path
+        )
 
 
 @functools.cache
@@ -140,8 +139,8 @@ def cases(mode: str) -> st.SearchStrategy[Case]:
 
 
 @functools.cache
-def companion_split(mode: str) -> SplitModel:
-    model = tiny_model("llama", num_layers=1, hidden_size=16, vocab_size=VOCAB_SIZE, dtype=DTYPES[mode], seed=6)
+def companion_split() -> SplitModel:
+    model = tiny_model("llama", num_layers=1, hidden_size=16, vocab_size=VOCAB_SIZE, seed=6)
     return SplitModel(model, split_layer=0)
 
 
@@ -159,7 +158,7 @@ def policy_of(name: str, num_draft_tokens: int, seed: int, speculator: SelfSpecu
         return GoodputLength((1, 2, 4, 8), costs, **options)
     kind = COMPANIONS[seed % len(COMPANIONS)]
     is_model = kind == "model"
-    companion = ModelCompanion(companion_split(speculator.mode)) if is_model else speculator.new_companion(kind)
+    companion = ModelCompanion(companion_split()) if is_model else speculator.new_companion(kind)
     policy = CompanionLength((1, 2, 4, 8), costs, companion, can_pack=speculator.passes.can_pack, **options)
     chance = random.Random(seed)  # of samples, so that its thresholds bite from the first round on
     policy.estimate.observe([(s := chance.random(), s * chance.random(), chance.random() < s) for _ in range(200)])
@@ -255,8 +254,8 @@ def run(num_cases: int, strategy: st.SearchStrategy[Case], property_of: Callable
 )  # fmt: skip
 def test_drafting_never_changes_a_greedy_token(mode, num_cases):
     """Catches wrong positions, masks, stale keys and anchors, tie rules, penalties per block, stops inside blocks,
-    rows that leave or join or mix, and any way in which a drafter's state reaches the verifier. exact: all bits are
-    promised in float32; fast: float64 has no ties that rounding could turn."""
+    rows that leave or join or mix, and any way in which a drafter's state reaches the verifier. float64 has no ties
+    that rounding could turn; bits are compared in test_exact.py."""
     totals = Totals()
 
     def property_of(case: Case) -> None:

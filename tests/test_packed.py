@@ -18,6 +18,7 @@ from dvi.records import SamplingParams, Transitions
 from dvi.split import SplitModel
 from dvi.verification import StrictRule
 from tests.drafter_doubles import RaggedLength, random_drafter
+from tests.exact_doubles import need_self_check, self_check_left_out
 from tests.tiny_models import tiny_model
 
 TOLERANCE = 1e-10
@@ -253,7 +254,9 @@ def test_a_rule_that_stops_no_row_never_packs(policy, monkeypatch):
 
 def test_exact_rounds_never_pack_and_keep_every_bit():
     """A pass of fewer positions has other bits: greedy rows of a ragged batch must hold plain decoding's float32."""
-    split = ExactSplit(split_of(dtype=torch.float32), width=8)
+    with self_check_left_out():
+        split = ExactSplit(split_of(dtype=torch.float32), width=8)
+    need_self_check(split)
     assert split._split.can_pack and not split.can_pack
     _, ragged = tokens_and_experience(batch_of(split, OneRowDrafts(6)), 4)
     _, plain = tokens_and_experience(batch_of(split, FixedLength(0)), 20)

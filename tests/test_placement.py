@@ -35,6 +35,7 @@ from dvi.settings import (
 )
 from dvi.speculator import SelfSpeculator
 from dvi.split import SplitModel
+from tests.exact_doubles import self_check_left_out
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
 
@@ -51,7 +52,8 @@ def save_tiny_model(folder: Path, arch: str, **settings: object) -> Path:
 
 
 def speculator_of(model: PreTrainedModel, *, mode: str = "fast", policy: str = "fixed") -> SelfSpeculator:
-    return SelfSpeculator(model, None, split_layer=1, drafter=DRAFTER, mode=mode, policy=policy)
+    with self_check_left_out():
+        return SelfSpeculator(model, None, split_layer=1, drafter=DRAFTER, mode=mode, policy=policy)
 
 
 def answers(results: list[GenerationResult]) -> list[list[int]]:

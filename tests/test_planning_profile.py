@@ -20,6 +20,7 @@ from dvi.planning.simulator import Simulator
 from dvi.planning.workload import AcceptanceModel, Workload, read_acceptance, read_lengths
 from dvi.records import SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator
+from tests.exact_doubles import self_check_left_out
 from tests.planning_doubles import synthetic
 from tests.tiny_models import tiny_model
 
@@ -132,7 +133,8 @@ def test_what_was_measured_is_not_measured_again_and_more_is_added(speculator, q
 def test_a_measured_profile_is_one_to_forecast_by_and_leaves_the_model_as_it_was(quick, tmp_path, mode):
     """Catches a pass that exact mode, other split layers or short contexts cannot run, and state left behind."""
     model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=160)
-    speculator = SelfSpeculator(model, None, split_layer=1, mode=mode)
+    with self_check_left_out():
+        speculator = SelfSpeculator(model, None, split_layer=1, mode=mode)
     prompt, params = list(range(3, 23)), SamplingParams(max_new_tokens=20, ignore_eos=True)
     before = next(speculator.generate([prompt], params)).token_ids
     profile, _ = obtain_profile(speculator, split_layers=(0, 1), folder=tmp_path, budget_s=0)
@@ -146,12 +148,13 @@ def test_a_measured_profile_is_one_to_forecast_by_and_leaves_the_model_as_it_was
 
 def test_a_fingerprint_tells_models_modes_and_precision_apart(speculator):
     """Catches a profile of another model that is taken for this one's."""
-    others = [
-        SelfSpeculator(tiny_model("llama", dtype=torch.float64), None, split_layer=1),
-        SelfSpeculator(tiny_model("llama", dtype=torch.float32, num_layers=3), None, split_layer=1),
-        SelfSpeculator(tiny_model("llama", dtype=torch.float32), None, split_layer=1, mode="exact"),
-        SelfSpeculator(tiny_model("llama", dtype=torch.float32), None, split_layer=1, path="views"),
-    ]
+    with self_check_left_out():
+        others = [
+            SelfSpeculator(tiny_model("llama", dtype=torch.float64), None, split_layer=1),
+            SelfSpeculator(tiny_model("llama", dtype=torch.float32, num_layers=3), None, split_layer=1),
+            SelfSpeculator(tiny_model("llama", dtype=torch.float32), None, split_layer=1, mode="exact"),
+            SelfSpeculator(tiny_model("llama", dtype=torch.float32), None, split_layer=1, path="views"),
+        ]
     prints = [json.dumps(fingerprint_of(one), sort_keys=True) for one in (speculator, *others)]
     assert len(set(prints)) == len(prints)
     same = SelfSpeculator(tiny_model("llama", dtype=torch.float32), None, split_layer=2)

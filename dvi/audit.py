@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dvi.decoding import PREFILL_CHUNK
 from dvi.draft_length import FixedLength
+from dvi.progress import each
 from dvi.records import RoundStats, SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator
 from dvi.split import SplitModel
@@ -110,7 +111,7 @@ def audit(
     def in_one_pass(ids: list[int], start: int) -> Tensor:
         return logits_in_one_pass(speculator.model, ids, start=start)
 
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(each(prompts, "comparing", noun="prompts")):
         plain_ids, _ = _decode(speculator, prompt, params, num_draft_tokens=0)
         ids, stats = _decode(speculator, prompt, params, num_draft_tokens=speculator.num_draft_tokens)
         report.num_prompts += 1

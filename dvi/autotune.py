@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from dvi.drafter import Drafter
+from dvi.progress import shown_as
 from dvi.round_costs import CostTable
 from dvi.split import SplitModel
 
@@ -21,6 +22,7 @@ NUM_REPEATS = 7
 
 
 @torch.no_grad()
+@shown_as("measuring what a round costs")
 def measure_costs(
     split: SplitModel, drafter: Drafter, *, buckets: tuple[int, ...], rows: tuple[int, ...] = (1,),
     budget_s: float = 2.0,

@@ -9,8 +9,10 @@ the job was lost, 128 + signal.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +23,7 @@ from dvi import __version__
 from dvi.bench.commands import app as bench_app
 from dvi.config import load_config, to_yaml
 from dvi.model_commands import app as model_app
+from dvi.progress import shown_on
 from dvi.settings import (
     DrafterSettings,
     DraftSettings,
@@ -56,8 +59,10 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, [arg for arg in args if arg != DEBUG])
 
     def invoke(self, ctx: Any) -> Any:
+        is_first = os.environ.get("RANK", "0") == "0"
         try:
-            return super().invoke(ctx)
+            with shown_on(make_console()) if is_first else nullcontext():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             say("interrupted")
             raise typer.Exit(SIGNAL_BASE + SIGINT) from None
@@ -249,8 +254,6 @@ def warmup(
 
 def _finish_job(command: str, summary: dict[str, Any]) -> None:
     """The last line of a job, which of several ranks rank 0 alone prints."""
-    import os
-
     if os.environ.get("RANK", "0") == "0":
         finish(command, **summary)
 
@@ -399,8 +402,6 @@ def top(
     url: Annotated[str, typer.Argument(help="Of a server, such as http://127.0.0.1:8000.")],
 ) -> None:
     """Show a server's figures as they change; its key comes from DVI_API_KEY."""
-    import os
-
     from dvi.serving.access import API_KEY_VARIABLE
     from dvi.serving.live import fetch_from, show
 
@@ -611,7 +612,6 @@ def _show_in_background(loop: EngineLoop, *, until: Callable[[], bool]) -> None:
 
 def _ask_to_save(url: str, name: str) -> dict[str, Any]:
     """Has a server save its drafter: {name, folder (on the server), version}."""
-    import os
     import urllib.error
     import urllib.request
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dvi.kv_cache import KeysAndValues, Placement, RollbackCache
+from dvi.progress import shown_as
 from dvi.split import SplitModel
 
 CAPACITY_STEP = 64
@@ -134,6 +135,7 @@ class ExactSplit:
         return F.pad(x_1Q, (0, missing)) if x_1Q.dim() == 2 else F.pad(x_1Q, (0, 0, 0, missing))
 
     @torch.no_grad()
+    @shown_as("checking exact mode on this machine")
     def self_check(self) -> None:
         """Computes one position at every index of a pass and compares all bits: h_k, h_L and logits."""
         width, generator = self.width, torch.Generator().manual_seed(0)

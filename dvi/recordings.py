@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dvi import progress
 from dvi.decoding import PREFILL_CHUNK
 from dvi.records import RoundStats, SamplingParams, Transitions
 from dvi.speculator import PLAIN, SelfSpeculator
@@ -65,12 +66,13 @@ def record(split: SplitModel, token_ids: list[int], *, prompt_len: int) -> Recor
 
 def decode_answers(
     speculator: SelfSpeculator, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int = 8,
-    on_answer: Callable[[], None] = lambda: None,
+    on_answer: Callable[[], None] = lambda: None, doing: str = "decoding answers",
 ) -> list[tuple[list[int], int]]:
-    """(prompt and greedy answer, prompt length) of each prompt, in their order."""
+    """(prompt and greedy answer, prompt length) of each prompt, in their order. doing: what whoever waits is told."""
     params = SamplingParams(max_new_tokens=max_new_tokens)
     texts: list = [None] * len(prompts)
-    for result in speculator.generate(prompts, params, batch_size=batch_size, policy=PLAIN, keep_transitions=False):
+    results = speculator.generate(prompts, params, batch_size=batch_size, policy=PLAIN, keep_transitions=False)
+    for result in progress.each(results, doing, noun="answers", total=len(prompts)):
         prompt = prompts[result.index]
         texts[result.index] = (prompt + result.token_ids, len(prompt))
         on_answer()

@@ -32,6 +32,7 @@ from dvi.placement import (
     is_tensor_parallel,
     load_model,
 )
+from dvi.progress import shown_as
 from dvi.records import GenerationResult, Learner, SamplingParams
 from dvi.round_costs import CostTable
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
@@ -109,6 +110,7 @@ class SelfSpeculator:
         self._request_ids = itertools.count()
 
     @classmethod
+    @shown_as(lambda cls, name_or_path, **_: f"loading {name_or_path}")
     def from_pretrained(
         cls,
         name_or_path: str | Path,

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dvi.kv_cache import Placement, RollbackCache
 from dvi.packing import Packing
 from dvi.placement import execution_device, gather_module, is_spread
+from dvi.progress import shown_as
 from dvi.views import ViewsPath, dissect
 
 PATHS = ("auto", "views", "direct")
@@ -134,6 +135,7 @@ class SplitModel:
         return fingerprint_of_head(self.head_weight_VD)
 
     @torch.no_grad()
+    @shown_as("checking the split model")
     def self_check(self) -> None:
         """Compares prefill, a partly rejected round and a round of rows of unequal length with the plain forward.
 

@@ -5,9 +5,12 @@ Imports nothing heavy, so that `--help` is instant.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from typing import TYPE_CHECKING, Any
+
+from dvi.progress import doing
 
 SIGNAL_BASE = 128  # exit code of what a signal ended: this and the signal's number
 
@@ -25,16 +28,19 @@ def finish(command: str, **facts: Any) -> None:
     print(json.dumps({"command": command, **facts}, allow_nan=False), flush=True)
 
 
+@functools.cache
 def make_console() -> Console:
-    """Where tables and progress bars go."""
+    """Where tables and progress bars go; one for all, since what is printed must make way for the bars."""
     from rich.console import Console
 
     return Console(stderr=True, markup=False, highlight=False)  # a path may hold [brackets]
 
 
 def quieten_transformers() -> None:
-    """No loading bars and no advice from transformers: errors only."""
-    import transformers
+    """No loading bars and no advice from transformers: errors only. Imports both, which takes seconds."""
+    with doing("importing torch and transformers"):
+        import transformers
+        import transformers.modeling_utils
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -231,7 +231,8 @@ def test_a_server_answers_exports_and_ends_in_order(tmp_path):
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        url = process.stderr.readline().partition(" at ")[2].partition(",")[0]
+        announced = next(line for line in process.stderr if line.startswith("serving"))
+        url = announced.partition(" at ")[2].partition(",")[0]
         body = json.dumps({"prompt": "Once upon a time", "max_tokens": 12}).encode()
         request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as response:
@@ -333,7 +334,7 @@ def test_a_terminated_job_saves_a_checkpoint_and_says_so(tmp_path):
         f"output.folder={tmp_path}", "eval.limit=1", "output.tensorboard=false", "drafter.anchor_hidden=16",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert "held-out" in process.stderr.readline()  # from here on signals are the job's
+    assert any("held-out" in line for line in process.stderr)  # from here on signals are the job's
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from dvi import progress
 from dvi.draft_length import FixedLength, LengthPolicy
 from dvi.records import GenerationResult, RoundStats, SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator
@@ -48,25 +49,29 @@ class Measurement:
 
 
 def measure(
-    speculator: SelfSpeculator, prompts: list[list[int]], params: SamplingParams, *, num_draft_tokens: int
+    speculator: SelfSpeculator, prompts: list[list[int]], params: SamplingParams, *, num_draft_tokens: int,
+    doing: str = "measuring",
 ) -> Measurement:
     """Decodes every prompt with drafts and without, the order taking turns, after one prompt to warm up.
 
+    doing: what whoever waits is told.
     By the strict rule, whatever the speculator's own: the figures are the drafter's, and comparable.
     """
     speculator = copy.copy(speculator)
     speculator.rule = StrictRule()
     drafting, stats = FixedLength(num_draft_tokens), RoundStats()
     speeds, plain_speeds, num_mismatches = [], [], 0
-    for policy in (drafting, PLAIN):
-        _decode(speculator, prompts[0], params, policy)
-    for index, prompt in enumerate(prompts):
-        order = (drafting, PLAIN) if index % 2 == 0 else (PLAIN, drafting)
-        results = {policy: _decode(speculator, prompt, params, policy) for policy in order}
-        stats.add(results[drafting].stats)
-        speeds.append(results[drafting].stats.decode_tokens_per_s)
-        plain_speeds.append(results[PLAIN].stats.decode_tokens_per_s)
-        num_mismatches += results[drafting].token_ids != results[PLAIN].token_ids
+    with progress.doing(doing, total=len(prompts), noun="prompts") as stage:
+        for policy in (drafting, PLAIN):
+            _decode(speculator, prompts[0], params, policy)
+        for index, prompt in enumerate(prompts):
+            order = (drafting, PLAIN) if index % 2 == 0 else (PLAIN, drafting)
+            results = {policy: _decode(speculator, prompt, params, policy) for policy in order}
+            stats.add(results[drafting].stats)
+            speeds.append(results[drafting].stats.decode_tokens_per_s)
+            plain_speeds.append(results[PLAIN].stats.decode_tokens_per_s)
+            num_mismatches += results[drafting].token_ids != results[PLAIN].token_ids
+            stage.advance()
     return Measurement(
         num_prompts=len(prompts),
         num_draft_tokens=num_draft_tokens,

@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
+from dvi import progress
 from dvi.adapter_store import load_drafter, read_manifest
 from dvi.config import load_config, write_provenance
 from dvi.distributed import SOLO
@@ -251,7 +252,7 @@ class Job(ABC):
             with Signals() as signals:
                 if self.before is None and self.held_out and self.peers.is_first:
                     self.console.print(f"measuring the drafter as it is on {len(self.held_out)} held-out requests")
-                    self.before = self._measure()
+                    self.before = self._measure("measuring the drafter as it is")
                 try:
                     self._work(metrics, signals)
                 except Interrupted:
@@ -295,7 +296,7 @@ class Job(ABC):
         """Measures, draws, saves the drafter and reloads it."""
         after = None
         if self.before is not None:
-            after = self._measure()
+            after = self._measure("measuring what was learnt")
             self.console.print(comparison_table(self.before, after))
         events = [event for event in read_metrics(self.folder / METRICS_FILE) if event["event"] == "request"]
         picture = self.folder / PICTURE if events and self.place.keeps_files else None
@@ -304,7 +305,8 @@ class Job(ABC):
         metrics = None if after is None else dataclasses.asdict(after)
         self.speculator.save_drafter(self.folder / DRAFTER, metrics=metrics, config=dataclasses.asdict(self.config))
         reloaded = load_drafter(self.folder / DRAFTER, self.speculator.split)
-        is_alike = self._drafts_alike(reloaded)
+        with progress.doing("comparing the saved drafter with this one"):
+            is_alike = self._drafts_alike(reloaded)
         verdict = "drafts the same" if is_alike else "DRAFTS OTHERWISE"
         self.console.print(f"drafter saved in {self.folder / DRAFTER}; reloaded, it {verdict}")
         return {
@@ -320,9 +322,10 @@ class Job(ABC):
             num_draft_tokens=max(self.config.draft.num_draft_tokens, 1),
         )
 
-    def _measure(self) -> Measurement:
+    def _measure(self, doing: str) -> Measurement:
         return measure(
-            self.speculator, self.held_out, self.eval_params, num_draft_tokens=self.config.draft.num_draft_tokens
+            self.speculator, self.held_out, self.eval_params, num_draft_tokens=self.config.draft.num_draft_tokens,
+            doing=doing,
         )
 
     def _request(self, index: int, messages: Messages) -> Request:
@@ -381,7 +384,7 @@ class _ServingJob(Job):
             doing = f"serving, LOSSY ({rule.name})"
             self.console.print(f"warning: verify rule {rule.name} is lossy: the output is not the model's own")
         with RunDisplay(
-            self.console, num_requests=num_requests, num_done=self.position.num_done, doing=doing
+            num_requests=num_requests, num_done=self.position.num_done, doing=doing
         ) as display:
             for result in self.speculator.generate(waiting(), params, batch_size=batch_size, learner=attendance):
                 self.serving_s += time.monotonic() - last_s

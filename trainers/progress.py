@@ -1,21 +1,19 @@
-"""What a person sees of a run: a progress bar on a terminal, a line every ten seconds elsewhere, a table at the end.
+"""What a person sees of a run: how far it is and how well it goes, and a table at the end.
 
-Knows figures and a console; computes only sums over the newest requests.
+Knows figures and how progress is shown (`dvi.progress`); computes only sums over the newest requests.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
+from contextlib import ExitStack
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dvi import progress
 from dvi.records import RoundStats, UpdateReport
 from trainers.evaluation import Measurement
 
-SECONDS_PER_LINE = 10.0
 WINDOW = 50  # newest requests that the shown acceptance is of
 
 
@@ -26,55 +24,39 @@ class RunDisplay:
     """
 
     def __init__(
-        self, console: Console, *, num_requests: int | None, num_done: int, doing: str = "serving",
-        noun: str = "requests",
+        self, *, num_requests: int | None, num_done: int, doing: str = "serving", noun: str = "requests"
     ) -> None:
-        self._console, self._noun = console, noun
         self._window: deque[RoundStats] = deque(maxlen=WINDOW)
-        self._num_requests, self._num_done, self._num_tokens = num_requests, num_done, 0
-        self._last_line_s = time.monotonic()
-        self._progress = Progress(
-            TextColumn(doing), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), console=console, disable=not console.is_terminal, transient=True,
-        )
-        self._task = self._progress.add_task("", total=num_requests, completed=num_done, figures="")
+        self._num_tokens = 0
+        self._stage_settings = {"total": num_requests, "noun": noun, "done": num_done}
+        self._doing, self._exits = doing, ExitStack()
 
     def __enter__(self) -> RunDisplay:
-        self._progress.start()
+        self._stage = self._exits.enter_context(progress.doing(self._doing, **self._stage_settings))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    def __exit__(self, *error: object) -> None:
+        self._exits.__exit__(*error)
 
     def finish_request(
         self, stats: RoundStats, report: UpdateReport | None, *, speed_up: float | None, drafter_version: int
     ) -> None:
         """Shows the run after one more request. report: the newest update; speed_up: against plain decoding."""
         self._window.append(stats)
-        self._num_done += 1
         self._num_tokens += stats.new_tokens
         recent = RoundStats()
         for one in self._window:
             recent.add(one)
-        figures = [
-            f"{self._num_tokens} tokens",
-            f"acceptance {recent.acceptance_rate:.2f}",
-            f"MAT {recent.mean_accepted_tokens:.2f}",
-        ]
+        figures = [f"acceptance {recent.acceptance_rate:.2f}", f"MAT {recent.mean_accepted_tokens:.2f}"]
+        if speed_up is not None:
+            figures.insert(0, f"{speed_up:.2f}x plain")
         if recent.num_waived:
             figures.append(f"{recent.num_waived / recent.num_accepted:.0%} of the accepted by a lossy rule")
-        if speed_up is not None:
-            figures.append(f"{speed_up:.2f}x plain")
+        figures += [f"{self._num_tokens:,} tokens", f"drafter v{drafter_version}"]
         if report is not None:
             losses = " ".join(f"{name} {value:.3f}" for name, value in report.losses.items() if _counts(report, name))
             figures.append(f"{report.phase} step {report.step}: {losses}")
-        figures.append(f"drafter v{drafter_version}")
-        text = ", ".join(figures)
-        self._progress.update(self._task, completed=self._num_done, figures=text)
-        if not self._console.is_terminal and time.monotonic() - self._last_line_s >= SECONDS_PER_LINE:
-            self._last_line_s = time.monotonic()
-            of = "" if self._num_requests is None else f"/{self._num_requests}"
-            self._console.print(f"{self._num_done}{of} {self._noun}, {text}", soft_wrap=True)
+        self._stage.advance(figures=", ".join(figures))
 
 
 def comparison_table(before: Measurement, after: Measurement) -> Table:

@@ -207,7 +207,7 @@ class _WarmupJob(Job):
         num_texts = len(self.traffic) if isinstance(self.traffic, list) else None
         texts = self._open_texts()
         with RunDisplay(
-            self.console, num_requests=num_texts, num_done=self.position.num_done, doing="warming up", noun=self.noun
+            num_requests=num_texts, num_done=self.position.num_done, doing="warming up", noun=self.noun
         ) as display:
             # First the steps that the earlier run still owed: its checkpoint is of before they were made.
             self._end_turn(is_done=False)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dvi.audit import find_divergence, logits_in_blocks
@@ -34,6 +33,7 @@ from dvi.bench.questions import BUNDLED_QUESTIONS
 from dvi.companion_length import CompanionLength
 from dvi.decoding import DecodingBatch
 from dvi.draft_length import LengthPolicy
+from dvi.progress import Stage, doing
 from dvi.records import GREEDY_TEMPERATURE, RoundStats, SamplingParams
 from dvi.speculator import GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodput_buckets
 from dvi.traffic import NoPromptsError, read_prompts
@@ -101,6 +101,12 @@ class LengthSettings:
     def is_greedy(self) -> bool:
         return self.temperature == GREEDY_TEMPERATURE
 
+    def num_answers(self, batch_size: int) -> int:
+        """Of a slice of all policies."""
+        num_companions = len(self.companions) if "companion" in self.policies else 0
+        num_policies = 2 + len(set(self.policies) - {"companion"}) + num_companions
+        return num_policies * max(batch_size, ANSWERS_PER_SLICE)
+
     def sampling(self, *, seed: int) -> SamplingParams:
         return SamplingParams(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
 
@@ -132,24 +138,23 @@ def run_lengths(
     run = _open(folder, _describe(speculator, settings))
     path = folder / RESULTS_FILE
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
-    # No refreshing thread: it would take its share of the cores while a policy is timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        total = (settings.warmups + settings.repetitions) * len(settings.batch_sizes)
-        task = progress.add_task("lengths", total=total)
+    num_slices = settings.warmups + settings.repetitions
+    num_answers = sum(settings.num_answers(batch_size) * num_slices for batch_size in settings.batch_sizes)
+    console.print(f"about {num_answers:,} answers to come; how long they take shows after the first", soft_wrap=True)
+    with doing("lengths", total=num_answers, noun="answers") as stage:
         for batch_size in settings.batch_sizes:
             num_done = sum(line["batch_size"] == batch_size and line["policy"] == FIXED for line in lines)
-            progress.update(task, description=f"batch {batch_size}", advance=num_done)
-            progress.refresh()
+            stage.name(f"batch {batch_size}")
             if num_done == settings.repetitions:
-                progress.update(task, advance=settings.warmups)
+                stage.skip(settings.num_answers(batch_size) * num_slices)
                 continue
-            for new_lines in _measure(speculator, prompts, settings, batch_size=batch_size, num_done=num_done):
+            stage.skip(settings.num_answers(batch_size) * num_done)
+            for new_lines in _measure(
+                speculator, prompts, settings, batch_size=batch_size, num_done=num_done, stage=stage
+            ):
                 if new_lines:
                     lines += new_lines
                     write_whole(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-                progress.update(task, advance=1)
-                progress.refresh()
     return make_report(folder, run, lines, console=console)
 
 
@@ -232,7 +237,7 @@ class Stream:
 
 def _measure(
     speculator: SelfSpeculator, prompts: list[list[int]], settings: LengthSettings, *, batch_size: int,
-    num_done: int,
+    num_done: int, stage: Stage,
 ) -> Iterator[list[Line]]:
     """The lines of each slice after the first num_done that count; nothing for one that warms up."""
     answers_per_slice = max(batch_size, ANSWERS_PER_SLICE)
@@ -243,7 +248,10 @@ def _measure(
     }
     for repetition in range(num_done - settings.warmups, settings.repetitions):
         order = list(streams) if repetition % 2 == 0 else list(streams)[::-1]
-        found = {name: streams[name].decode(answers_per_slice * settings.max_new_tokens) for name in order}
+        found = {}
+        for name in order:
+            found[name] = streams[name].decode(answers_per_slice * settings.max_new_tokens)
+            stage.advance(answers_per_slice)
         if repetition < num_done:
             yield []
             continue

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dvi.bench.answers import write_whole
 from dvi.bench.arms import ArmOptions, OurArm, plans_of_ours
@@ -25,6 +24,7 @@ from dvi.bench.margin_quality import ANSWER_MARK, final_number, negative_log_lik
 from dvi.bench.margin_report import RESULTS_FILE, Line, make_report
 from dvi.bench.questions import Conversation, Question, load_questions, select
 from dvi.bench.records import ArmAnswer
+from dvi.progress import Stage, doing, each
 from dvi.speculator import SelfSpeculator
 from dvi.verification import MarginRule, StrictRule, TypicalRule, VerifyRule
 
@@ -112,28 +112,21 @@ def run_margin(
     conversation = Conversation(speculator.tokenizer)
     prompts = [(question, conversation.encode(question.turns, [], room=room).token_ids) for question in asked]
     arms = {rule.name: _arm(speculator, settings.options(rule)) for rule in settings.rules}
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
-    # No refreshing thread: it would take its share of the cores while an arm is timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("lossy rules beside strict", total=settings.repetitions * len(asked))
-        lines = []
-        for new_lines in _ask_all(arms, prompts, settings.repetitions):
-            lines += new_lines
-            progress.update(task, advance=1)
-            progress.refresh()
-        task = progress.add_task("perplexity", total=len(lines))
-        known: dict[tuple[int, ...], float] = {}  # greedy arms repeat themselves, and often each other
-        prompt_of = {question.question_id: ids for question, ids in prompts}
-        for line in lines:
-            prompt_ids, token_ids = prompt_of[line["question_id"]], line["token_ids"]
-            key = (*prompt_ids, -1, *token_ids)
-            if key not in known:
-                known[key] = negative_log_likelihood(speculator, prompt_ids, token_ids)
-            line["nll"] = known[key]
-            line["text"] = conversation.answer_text(token_ids)
-            line["final_number"] = final_number(line["text"])
-            progress.update(task, advance=1)
-            progress.refresh()
+    num_answers = settings.repetitions * len(asked) * len(arms)
+    console.print(f"{num_answers:,} answers to come: {settings.repetitions} runs of {len(asked)} questions to "
+                  f"{', '.join(arms)}; how long they take shows after the first", soft_wrap=True)  # fmt: skip
+    with doing("lossy rules beside strict", total=num_answers, noun="answers") as stage:
+        lines = [line for new_lines in _ask_all(arms, prompts, settings.repetitions, stage) for line in new_lines]
+    known: dict[tuple[int, ...], float] = {}  # greedy arms repeat themselves, and often each other
+    prompt_of = {question.question_id: ids for question, ids in prompts}
+    for line in each(lines, "perplexity", noun="answers"):
+        prompt_ids, token_ids = prompt_of[line["question_id"]], line["token_ids"]
+        key = (*prompt_ids, -1, *token_ids)
+        if key not in known:
+            known[key] = negative_log_likelihood(speculator, prompt_ids, token_ids)
+        line["nll"] = known[key]
+        line["text"] = conversation.answer_text(token_ids)
+        line["final_number"] = final_number(line["text"])
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return make_report(folder, _describe(speculator, settings, prompts), lines, console=console)
 
@@ -144,9 +137,9 @@ def _arm(speculator: SelfSpeculator, options: ArmOptions) -> OurArm:
 
 
 def _ask_all(
-    arms: dict[str, OurArm], prompts: list[tuple[Question, list[int]]], repetitions: int
+    arms: dict[str, OurArm], prompts: list[tuple[Question, list[int]]], repetitions: int, stage: Stage
 ) -> Iterator[list[Line]]:
-    """The lines of every repetition and question, without what is worked out later."""
+    """The lines of every repetition and question, without what is worked out later; the stage hears of each answer."""
     for arm in arms.values():
         arm.answer([prompts[0][1]], seed=0)  # to warm up
     for repetition in range(1, repetitions + 1):
@@ -154,6 +147,7 @@ def _ask_all(
             seed, found = 10**8 * repetition + question.question_id, {}
             for name in list(arms) if (repetition + index) % 2 else list(arms)[::-1]:
                 (found[name],) = arms[name].answer([prompt_ids], seed=seed)
+                stage.advance()
             yield [
                 {"verify_rule": name, "level": arms[name].speculator.level, "repetition": repetition}
                 | _line(question, prompt_ids, found[name])

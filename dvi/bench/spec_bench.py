@@ -13,20 +13,18 @@ import shlex
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 from dvi.bench.answers import DETAILS_FILE, AnswerFile, DetailFile, answer_line, write_whole
 from dvi.bench.interview import Interview, Outcome, first_difference
 from dvi.bench.machine import describe_machine
 from dvi.bench.questions import TASKS, Conversation, Question, select, task_of
 from dvi.bench.records import Arm, ArmPlan
+from dvi.progress import Stage, doing
 from dvi.records import GREEDY_TEMPERATURE
 from dvi.speculator import SelfSpeculator
 
@@ -114,21 +112,15 @@ def run_spec_bench(
     """
     run = _Run(plans, select(questions, settings.limit_per_task), conversation, speculator, Path(folder), settings)
     run.open()
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
-        # The width that is left: many arms would squeeze the others out.
-        TextColumn("{task.fields[speeds]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-    )
-    # No refreshing thread: it would take its share of the cores while an arm is timed.
-    with Progress(*columns, console=console, auto_refresh=False, expand=True) as progress:
-        task = progress.add_task("spec-bench", total=settings.repetitions * len(run.questions), speeds="")
+    num_answers = settings.repetitions * run.num_answers
+    console.print(
+        f"{num_answers:,} answers to come: {settings.repetitions} runs of {len(run.questions)} questions to "
+        f"{', '.join(plan.name for plan in run.running)}, each warmed up {settings.warmups} times; how long they take "
+        "shows after the first", soft_wrap=True,
+    )  # fmt: skip
+    with doing("spec-bench", total=num_answers, noun="answers") as stage:
         for repetition in range(1, settings.repetitions + 1):
-            for num_questions, speeds in run.repeat(repetition, console):
-                label = "".join(f" {arm} {speed:.0f}," for arm, speed in speeds.items())
-                progress.update(
-                    task, advance=num_questions, description=f"run {repetition}", speeds=f"tokens/s:{label}"[:-1]
-                )
-                progress.refresh()
+            run.repeat(repetition, console, stage)
             run.write_prompt_lengths()
     return run.summary()
 
@@ -168,8 +160,14 @@ class _Run:
                     "to go on with it, or another folder"
                 )
 
-    def repeat(self, repetition: int, console: Console) -> Iterator[tuple[int, dict[str, float]]]:
-        """Asks what is unfinished; yields questions done since the last time, and each arm's tokens per second."""
+    @property
+    def num_answers(self) -> int:
+        """Of a repetition, those that warm up included."""
+        num_warming = self.settings.warmups * min(self.settings.batch_size, len(self.questions))
+        return len(self.running) * (len(self.questions) + num_warming)
+
+    def repeat(self, repetition: int, console: Console, stage: Stage) -> None:
+        """Asks what is unfinished, and tells the stage of every answer and of each arm's tokens per second."""
         size = self.settings.batch_size
         chunks = [self.questions[i : i + size] for i in range(0, len(self.questions), size)]
         answers, details = self._files(repetition)
@@ -180,15 +178,20 @@ class _Run:
         details.keep(finished_ids)
         for file in answers.values():
             file.finish(finished_ids)
-        yield len(finished_ids), {}
         rest = [(i, chunk) for i, chunk in enumerate(chunks) if chunk[0].question_id not in finished_ids]
         if not rest:
+            stage.skip(self.num_answers)
             return
-        arms = {plan.name: self._warm(plan, chunks[0], repetition) for plan in self.running}
-        num_tokens, wall_time_s = Counter(), Counter()
+        stage.skip(len(self.running) * len(finished_ids))
+        stage.name(f"run {repetition}, warming up")
+        arms = {plan.name: self._warm(plan, chunks[0], repetition, stage) for plan in self.running}
+        stage.name(f"run {repetition}")
+        num_tokens, wall_time_s, asked = Counter(), Counter(), {}
         for index, chunk in rest:
             order = list(arms) if (repetition + index) % 2 else list(arms)[::-1]
-            asked = {name: self._ask(arms[name], chunk, repetition) for name in order}
+            for name in order:
+                asked[name] = self._ask(arms[name], chunk, repetition)
+                stage.advance(len(chunk))
             self._write(asked, answers, details)
             for name in arms:
                 for outcome in asked[name]:
@@ -197,7 +200,8 @@ class _Run:
                         console.print(f"{where}: {outcome.error}", markup=False)
                     num_tokens[name] += sum(turn.num_tokens for turn in outcome.turns)
                     wall_time_s[name] += sum(turn.wall_time_s for turn in outcome.turns)
-            yield len(chunk), {name: num_tokens[name] / wall_time_s[name] for name in arms if wall_time_s[name]}
+            speeds = (f"{name} {num_tokens[name] / wall_time_s[name]:.0f}" for name in arms if wall_time_s[name])
+            stage.advance(0, figures=f"tokens/s: {', '.join(speeds)}")
         for file in answers.values():
             file.finish()
 
@@ -283,11 +287,12 @@ class _Run:
     def _must_restart(self, details: DetailFile) -> bool:
         return any(plan.is_learning for plan in self.running) and bool(details.read())
 
-    def _warm(self, plan: ArmPlan, chunk: list[Question], repetition: int) -> Arm:
+    def _warm(self, plan: ArmPlan, chunk: list[Question], repetition: int, stage: Stage) -> Arm:
         """An arm that has run before, but learnt from nothing."""
         arm = plan.build()
         for _ in range(self.settings.warmups):
             self._ask(arm, chunk, repetition)
+            stage.advance(len(chunk))
         return plan.build() if plan.is_learning and self.settings.warmups else arm
 
     def _ask(self, arm: Arm, chunk: list[Question], repetition: int) -> list[Outcome]:

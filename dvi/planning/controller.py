@@ -23,7 +23,6 @@ from dvi.planning.replan import Planner, Proposal
 from dvi.serving.request import Draining, RequestOutput
 from dvi.settings import ServeConfig
 from dvi.speculator import SelfSpeculator
-from dvi.terminal import say
 
 WINDOW = 200  # ended requests that are looked at,
 MIN_WINDOW = 50  # and the fewest
@@ -127,7 +126,7 @@ def build_controller(
         *(math.inf if limit_ms is None else 1e-3 * limit_ms
           for limit_ms in (serve.max_token_latency_ms, serve.max_first_token_ms))
     )  # fmt: skip
-    profile, _ = obtain_profile(speculator, on_part=lambda part: say(f"measuring {part}"))
+    profile, _ = obtain_profile(speculator)
     propose = Planner(
         profile, run_time_space(plan), bound, learner_share=config.train.budget if config.train.enabled else 0.0
     )

@@ -33,6 +33,7 @@ from dvi.planning.profile import (
     write_profile,
 )
 from dvi.planning.workload import Workload
+from dvi.progress import doing, each
 from dvi.records import SamplingParams
 from dvi.round_costs import CostTable
 from dvi.serving.engine import Engine
@@ -68,26 +69,26 @@ def fingerprint_of(speculator: SelfSpeculator) -> dict[str, str | int | float | 
 
 def obtain_profile(
     speculator: SelfSpeculator, *, split_layers: Sequence[int] = (), folder: Path | None = None,
-    remeasure: bool = False, budget_s: float = BUDGET_S, on_part: Callable[[str], None] = lambda part: None,
+    remeasure: bool = False, budget_s: float = BUDGET_S,
 ) -> tuple[LatencyProfile, bool]:
     """The profile of this machine with these split layers (default: the speculator's); whether any was measured now.
 
     What an earlier run measured on the same is taken from `folder`; what is missing is measured and added there. Other
     tensor-parallel degrees than the present one are there only if a run of theirs has measured them. Of several ranks
     all must call it together; each measures, and rank 0 writes.
-    budget_s: of each split layer; every pass is timed once whatever it takes. on_part: is told what is being measured.
+    budget_s: of each split layer; every pass is timed once whatever it takes.
     """
     folder, fingerprint = folder or default_folder(), fingerprint_of(speculator)
     degree, rank = _degree_and_rank(speculator)
     known = None if remeasure else read_profile(folder, fingerprint)
     if known is None:
-        on_part("the engine's own work")
-        known = LatencyProfile({}, measure_overheads(speculator), fingerprint)
+        with doing("measuring the engine's own work"):
+            known = LatencyProfile({}, measure_overheads(speculator), fingerprint)
     wanted = split_layers or (speculator.split.split_layer,)
     missing = [layer for layer in wanted if (layer, degree) not in known.passes]
     for layer in missing:
-        on_part(f"rounds and prompts at split layer {layer}")
-        known = known.with_passes({(layer, degree): measure_passes(speculator, layer, budget_s=budget_s)})
+        with doing(f"measuring rounds and prompts at split layer {layer}"):
+            known = known.with_passes({(layer, degree): measure_passes(speculator, layer, budget_s=budget_s)})
     if missing and rank == 0:
         write_profile(folder, known)
     return known, bool(missing)
@@ -240,12 +241,11 @@ def _least_squares(terms_NK: np.ndarray, seconds_N: np.ndarray) -> list[float]:
 
 def measure_workload(
     speculator: SelfSpeculator, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 8,
-    learner_share: float = 0.0, budget_s: float = WORKLOAD_S, on_answer: Callable[[], None] = lambda: None,
+    learner_share: float = 0.0, budget_s: float = WORKLOAD_S,
 ) -> Workload:
     """Lengths and acceptance of the model's own greedy answers, drafted for as deep as is measured, as the drafter is.
 
-    After budget_s no further prompt is begun. on_answer: called for each answer. Raises ValueError as
-    `SelfSpeculator.generate` does.
+    After budget_s no further prompt is begun. Raises ValueError as `SelfSpeculator.generate` does.
     """
     deadline_s = time.perf_counter() + budget_s
 
@@ -256,10 +256,10 @@ def measure_workload(
             yield prompt
 
     stats = []
-    for result in speculator.generate(
+    results = speculator.generate(
         in_time(), SamplingParams(max_new_tokens=max_new_tokens), batch_size=batch_size,
         policy=FixedLength(DRAFT_TOKENS[-1]), keep_transitions=False,
-    ):  # fmt: skip
+    )  # fmt: skip
+    for result in each(results, "decoding prompts", noun="prompts", total=len(prompts)):
         stats.append(result.stats)
-        on_answer()
     return Workload.of_counts(stats, split_layer=speculator.split.split_layer, learner_share=learner_share)

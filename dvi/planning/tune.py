@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dvi.bench.machine import describe_machine
 from dvi.planning.frontier import Choice, find_frontier, plans_table, plot_frontier
@@ -25,10 +24,11 @@ from dvi.planning.plans import LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.search import Evaluator, NoFeasiblePlan, search
 from dvi.planning.simulator import Simulator
 from dvi.planning.workload import Workload, read_acceptance, read_lengths
+from dvi.progress import doing
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.settings import ServeConfig
-from dvi.speculator import SelfSpeculator, build_speculator
-from dvi.traffic import Messages, read_prompts
+from dvi.speculator import build_speculator
+from dvi.traffic import read_prompts
 
 PLAN_FILE, FRONTIER_FILE, PICTURE_FILE = "plan.yaml", "frontier.json", "frontier.png"
 NUM_PROMPTS = 64  # decoded at most; fewer where measure_workload's time is up
@@ -66,17 +66,14 @@ def tune(
     """
     lengths = None if sources.traffic is None else read_lengths(sources.traffic)
     acceptance = {} if sources.acceptance is None else read_acceptance(sources.acceptance)
-    with console.status("loading the model"):
-        speculator = build_speculator(config)
+    speculator = build_speculator(config)
     own = speculator.split.split_layer
     split_layers = tuple(sorted({own, *acceptance}))
     is_known = lengths is not None and own in acceptance
     prompts = [] if is_known else read_prompts([sources.prompts], limit=NUM_PROMPTS)
-    with console.status("") as status:
-        profile, is_new = obtain_profile(
-            speculator, split_layers=split_layers, remeasure=sources.remeasure, budget_s=sources.seconds,
-            on_part=lambda part: status.update(f"measuring {part}"),
-        )
+    profile, is_new = obtain_profile(
+        speculator, split_layers=split_layers, remeasure=sources.remeasure, budget_s=sources.seconds
+    )
     console.print(
         "profile of this machine: measured now, and kept" if is_new else
         "profile of this machine: measured before; --remeasure measures it anew"
@@ -85,7 +82,11 @@ def tune(
     if is_known:
         workload = Workload(lengths, acceptance, learner_share)
     else:
-        decoded = _decode(speculator, prompts, max_new_tokens=config.sampling.max_new_tokens, console=console)
+        max_new_tokens = config.sampling.max_new_tokens
+        decoded = measure_workload(
+            speculator, [speculator.encode_request(one, max_new_tokens=max_new_tokens)[0] for one in prompts],
+            max_new_tokens=max_new_tokens,
+        )
         # Texts differ in how well they are drafted for, and the slowest hundredth is made of the hard ones.
         workload = dataclasses.replace(
             decoded if lengths is None else decoded.with_lengths(lengths),
@@ -104,19 +105,6 @@ def tune(
         f"threads: {machine['threads']}; {len(workload.lengths)} requests",
     )
     return facts | {"is_newly_measured": is_new}
-
-
-def _decode(
-    speculator: SelfSpeculator, prompts: Sequence[Messages], *, max_new_tokens: int, console: Console
-) -> Workload:
-    """Lengths and acceptance of the model's answers."""
-    columns = (TextColumn("decoding prompts"), BarColumn(bar_width=20), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=len(prompts))
-        return measure_workload(
-            speculator, [speculator.encode_request(one, max_new_tokens=max_new_tokens)[0] for one in prompts],
-            max_new_tokens=max_new_tokens, on_answer=lambda: progress.advance(task),
-        )
 
 
 def _describe(workload: Workload, *, split_layer: int) -> str:
@@ -207,7 +195,7 @@ def report_plan(
     Raises NoFeasiblePlan, having written all this for the nearest plan and a bound that it meets.
     """
     refused = None
-    with console.status(f"searching {len(space)} plans"):
+    with doing(f"searching {len(space):,} plans"):
         try:
             result = search(space, bound, evaluator)
         except NoFeasiblePlan as error:

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dvi.config import load_config, write_provenance
 from dvi.loss_schedule import PRESETS
+from dvi.progress import doing
 from dvi.settings import LearningSettings, SamplingSettings, TrainConfig
 from trainers.experiments.ablation_cells import NUM_BLOCKS, AblationArm, CellRunner
 from trainers.experiments.ablation_figures import BASELINE, OFFLINE, Cell, read_cell
@@ -113,16 +113,14 @@ def _run_cells(
     config: TrainConfig, missing: list[tuple[AblationArm, int]], results: _Results, console: Console
 ) -> None:
     """Runs what no other process works on, then waits for what others do work on."""
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:
-        runner = CellRunner(config, progress)
+    runner = CellRunner(config)
+    with doing("ablation", total=len(missing), noun="cells") as stage:
         for is_waiting in (False, True):
             for arm, seed in missing:
                 with results.store.claim(results.name(arm.name, seed), wait=is_waiting) as is_ours:
                     if is_ours and results.read(arm.name, seed) is None:
                         _run_cell(runner, arm, seed, results, console)
+                        stage.advance(results.read(arm.name, seed) is not None)
 
 
 def _run_cell(runner: CellRunner, arm: AblationArm, seed: int, results: _Results, console: Console) -> None:

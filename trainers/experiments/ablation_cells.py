@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from dvi.bench.machine import describe_machine
 from dvi.draft_length import FixedLength
 from dvi.drafter import build_drafter
+from dvi.progress import doing, each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import ReplayBatch, SamplingParams, Transitions, UpdateReport
 from dvi.settings import LearningSettings, TrainConfig
@@ -88,15 +88,15 @@ def count_rewards(batch: ReplayBatch) -> Tensor:
 class CellRunner:
     """The model, the traffic and the held-out texts, and how a cell is run on them."""
 
-    def __init__(self, config: TrainConfig, progress: Progress) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
         self.speculator = build_speculator(config)
         self.params = SamplingParams(**dataclasses.asdict(config.sampling))
         self.drafting = FixedLength(config.draft.num_draft_tokens)
         self._drafter_config = self.speculator.drafter.config
         self._corpus: dict[tuple[int, ...], tuple[list[int], int]] = {}
         held_out, _ = encode(self.speculator, read_traffic(config)[1], config)
-        texts = self._decode(held_out, config.eval.max_new_tokens, "held-out answers")
+        texts = self._decode(held_out, config.eval.max_new_tokens, "decoding held-out answers")
         # Where a text has no whole round, nobody can say what would be accepted in it.
         texts = [(ids, length) for ids, length in texts if len(ids) - length > config.draft.num_draft_tokens]
         if not texts:
@@ -104,7 +104,10 @@ class CellRunner:
                 'data.prompts must have rows with "split": "eval" whose answers are longer than '
                 f"draft.num_draft_tokens = {config.draft.num_draft_tokens}, got none of {len(held_out)}"
             )
-        self.held_out = [record(self.speculator.split, ids, prompt_len=length) for ids, length in texts]
+        self.held_out = [
+            record(self.speculator.split, ids, prompt_len=length)
+            for ids, length in each(texts, "recording held-out answers", noun="texts")
+        ]
 
     def run_online(self, arm: AblationArm, seed: int) -> Cell:
         """Serves the traffic once with a learner beside it."""
@@ -112,24 +115,23 @@ class CellRunner:
         trainer = self._fresh_trainer(arm.settings, seed)
         held_out, blocks = [self._measure(0, 0)], []
         self._warm_up(prompts)
-        task = self.progress.add_task(f"{arm.name}, seed {seed}", total=len(prompts))
         bounds = [round(i * len(prompts) / NUM_BLOCKS) for i in range(NUM_BLOCKS + 1)]
-        for number, (first, end) in enumerate(itertools.pairwise(bounds), start=1):
-            is_plain = number % BLOCKS_PER_PLAIN == 0
-            earlier = blocks[-1].requests[-1] if blocks else None
-            blocks.append(self._serve(prompts[first:end], trainer, earlier, is_plain=is_plain))
-            if number == NUM_BLOCKS:
-                trainer.publish_now()
-            held_out.append(self._measure(trainer.num_steps, trainer.num_transitions))
-            self.progress.update(task, completed=end)
-        self.progress.remove_task(task)
+        with doing(f"{arm.name}, seed {seed}", total=len(prompts), noun="requests") as stage:
+            for number, (first, end) in enumerate(itertools.pairwise(bounds), start=1):
+                is_plain = number % BLOCKS_PER_PLAIN == 0
+                earlier = blocks[-1].requests[-1] if blocks else None
+                blocks.append(self._serve(prompts[first:end], trainer, earlier, is_plain=is_plain))
+                if number == NUM_BLOCKS:
+                    trainer.publish_now()
+                held_out.append(self._measure(trainer.num_steps, trainer.num_transitions))
+                stage.advance(end - first)
         return _cell(arm, seed, trainer, held_out, blocks, num_cut)
 
     def run_offline(self, arm: AblationArm, seed: int, num_steps: int) -> Cell:
         """The same texts recorded, and as many steps: over each once, in the order of serving, or over all at once."""
         prompts, num_cut = self._traffic(seed)
         unseen = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts)) if prompt not in self._corpus]
-        for text in self._decode(unseen, self.params.max_new_tokens, "answers to learn from"):
+        for text in self._decode(unseen, self.params.max_new_tokens, "decoding answers to learn from"):
             self._corpus[tuple(text[0][: text[1]])] = text
         texts = [self._corpus[tuple(prompt)] for prompt in prompts]
         num_positions = sum(len(ids) - prompt_len for ids, prompt_len in texts)
@@ -142,7 +144,6 @@ class CellRunner:
         trainer = self._fresh_trainer(settings, seed)
         held_out, num_seen = [self._measure(0, 0)], 0
         steps_of_marks = {round(i * num_steps / NUM_BLOCKS) for i in range(1, NUM_BLOCKS)}
-        task = self.progress.add_task(f"{arm.name}, seed {seed}", total=num_steps)
 
         def recordings() -> Iterator[RecordedText]:
             nonlocal num_seen
@@ -151,14 +152,14 @@ class CellRunner:
                 yield record(self.speculator.split, ids, prompt_len=prompt_len)
 
         def finish_step(report: UpdateReport) -> None:
-            self.progress.update(task, completed=report.step)
+            stage.advance()
             if report.step in steps_of_marks:
                 held_out.append(self._measure(report.step, num_seen))
 
         learn = _learn_in_epochs if arm.kind == OFFLINE_EPOCHS else _learn_in_one_pass
-        learn(trainer, recordings(), num_positions=num_positions, num_steps=num_steps, on_step=finish_step)
+        with doing(f"{arm.name}, seed {seed}", total=num_steps, noun="steps") as stage:
+            learn(trainer, recordings(), num_positions=num_positions, num_steps=num_steps, on_step=finish_step)
         held_out.append(self._measure(trainer.num_steps, num_positions))
-        self.progress.remove_task(task)
         return _cell(arm, seed, trainer, held_out, None, num_cut)
 
     def _serve(
@@ -227,12 +228,7 @@ class CellRunner:
         return encode(self.speculator, messages, self.config)
 
     def _decode(self, prompts: list[list[int]], max_new_tokens: int, label: str) -> list[tuple[list[int], int]]:
-        task = self.progress.add_task(label, total=len(prompts))
-        texts = decode_answers(
-            self.speculator, prompts, max_new_tokens=max_new_tokens, on_answer=lambda: self.progress.advance(task)
-        )
-        self.progress.remove_task(task)
-        return texts
+        return decode_answers(self.speculator, prompts, max_new_tokens=max_new_tokens, doing=label)
 
     def _now_s(self) -> float:
         device = self.speculator.split.device

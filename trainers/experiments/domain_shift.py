@@ -116,6 +116,7 @@ class HeldOut:
             answers = decode_answers(
                 speculator, encode(speculator, rows, self._config)[0],
                 max_new_tokens=self._config.eval.max_new_tokens, batch_size=self._config.data.batch_size,
+                doing=f"decoding held-out answers, {domain}",
             )
             num_draft_tokens = self._config.draft.num_draft_tokens
             # Where a text has no whole round, nobody can say what would be accepted in it.
@@ -147,7 +148,7 @@ def run_cell(
     rows = read_phases(cell.stream, files, shuffle_seed=config.data.shuffle_seed)
     encoded = [encode(speculator, phase, config) for phase in rows]
     texts = {domain: held_out.texts(domain, speculator) for domain in held_out.domains(cell.stream)}
-    with RunDisplay(console, num_requests=cell.stream.num_requests, num_done=0) as display:
+    with RunDisplay(num_requests=cell.stream.num_requests, num_done=0) as display:
         run = _Run(speculator, config, texts, display)
         for phase, (prompts, _) in enumerate(encoded):
             run.serve(phase, prompts)

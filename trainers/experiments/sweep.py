@@ -9,7 +9,6 @@ report.md and sweep.png.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import shlex
 import sys
@@ -17,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
 from dvi.autotune import measure_costs
 from dvi.bench.machine import describe_machine
 from dvi.bench.statistics import Interval, median_interval
 from dvi.draft_length import FixedLength
 from dvi.drafter import MAX_DEPTH, DrafterConfig
+from dvi.progress import each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import TrainConfig
@@ -69,23 +68,22 @@ def run_sweep(
     base = build_speculator(config)
     _check_fits(base, split_layers, draft_vocab_sizes)
     if texts is None:
-        texts = _decode_texts(base, config, longest_draft=draft_lengths[-1], console=console)
+        texts = _decode_texts(base, config, longest_draft=draft_lengths[-1])
         text_folder.write("texts", common, texts)
     cells, recorded_layer, recorded = [], None, ([], [])
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        for split_layer, rank, draft_vocab_size in progress.track(grid, description="cells"):
-            name = f"split{split_layer}_rank{rank}_vocab{draft_vocab_size}"
-            place = {"split_layer": split_layer, "rank": rank, "draft_vocab_size": draft_vocab_size}
-            cell = cell_folder.read(name, common | place)
-            if cell is None:
-                speculator = _untrained(base, config, **place)
-                if split_layer != recorded_layer:  # one layer's states at a time in memory
-                    recorded_layer = split_layer
-                    recorded = tuple(_record(speculator, texts[part]) for part in ("training", "held_out"))
-                cell = place | _fill(speculator, config, *recorded, draft_lengths=draft_lengths)
-                cell_folder.write(name, common | place, cell)
-                console.print(f"split layer {split_layer}, rank {rank}, vocabulary {draft_vocab_size or 'whole'}: done")
-            cells.append(cell)
+    for split_layer, rank, draft_vocab_size in each(grid, "sweep", noun="cells"):
+        name = f"split{split_layer}_rank{rank}_vocab{draft_vocab_size}"
+        place = {"split_layer": split_layer, "rank": rank, "draft_vocab_size": draft_vocab_size}
+        cell = cell_folder.read(name, common | place)
+        if cell is None:
+            speculator = _untrained(base, config, **place)
+            if split_layer != recorded_layer:  # one layer's states at a time in memory
+                recorded_layer = split_layer
+                recorded = tuple(_record(speculator, texts[part]) for part in ("training", "held_out"))
+            cell = place | _fill(speculator, config, *recorded, draft_lengths=draft_lengths)
+            cell_folder.write(name, common | place, cell)
+            console.print(f"split layer {split_layer}, rank {rank}, vocabulary {draft_vocab_size or 'whole'}: done")
+        cells.append(cell)
     report = make_report(cells, conditions=_conditions(config, texts, num_layers=base.split.num_layers))
     write_report(report, folder, console=console)
     return report
@@ -107,7 +105,8 @@ def _fill(
     )
     trainer = OnlineTrainer(speculator, learning)
     steps = learn_from_recordings(
-        trainer, training, positions_per_step=POSITIONS_PER_ROUND * learning.rounds_per_step
+        trainer, each(training, "learning", noun="texts"),
+        positions_per_step=POSITIONS_PER_ROUND * learning.rounds_per_step,
     )
     drafter = speculator.drafter
     if not steps or drafter.draft_head.vocab_size != (drafter.config.draft_vocab_size or speculator.split.vocab_size):
@@ -160,10 +159,10 @@ def measure_live(
     def decode(prompt: list[int], policy: FixedLength) -> GenerationResult:
         return next(speculator.generate([prompt], params, batch_size=1, policy=policy, keep_transitions=False))
 
-    for policy in policies:
+    for policy in each(policies, "warming up", noun="policies"):
         decode(prompts[0], policy)
     ratios = {length: [] for length in draft_lengths}
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(each(prompts, "measuring the speed", noun="prompts")):
         first = index % len(policies)
         results = {policy: decode(prompt, policy) for policy in policies[first:] + policies[:first]}
         plain = results[PLAIN]
@@ -191,14 +190,17 @@ def _untrained(
 
 
 def _record(speculator: SelfSpeculator, texts: list[tuple[list[int], int]]) -> list[RecordedText]:
-    return [record(speculator.split, token_ids, prompt_len=prompt_len) for token_ids, prompt_len in texts]
+    return [
+        record(speculator.split, token_ids, prompt_len=prompt_len)
+        for token_ids, prompt_len in each(texts, "recording the model's states", noun="texts")
+    ]
 
 
 # Texts and settings
 
 
 def _decode_texts(
-    speculator: SelfSpeculator, config: TrainConfig, *, longest_draft: int, console: Console
+    speculator: SelfSpeculator, config: TrainConfig, *, longest_draft: int
 ) -> dict[str, list[tuple[list[int], int]]]:
     """(token ids of prompt and greedy answer, prompt length) of each text to learn from, and of each held-out one."""
     parts = {}
@@ -207,11 +209,9 @@ def _decode_texts(
         strict=True,
     ):
         encoded = [speculator.encode_request(messages, max_new_tokens=limit)[0] for messages in prompts]
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-            task = progress.add_task(f"decoding answers, {name.replace('_', '-')}", total=len(encoded))
-            parts[name] = decode_answers(
-                speculator, encoded, max_new_tokens=limit, on_answer=functools.partial(progress.advance, task)
-            )
+        parts[name] = decode_answers(
+            speculator, encoded, max_new_tokens=limit, doing=f"decoding answers, {name.replace('_', '-')}"
+        )
     if not any(len(token_ids) - prompt_len > longest_draft for token_ids, prompt_len in parts["held_out"]):
         raise ValueError(
             f"a held-out answer must be longer than the longest draft of {longest_draft}, got "

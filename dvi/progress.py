@@ -116,14 +116,17 @@ class Display:
     def end(self) -> None:
         """Shows nothing any more, and leaves the terminal as it was."""
         self._over.set()
-        if self._bars is not None:
-            self._bars.stop()
+        with self._lock:  # after whoever is writing now
+            if self._bars is not None:
+                self._bars.stop()
 
     def draw(self, *, is_due: bool = False) -> None:
         """Draws the bars anew, unless that has just been done."""
         if self._bars is None or (not is_due and time.monotonic() - self._drawn_s < LEAST_BAR_S):
             return
         with self._lock:
+            if not self._stages:
+                return
             for stage, task in self._tasks.items():
                 self._bars.update(task, completed=stage.done, total=stage.total, stage=stage)
             self._bars.refresh()
@@ -132,15 +135,15 @@ class Display:
     def tell(self) -> None:
         """A line about the innermost stage."""
         with self._lock:
-            if self._stages:
+            if self._stages and not self._over.is_set():
                 self._console.print(str(self._stages[-1]), soft_wrap=True)
 
     def _beat(self) -> None:
         while not self._over.wait(self._period_s):
-            if self._bars is None:
-                self.tell()
-            elif self._stages:
-                self.draw(is_due=True)
+            try:
+                self.tell() if self._bars is None else self.draw(is_due=True)
+            except OSError:  # nobody listens any more
+                return
 
 
 _display: Display | None = None

@@ -205,12 +205,18 @@ def read_manifest(folder: str | Path) -> AdapterManifest:
 
 
 def export_standalone(
-    folder: str | Path, drafter: nn.Module, split: SplitModel, *, tokenizer: PreTrainedTokenizerBase | None = None
+    folder: str | Path,
+    drafter: nn.Module,
+    split: SplitModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes the shallow layers, the drafter's norm and its merged head as an ordinary Hugging Face checkpoint.
 
     `AutoModelForCausalLM` loads it without this library, for `generate(assistant_model=...)` or any server that takes
     a draft model. The vocabulary is the full one: tokens that a trimmed drafter cannot draft keep the frozen rows.
+    overwrite: `folder` may hold such a model, which this one replaces; a folder with anything else is refused anyway.
     Raises ValueError for drafters that read the verifier's state, for split_layer 0, when `folder` is not empty, and
     when the first layers as a model of their own do not give the drafter's logits.
     """
@@ -224,7 +230,7 @@ def export_standalone(
     if split.split_layer == 0:
         raise ValueError("split_layer must be >= 1 for a standalone model, got 0: a model needs a layer; try 1")
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} must be a new or an empty folder for a standalone model; choose another")
     model = AutoModelForCausalLM.from_config(_shallow_config(split.model.config, split), dtype=split.dtype)
     source = split.model.state_dict()

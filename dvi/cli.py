@@ -1,14 +1,13 @@
-"""The `dvi` command: generate, train, warmup, serve, tune, route, top, verify, export, inspect, doctor, bench, model.
+"""The `dvi` command: init, model, generate, train, warmup, serve, tune, route, top, verify, export, inspect, bench ...
 
 Knows arguments, streams and exit codes; every verb imports what it needs when it runs, so that `--help` is instant.
 What is for people goes to stderr (generated text, which is the product, to stdout); the last line of stdout is one JSON
-object. Exit codes: 0, 1 when `verify` or `doctor` found something wrong, 2 for a user's error, 3 when another rank of
-the job was lost, 128 + signal.
+object, which a terminal shows only with --json. Exit codes: 0, 1 when `verify` or `doctor` found something wrong, 2 for
+a user's error, 3 when another rank of the job was lost, 128 + signal.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from dvi import __version__
+from dvi import __version__, terminal
+from dvi.arguments import load_arguments
 from dvi.bench.commands import app as bench_app
 from dvi.config import load_config, to_yaml
 from dvi.model_commands import app as model_app
@@ -30,6 +30,8 @@ from dvi.settings import (
     RouteSettings,
     SamplingSettings,
     ServeConfig,
+    ServeSettings,
+    TrainConfig,
     VerifySettings,
     WarmupConfig,
 )
@@ -45,18 +47,23 @@ USER_ERROR = 2
 PEER_LOST = 3
 FOUND_WRONG = 1
 SIGINT = 2
-DEBUG = "--debug"
+DEBUG, JSON = "--debug", "--json"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _SAMPLING, _DRAFT, _DRAFTER, _VERIFY = SamplingSettings(), DraftSettings(), DrafterSettings(), VerifySettings()
+_SERVE = ServeSettings()
 
 
 class _Group(TyperGroup):
-    """Turns a user's error into one line and an exit code; with --debug, wherever it stands, into a traceback."""
+    """Turns a user's error into one line and an exit code; knows the two options that may stand anywhere.
+
+    --debug turns the error into a traceback, --json shows the last line on a terminal too.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta[DEBUG] = DEBUG in args
-        return super().parse_args(ctx, [arg for arg in args if arg != DEBUG])
+        end = args.index("--") if "--" in args else len(args)  # what follows is text, whatever it looks like
+        ctx.meta[DEBUG], terminal.is_json_asked = DEBUG in args[:end], JSON in args[:end]
+        return super().parse_args(ctx, [arg for arg in args[:end] if arg not in (DEBUG, JSON)] + args[end:])
 
     def invoke(self, ctx: Any) -> Any:
         is_first = os.environ.get("RANK", "0") == "0"
@@ -85,7 +92,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},  # of every verb: they inherit it
-    epilog="--debug, anywhere, shows the traceback of an error.",
+    epilog="Anywhere: --json ends with a line of JSON on a terminal too; --debug shows an error's traceback.",
 )
 
 
@@ -108,6 +115,12 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(model_app, name="model")
 
 ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face model folder or hub id.", show_default=False)]
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|YAML", help="A model (a folder, a hub name, a .gguf file), or a file of settings: see dvi init."
+    ),
+]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")]
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"],
@@ -121,6 +134,21 @@ SplitLayerOption = Annotated[
     int | None, typer.Option(help="Layers below it draft; default the adapter's, or one in sixteen.")
 ]
 DraftTokensOption = Annotated[int, typer.Option(help="The most tokens drafted in a round.")]
+
+
+@app.command()
+def init(
+    place: Annotated[Path, typer.Argument(metavar="[FILE|FOLDER]", help="A new .yaml file, or its folder.")] = Path(),
+    verb: Annotated[Literal["serve", "train"], typer.Option("--for", help="The verb that it is for.")] = "serve",
+    model: Annotated[str | None, typer.Option(help="Its model: a folder, a hub name or a .gguf file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+) -> None:
+    """Write a commented file of settings to start from."""
+    from dvi.starter import write_starter
+
+    path = write_starter(place, verb=verb, model=model, overwrite=force)
+    say(f"wrote {path}: dvi {verb} {path}")
+    finish("init", file=str(path), verb=verb)
 
 
 @app.command()
@@ -193,6 +221,10 @@ def generate(
     seconds = time.perf_counter() - start_s
     for result in results:
         stats.add(result.stats)
+    say(
+        f"{stats.new_tokens} tokens in {seconds:.1f} s, {stats.new_tokens / seconds:.1f} a second; "
+        f"{stats.num_accepted} of {stats.num_drafted} drafts accepted, {stats.mean_accepted_tokens:.2f} tokens a round"
+    )
     finish(
         "generate", prompts=len(results), prompt_tokens=stats.prompt_tokens, new_tokens=stats.new_tokens,
         rounds=stats.num_rounds, drafted=stats.num_drafted, accepted=stats.num_accepted,
@@ -207,15 +239,18 @@ def generate(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/online/reference.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.lr=1e-4.")
+    source: SourceArgument,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPTS|KEY=VALUE", help="Files of prompts, and settings such as train.lr=1e-4."),
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
 ) -> None:
     """Serve a stream of prompts with a drafter that learns from them."""
-    settings = load_config(config, [*(overrides or ()), *(["output.resume=true"] if resume else ())])
+    settings = load_arguments(
+        source, arguments or (), schema=TrainConfig, verb="train", options={"output.resume": resume or None}
+    )
     if print_config:
         print(to_yaml(settings), end="")  # and no JSON after it: what is printed is a configuration file
         return
@@ -230,16 +265,18 @@ def train(
 
 @app.command()
 def warmup(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/warmup/reference.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as warmup.source=texts.")
+    source: SourceArgument,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPTS|KEY=VALUE", help="Files of prompts, and settings such as warmup.source=texts."),
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
 ) -> None:
     """Train a drafter on a corpus before it serves."""
-    overrides = [*(overrides or ()), *(["output.resume=true"] if resume else ())]
-    settings = load_config(config, overrides, schema=WarmupConfig)
+    settings = load_arguments(
+        source, arguments or (), schema=WarmupConfig, verb="warmup", options={"output.resume": resume or None}
+    )
     if print_config:
         print(to_yaml(settings), end="")
         return
@@ -260,16 +297,24 @@ def _finish_job(command: str, summary: dict[str, Any]) -> None:
 
 @app.command()
 def serve(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/online/serve.yaml.")],
-    overrides: Annotated[
+    source: SourceArgument,
+    arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Such as serve.port=8001, or another YAML file, such as a plan."),
+        typer.Argument(metavar="KEY=VALUE|YAML", help="Settings such as train.budget=0.1; files, such as a plan."),
+    ] = None,
+    adapter: AdapterOption = None,
+    host: Annotated[str | None, typer.Option(help=f"Default {_SERVE.host}; others need an API key.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help=f"Default {_SERVE.port}; 0 takes a free one.", min=0, max=65535)
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
     live: Annotated[bool, typer.Option("--live", help="Show the figures here as they change.")] = False,
 ) -> None:
     """Answer OpenAI's API with a drafter that learns from what it answers."""
-    settings = load_config(config, overrides or (), schema=ServeConfig)
+    settings = load_arguments(
+        source, arguments or (), schema=ServeConfig, verb="serve",
+        options={"drafter.adapter": adapter and str(adapter), "serve.host": host, "serve.port": port},
+    )
     if print_config:
         print(to_yaml(settings), end="")
         return
@@ -312,12 +357,12 @@ def serve(
 
 @app.command()
 def tune(
-    config: Annotated[Path, typer.Argument(help="A YAML file of dvi serve, such as configs/online/serve.yaml.")],
+    source: SourceArgument,
     max_token_latency_ms: Annotated[
         float, typer.Option(help="From a request's first token to its last, by the tokens after the first.")
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as drafter.adapter=runs/drafter.")
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of dvi serve, as drafter.adapter=DIR.")
     ] = None,
     max_first_token_ms: Annotated[float | None, typer.Option(help="From a request's admission to it.")] = None,
     traffic: Annotated[
@@ -344,7 +389,7 @@ def tune(
     for option, value in (("token-latency", max_token_latency_ms), ("first-token", max_first_token_ms)):
         if value is not None and not value > 0:
             raise ValueError(f"--max-{option}-ms must be > 0, got {value}; try 50")
-    settings = load_config(config, overrides or (), schema=ServeConfig)
+    settings = load_arguments(source, arguments or (), schema=ServeConfig, verb="serve")
     quieten_transformers()
     import math
     import shlex
@@ -364,7 +409,7 @@ def tune(
         LatencyBound(max_token_latency_ms / 1e3, math.inf if max_first_token_ms is None else max_first_token_ms / 1e3),
         Sources(prompts, traffic=traffic, acceptance=acceptance, seconds=seconds, remeasure=remeasure),
         choices={name: read_choices(name, text) for name, text in given.items() if text is not None},
-        folder=output, command=shlex.join(["dvi", "serve", str(config), *(overrides or ())]), console=make_console(),
+        folder=output, command=shlex.join(["dvi", "serve", source, *(arguments or ())]), console=make_console(),
     )
     finish("tune", **facts)
 
@@ -401,7 +446,7 @@ def route(
 def top(
     url: Annotated[str, typer.Argument(help="Of a server, such as http://127.0.0.1:8000.")],
 ) -> None:
-    """Show a server's figures as they change; its key comes from DVI_API_KEY."""
+    """Show a server's figures as they change, until it is gone; its key comes from DVI_API_KEY."""
     from dvi.serving.access import API_KEY_VARIABLE
     from dvi.serving.live import fetch_from, show
 
@@ -472,6 +517,9 @@ def export(
     standalone: Annotated[
         bool, typer.Option("--standalone", help="As a draft model that transformers loads by itself; lora_head only.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take the place of an export that is there, on the server too.")
+    ] = False,
 ) -> None:
     """Write a drafter as an adapter folder, or as a draft model of its own."""
     num_sources = sum(source is not None for source in (run, server, adapter))
@@ -480,8 +528,14 @@ def export(
     if server is not None:
         if standalone or model is not None:
             raise ValueError("--standalone and --model go with --run and --adapter; a server saves an adapter as it is")
-        finish("export", **_ask_to_save(server, str(folder)))
+        from dvi.serving.client import ask_to_save
+
+        saved = ask_to_save(server, str(folder), overwrite=force)
+        say(f"{server} saved version {saved['version']} in its folder {saved['folder']}")
+        finish("export", **saved)
         return
+    if folder.exists() and not (force or (folder.is_dir() and not any(folder.iterdir()))):
+        raise FileExistsError(f"{folder} is there already; --force replaces an export, another name keeps both")
     quieten_transformers()
     if run is not None:
         from trainers.job import load_run
@@ -499,9 +553,12 @@ def export(
     if standalone:
         from dvi.adapter_store import export_standalone
 
-        export_standalone(folder, speculator.drafter, speculator.split, tokenizer=speculator.tokenizer)
+        export_standalone(
+            folder, speculator.drafter, speculator.split, tokenizer=speculator.tokenizer, overwrite=force
+        )
     else:
         speculator.save_drafter(folder, metrics=metrics, config=config)
+    say(f"wrote {folder}: {speculator.drafter.config.kind}, version {speculator.drafter.version}")
     finish(
         "export", folder=str(folder), standalone=standalone, kind=speculator.drafter.config.kind,
         drafter_version=speculator.drafter.version, base_model=speculator.model.config.name_or_path,
@@ -608,30 +665,6 @@ def _show_in_background(loop: EngineLoop, *, until: Callable[[], bool]) -> None:
 
     arguments = {"console": make_console(), "until": until}
     threading.Thread(target=show, args=(lambda: status(loop),), kwargs=arguments, name="live", daemon=True).start()
-
-
-def _ask_to_save(url: str, name: str) -> dict[str, Any]:
-    """Has a server save its drafter: {name, folder (on the server), version}."""
-    import urllib.error
-    import urllib.request
-
-    from dvi.serving.access import ADMIN_KEY_VARIABLE
-
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"the server's URL must begin with http:// or https://, got {url!r}; try http://127.0.0.1:8000")
-    body, headers = json.dumps({"name": name}).encode(), {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url.rstrip('/')}/admin/save", body, headers)
-    if ADMIN_KEY_VARIABLE in os.environ:  # unredirected: a redirect may lead to somebody else
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ[ADMIN_KEY_VARIABLE]}")
-    try:
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            answer = error.read().decode("utf-8", "replace")
-        raise ValueError(f"{url} answers {error.code}: {answer[:300]}") from None
-    except urllib.error.URLError as error:
-        raise ValueError(f"{url} must be the address of a running server: {error.reason}") from error
 
 
 def _as_prompts(speculator: SelfSpeculator, messages: list[list[dict[str, str]]], chat: bool | None) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""Reading settings: frozen dataclasses < a YAML file < `key=value` on the command line.
+"""Reading settings: frozen dataclasses < a YAML file, or a model's name < `key=value` on the command line.
 
 Knows keys, types and bounds; knows nothing of models or training, and imports neither torch nor transformers, so that
 `dvi --help` and `--print-config` answer at once. What the settings are stands in `dvi.settings`.
@@ -7,14 +7,13 @@ Knows keys, types and bounds; knows nothing of models or training, and imports n
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -22,17 +21,24 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 import yaml
 
 from dvi.bundled import here_or_bundled
+from dvi.key_names import hint_for, meant_by
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.software import versions_of
 
 Schema = TypeVar("Schema")
 
+YAML_SUFFIXES = (".yaml", ".yml")
+
 
 def load_config(
-    path: str | Path | None = None, overrides: Iterable[str] = (), *, schema: type[Schema] = TrainConfig
+    path: str | Path | None = None,
+    overrides: Iterable[str | Mapping[str, Any]] = (),
+    *,
+    schema: type[Schema] = TrainConfig,
 ) -> Schema:
-    """The checked settings: defaults, then the YAML file, then each `section.key=value` or further YAML file in turn.
+    """The checked settings: defaults, then the YAML file, then each override in turn.
 
+    overrides: `section.key=value`, further YAML files, or mappings of sections to keys and values.
     Values are written as in YAML, with 1e-3 a number; one value where a list is expected stands for a list of one.
     Raises ValueError naming key, value, bound and remedy; it lists every wrong value, but stops at an unknown key.
     """
@@ -40,11 +46,24 @@ def load_config(
     if path is not None:
         _merge(settings, _read_yaml(Path(path)), source=str(path), schema=schema)
     for override in overrides:
-        if _is_file(override):
+        if isinstance(override, str) and is_yaml(override):
             _merge(settings, _read_yaml(Path(override)), source=override, schema=schema)
         else:
-            _merge(settings, _parse_override(override), source="the command line", schema=schema)
+            new = _parse_override(override) if isinstance(override, str) else override
+            _merge(settings, new, source="the command line", schema=schema)
     return _validate(settings, schema)
+
+
+def is_yaml(argument: str) -> bool:
+    """Whether an argument names a YAML file: told by the suffix alone, so that a missing one is no model's name."""
+    return "=" not in argument and argument.endswith(YAML_SUFFIXES)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """{"train": {"lr": 0.001}} of "train.lr" and 0.001."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def to_yaml(config: TrainConfig | ServeConfig | WarmupConfig) -> str:
@@ -83,7 +102,8 @@ def _read_yaml(path: Path) -> Any:
     try:
         text = here_or_bundled(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"config must be a readable YAML file, got {path}: {error.strerror}") from error
+        hint = "; dvi init writes one" if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"config must be a readable YAML file, got {path}: {error.strerror}{hint}") from error
     return _parse_yaml(text, source=str(path))
 
 
@@ -94,19 +114,11 @@ def _parse_yaml(text: str, *, source: str) -> Any:
         raise ValueError(f"{source} must be valid YAML: {error}") from error
 
 
-def _is_file(override: str) -> bool:
-    return "=" not in override and override.endswith((".yaml", ".yml"))
-
-
 def _parse_override(override: str) -> dict[str, Any]:
-    """{"train": {"lr": 0.001}} of "train.lr=1e-3"."""
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"an override must look like section.key=value, got {override!r}; try train.lr=1e-3")
-    value = _parse_yaml(text, source=override)
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return value
+    return nested(key.strip(), _parse_yaml(text, source=override))
 
 
 def _merge(settings: dict[str, Any], new: Any, *, source: str, schema: type) -> None:
@@ -117,12 +129,15 @@ def _merge(settings: dict[str, Any], new: Any, *, source: str, schema: type) -> 
             return
         if not isinstance(new, Mapping):
             names = ", ".join(entry.name for entry in dataclasses.fields(section))
-            raise ValueError(f"{prefix[:-1] or source} must hold keys: one of {names}; got {new!r}")
+            meant = meant_by(prefix[:-1], schema)
+            hint = "" if meant is None else f"; did you mean {meant}={new}?"
+            raise ValueError(f"{prefix[:-1] or source} must hold keys: one of {names}; got {new!r}{hint}")
         hints = _hints(section)
         for name, value in new.items():
             key = f"{prefix}{name}"
             if name not in hints:
-                raise ValueError(f"unknown key {key!r} in {source}; did you mean {_nearest_key(key, schema)!r}?")
+                key = _whole_key(key, value)
+                raise ValueError(f"unknown key {key!r} in {source}; {hint_for(key, schema)}")
             if dataclasses.is_dataclass(hints[name]):
                 merge(settings[name], value, hints[name], f"{key}.")
             elif get_origin(hints[name]) is tuple and isinstance(value, str):
@@ -139,21 +154,12 @@ def _hints(section: type) -> dict[str, Any]:
     return {entry.name: hints[entry.name] for entry in dataclasses.fields(section)}
 
 
-def _all_keys(section: type, prefix: str = "") -> Iterator[str]:
-    for name, hint in _hints(section).items():
-        yield f"{prefix}{name}"
-        if dataclasses.is_dataclass(hint):
-            yield from _all_keys(hint, f"{prefix}{name}.")
-
-
-def _nearest_key(unknown: str, schema: type) -> str:
-    """The known key most like `unknown`; a right name in the wrong section, or in none, comes first."""
-
-    def likeness(known: str) -> tuple[bool, float]:
-        is_same_name = known.rpartition(".")[2] == unknown.rpartition(".")[2]
-        return is_same_name, difflib.SequenceMatcher(None, unknown, known).ratio()
-
-    return max(_all_keys(schema), key=likeness)
+def _whole_key(key: str, value: Any) -> str:
+    """The key as it was written, down to the value: the unknown part of it need not be the last."""
+    while isinstance(value, Mapping) and len(value) == 1:
+        ((name, value),) = value.items()
+        key = f"{key}.{name}"
+    return key
 
 
 def _validate(settings: dict[str, Any], schema: type[Schema]) -> Schema:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvi.progress import doing
 
+is_json_asked = False  # by --json, see dvi.cli
 SIGNAL_BASE = 128  # exit code of what a signal ended: this and the signal's number
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ def say(text: str) -> None:
 
 
 def finish(command: str, **facts: Any) -> None:
-    """The last line of stdout."""
-    print(json.dumps({"command": command, **facts}, allow_nan=False), flush=True)
+    """The last line of stdout: for programs, so that on a terminal it is left out unless it was asked for."""
+    if is_json_asked or not sys.stdout.isatty():
+        print(json.dumps({"command": command, **facts}, allow_nan=False), flush=True)
 
 
 @functools.cache

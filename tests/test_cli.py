@@ -1,5 +1,6 @@
 """The command line: what it prints where, how it fails, and that asking for help costs nothing."""
 
+import io
 import json
 import shutil
 import signal
@@ -9,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import dvi.cli
@@ -16,8 +18,8 @@ import dvi.cli
 ROOT = Path(__file__).parents[1]
 STORIES = str(ROOT / "tests/stories260k")
 VERBS = (
-    "generate", "train", "warmup", "serve", "route", "tune", "top", "verify", "export", "inspect", "doctor", "bench",
-    "model",
+    "init", "generate", "train", "warmup", "serve", "route", "tune", "top", "verify", "export", "inspect", "doctor",
+    "bench", "model",
 )  # fmt: skip
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %} Once upon a"
 FAST = ("--policy", "fixed", "--max-new-tokens", "12")
@@ -154,6 +156,23 @@ def test_a_lora_head_drafter_is_exported_as_a_model_of_its_own(run_folder, tmp_p
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.num_hidden_layers == 2
 
 
+@pytest.mark.parametrize("kind", [(), ("--standalone",)], ids=["adapter", "standalone"])
+def test_an_export_takes_the_place_of_another_only_by_force(run_folder, tmp_path, kind):
+    """Catches a drafter lost to a name used twice, a --force that is ignored, and one that deletes other files."""
+    place, source = tmp_path / "out", ("--run", run_folder, *kind)
+    place.mkdir()
+    assert dvi_command("export", place, *source)[0] == 0  # an empty folder holds nothing to lose
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    code, _, _, stderr = dvi_command("export", place, *source)
+    assert code == 2 and f"{place} is there already; --force" in stderr
+    assert before == {path.name: path.read_bytes() for path in place.iterdir()}
+    code, facts, _, stderr = dvi_command("export", place, *source, "--force")
+    assert code == 0 and facts["folder"] == str(place) and f"wrote {place}" in stderr
+    (place / "thesis.tex").write_text("")
+    code, _, _, stderr = dvi_command("export", place, *source, "--force")
+    assert code == 2 and "thesis.tex" in stderr and set(before) < {path.name for path in place.iterdir()}
+
+
 def test_verify_reports_matches_and_fails_where_a_difference_has_no_explanation(monkeypatch):
     """Catches an audit whose finding does not reach the exit code."""
     import dvi.audit
@@ -241,6 +260,9 @@ def test_a_server_answers_exports_and_ends_in_order(tmp_path):
         assert code == 0 and facts["folder"] == str(tmp_path / "adapters/first")
         code, _, _, stderr = dvi_command("export", "../first", "--server", url)
         assert code == 2 and "answers 400" in stderr
+        code, _, _, stderr = dvi_command("export", "first", "--server", url)
+        assert code == 2 and "answers 409" in stderr and "--force" in stderr
+        assert dvi_command("export", "first", "--server", url, "--force")[0] == 0
         process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=60)
     finally:
@@ -282,8 +304,16 @@ def test_a_frozen_server_imports_nothing_of_the_trainers():
         (["export", "out", "--server", "b"], "must begin with http:// or https://, got 'b'"),
         (["export", "out", "--server", "http://127.0.0.1:1"], "must be the address of a running server"),
         (["export", "out", "--server", "http://127.0.0.1:1", "--standalone"], "a server saves an adapter as it is"),
+        (["top", "http://127.0.0.1:1"], "no server answers at http://127.0.0.1:1"),
         (["top", "localhost"], "must begin with http:// or https://, got 'localhost'"),
         (["serve", "configs/online/serve.yaml", "data.prompts=a"], "unknown key 'data"),
+        (["serve", "./absent"], "there is no model at ./absent"),
+        (["serve", STORIES, "--adapter", "./absent"], "there is no adapter folder"),
+        (["tune", "./absent", "--max-token-latency-ms", "9"], "there is no model at ./absent"),
+        (["train", STORIES, "absent.jsonl"], "no prompts file absent.jsonl"),
+        (["train", STORIES], "data.prompts or data.dataset must name the traffic"),
+        (["warmup", "absent.gguf"], "there is no model at absent.gguf"),
+        (["init", "configs/online/serve.yaml"], "is there already; --force overwrites it"),
         (["serve", "configs/online/serve.yaml", "serve.host=0.0.0.0"], "there is no API key"),
         (["serve", "configs/online/serve.yaml", "serve.keys_file=./absent"], "serve.keys_file must be a readable file"),
         (["serve", "configs/online/serve.yaml", "serve.host=192.0.2.1", "serve.keys_file=KEYS"], "cannot listen on"),
@@ -371,3 +401,53 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
         else:
             code, _, _, stderr = dvi_command("route", "http://127.0.0.1:1")
             assert code == 2 and stderr == f"error: this needs {module}, which is not installed: {message}\n"
+
+
+def test_a_server_takes_a_model_and_its_commonest_settings_as_options():
+    """Catches an option that does not reach the settings, and a command that needs a file."""
+    options = ("--port", "8001", "--host", "localhost", "--adapter", "some/drafter")
+    result = CliRunner().invoke(dvi.cli.app, ["serve", STORIES, "train.enabled=false", *options, "--print-config"])
+    settings = yaml.safe_load(result.stdout)
+    assert settings["model"]["path"] == STORIES and settings["drafter"]["adapter"] == "some/drafter"
+    assert (settings["serve"]["host"], settings["serve"]["port"]) == ("localhost", 8001)
+    assert settings["train"]["enabled"] is False
+
+
+def test_a_run_takes_a_model_and_a_file_of_prompts(tmp_path):
+    """Catches prompts behind a model that are not learnt from, and a folder that is not the model's."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Once upon a time"}\n{"prompt": "The dog", "split": "eval"}\n', encoding="utf-8")
+    code, facts, _, stderr = dvi_command(
+        "train", STORIES, rows, f"output.folder={tmp_path / 'run'}", "output.tensorboard=false",
+        "sampling.max_new_tokens=8", "eval.max_new_tokens=8", "drafter.anchor_hidden=16", "draft.policy=fixed",
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert facts["status"] == "done" and facts["requests"] == 1
+
+
+def test_init_writes_a_file_that_its_verb_reads(tmp_path):
+    """Catches a starting file that the verb it is for refuses."""
+    for verb in ("serve", "train"):
+        code, facts, _, stderr = dvi_command("init", tmp_path, "--for", verb, "--model", STORIES)
+        assert code == 0 and facts["file"] == str(tmp_path / f"{verb}.yaml") and f"dvi {verb} {facts['file']}" in stderr
+        result = CliRunner().invoke(dvi.cli.app, [verb, facts["file"], "--print-config"])
+        assert yaml.safe_load(result.stdout)["model"]["path"] == STORIES
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_shown"),
+    [(["a.yaml"], False), (["a.yaml", "--json"], True), (["--json", "a.yaml"], True), (["--", "--json"], False)],
+)
+def test_the_json_line_is_for_pipes_and_for_terminals_that_ask(arguments, is_shown, tmp_path, monkeypatch):
+    """Catches a terminal that ends in a line for programs, --json that is ignored, and text taken for the option."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    with pytest.raises(SystemExit) as ended:
+        dvi.cli.app(["init", *arguments])
+    assert ended.value.code == 0 and ('"command": "init"' in terminal.getvalue()) == is_shown
+    assert (tmp_path / "a.yaml").is_file() != (tmp_path / "--json/serve.yaml").is_file()

@@ -67,7 +67,7 @@ def test_an_empty_file_and_an_empty_section_set_nothing(tmp_path):
         ("lr=1", "train.lr"),
         ("draft.lora_rank=8", "drafter.lora_rank"),
         ("sampling.temprature=1", "sampling.temperature"),
-        ("trian.lr=1", "train"),
+        ("trian.lr=1", "train.lr"),
         ("outputs=1", "output"),
     ],
 )

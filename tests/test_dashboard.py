@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
+import io
 import re
 import struct
 import threading
@@ -401,7 +402,27 @@ def test_the_view_goes_on_while_the_server_is_away():
         return answer
 
     text = shown(fetch, num_views=3, force_terminal=True)
-    assert "server unreachable: refused" in text and text.rindex("waiting for traffic") > text.index("refused")
+    assert "server unreachable, asking again: refused" in text
+    assert text.rindex("waiting for traffic") > text.index("refused")
+
+
+def test_the_view_ends_when_no_server_was_ever_there():
+    """Catches `dvi top` on a mistyped address that asks for ever."""
+    with pytest.raises(OSError, match=r"^no server answers at http://127\.0\.0\.1:1: .*refused"):
+        shown(fetch_from("http://127.0.0.1:1"), force_terminal=True)
+
+
+def test_the_view_ends_when_a_server_stays_away():
+    """Catches a view of a server that was stopped hours ago, and an end that does not say for how long."""
+    answers = iter([dashboard.status(engine_loop())])
+
+    def fetch() -> dict:
+        for answer in answers:
+            return answer
+        raise ConnectionResetError("reset")
+
+    with pytest.raises(OSError, match=r"^lost the server, its last answer is \d+ s old: reset$"):
+        show(fetch, console=Console(file=io.StringIO(), force_terminal=True), refresh_s=0.0, patience_s=0.0)
 
 
 def test_top_sends_its_key_and_says_what_is_wrong_without_one():

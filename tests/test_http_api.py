@@ -239,6 +239,9 @@ def test_an_adapter_is_a_model_of_its_own_until_it_is_unloaded(loop, tmp_path):
     client = client_of(loop, stories_config(f"serve.adapters_folder={tmp_path}"))
     saved = client.post("/admin/save", json={"name": "maths"})
     assert saved.status_code == 200 and saved.json()["folder"] == str(tmp_path / "maths")
+    kept = client.post("/admin/save", json={"name": "maths", "overwrite": False})
+    assert "there is an adapter 'maths' already" in error_of(kept, 409)["message"]
+    assert client.post("/admin/save", json={"name": "maths", "overwrite": True}).status_code == 200
     name = "stories260k:maths"
     error_of(complete(client, model=name), 404)
     assert client.post("/admin/adapters", json={"name": "maths"}).json() == {"name": "maths", "version": 0}

@@ -10,8 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import from its own row and the rows before it.
 ROWS = (
-    "dvi.settings dvi.software dvi.bundled dvi.progress",
+    "dvi.settings dvi.software dvi.bundled dvi.key_names dvi.progress",
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
+    "dvi.arguments dvi.starter",
     "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.packing dvi.round_costs dvi.cuda_graph dvi.traffic "
     "dvi.durable dvi.chat_templates dvi.placement dvi.gguf",
     "dvi.model_conversion",
@@ -38,7 +39,7 @@ ROWS = (
     "dvi.serving.engine dvi.serving.exposition dvi.serving.monitor",
     "dvi.planning.measurement",
     "dvi.planning.controller dvi.planning.tune",
-    "dvi.serving.loop dvi.serving.live dvi.serving.prompts dvi.serving.replies dvi.serving.door",
+    "dvi.serving.loop dvi.serving.live dvi.serving.client dvi.serving.prompts dvi.serving.replies dvi.serving.door",
     "dvi.serving.dashboard dvi.serving.admin_api",
     "dvi.serving.http_api",
     "dvi.serving.server dvi.serving.relay dvi.serving.front_page",

@@ -17,6 +17,7 @@ from dvi.bundled import bundled, here_or_bundled
 from dvi.software import EXTRAS, extra_of, install_extra, requirements, version_of
 
 ROOT = Path(__file__).parents[1]
+STORIES = str(ROOT / "tests/stories260k")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", "dvi", "trainers", "configs")
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
@@ -127,3 +128,35 @@ def test_the_same_files_are_bundled_in_a_checkout_and_in_a_wheel(root, site, tmp
         text=True,
     )
     assert result.stdout.split() == [str((root or site) / "dvi/__init__.py"), "2490"], result.stderr
+
+
+def test_a_wheel_works_in_an_empty_folder(site, tmp_path):
+    """Catches a verb that reads a file of the checkout it was written in."""
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from dvi.bench.questions import BUNDLED_QUESTIONS
+from dvi.cli import app
+
+def dvi(*arguments):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, (arguments, result.output)
+    return result.output
+
+assert "generate" in dvi("-h") and "dvi " in dvi("--version")
+dvi("init", "--model", {STORIES!r})
+dvi("init", "conf", "--for", "train", "--model", {STORIES!r})
+assert "stories260k" in dvi("serve", "serve.yaml", "--print-config")
+assert "Once" not in dvi("generate", {STORIES!r}, "Once upon a time", "--max-new-tokens", "4")
+assert '"doctor"' in dvi("doctor")
+assert "done" in dvi(
+    "train", "conf/train.yaml", "data.limit=2", "eval.limit=1", "sampling.max_new_tokens=4", "eval.max_new_tokens=4",
+    "output.tensorboard=false", "drafter.anchor_hidden=16", "draft.policy=fixed",
+)
+assert BUNDLED_QUESTIONS.is_file() and sys.modules["dvi"].__file__.startswith({str(site)!r})
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(site), "HOME": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr

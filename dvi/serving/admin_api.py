@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Depends, Request
 
 from dvi.serving.access import ADMIN_KEY_VARIABLE, Access, adapter_folder, check_name
-from dvi.serving.api_schema import KeyBody, NameBody, VersionBody, parse_body
+from dvi.serving.api_schema import KeyBody, NameBody, SaveBody, VersionBody, parse_body
 from dvi.serving.door import read_body
 from dvi.serving.loop import EngineLoop
 from dvi.serving.protocol import ADMIN_TIMEOUT_S, ApiError, invalid
@@ -90,8 +90,13 @@ def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRo
 
     @router.post("/save")
     async def save(request: Request) -> dict[str, Any]:
-        name = parse_body(await read_body(request), NameBody).name
-        folder = _folder(root, name)
+        body = parse_body(await read_body(request), SaveBody)
+        name, folder = body.name, _folder(root, body.name)
+        if folder.exists() and not body.overwrite:
+            raise ApiError(
+                409, f"there is an adapter {name!r} already in {root}; overwrite (dvi export --force) replaces it",
+                code="conflict", param="name",
+            )  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
         await _answer(loop.save_adapter(folder))
         return {"name": name, "folder": str(folder), "version": loop.engine.drafters[DEFAULT_DRAFTER].version}

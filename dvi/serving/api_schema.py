@@ -154,6 +154,12 @@ class NameBody(BaseModel):
     name: str
 
 
+class SaveBody(NameBody):
+    """An admin's name for what is saved, and whether an adapter of that name may lose its place."""
+
+    overwrite: bool = True
+
+
 class VersionBody(BaseModel):
     """An admin's choice of a drafter version; None leaves it to the server."""
 

@@ -5,6 +5,7 @@ Knows the snapshot that `dvi.serving.dashboard.status` gives; measures nothing i
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import time
@@ -22,6 +23,7 @@ from rich.text import Text
 
 SECONDS_PER_LINE = 10.0
 TIMEOUT_S = 5.0
+PATIENCE_S = 30.0  # for a server that has answered before: it may be restarting
 SPARKS = "▁▂▃▄▅▆▇█"
 NUM_SPARKS = 60
 NUM_VERSIONS, NUM_SPLITS, NUM_EVENTS = 6, 8, 5
@@ -51,41 +53,65 @@ def fetch_from(url: str, key: str | None = None) -> Callable[[], dict]:
             if error.code >= 500:
                 raise OSError(text) from None  # it, or a proxy before it, may come round
             raise ValueError(text + ("; set DVI_API_KEY to one of its keys" if error.code == 401 else "")) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"no server answers at {url}: {getattr(error, 'reason', error)}") from error
 
     return fetch
 
 
 def show(
-    fetch: Callable[[], dict], *, console: Console, refresh_s: float = 1.0, until: Callable[[], bool] = lambda: False
+    fetch: Callable[[], dict],
+    *,
+    console: Console,
+    refresh_s: float = 1.0,
+    until: Callable[[], bool] = lambda: False,
+    patience_s: float = PATIENCE_S,
 ) -> None:
     """Shows the newest snapshot until `until` is true: a live view on a terminal, elsewhere a line every ten seconds.
 
-    fetch: its OSError is shown, and it is asked again; whatever else it raises ends the view and is passed on.
+    fetch       whatever it raises ends the view and is passed on, but for an OSError after it has answered: that is
+                shown, and it is asked again ...
+    patience_s  ... for so long; then it is passed on too.
     """
+    ask = _Asking(fetch, patience_s)
     if not console.is_terminal:
         next_line_s = -math.inf
         while not until():
             if time.monotonic() >= next_line_s:
                 next_line_s = time.monotonic() + SECONDS_PER_LINE
-                console.print(_line(*_ask(fetch)), soft_wrap=True)
+                console.print(_line(*ask()), soft_wrap=True)
             time.sleep(refresh_s)
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while not until():
-            live.update(_view(*_ask(fetch)), refresh=True)
+            live.update(_view(*ask()), refresh=True)
             time.sleep(refresh_s)
 
 
-def _ask(fetch: Callable[[], dict]) -> tuple[dict | None, str]:
-    try:
-        return fetch(), ""
-    except OSError as error:
-        return None, str(error)
+class _Asking:
+    """A call gives the snapshot, or why there is none; raises where there never was one, or not for too long."""
+
+    def __init__(self, fetch: Callable[[], dict], patience_s: float) -> None:
+        self._fetch, self._patience_s = fetch, patience_s
+        self._answered_s: float | None = None
+
+    def __call__(self) -> tuple[dict | None, str]:
+        try:
+            snapshot = self._fetch()
+        except OSError as error:
+            if self._answered_s is None:
+                raise
+            silent_s = time.monotonic() - self._answered_s
+            if silent_s >= self._patience_s:
+                raise OSError(f"lost the server, its last answer is {silent_s:.0f} s old: {error}") from error
+            return None, str(error)
+        self._answered_s = time.monotonic()
+        return snapshot, ""
 
 
 def _line(snapshot: dict | None, error: str) -> Text:
     if snapshot is None:
-        return Text(f"server unreachable: {error}")
+        return Text(f"server unreachable, asking again: {error}")
     parts = [f"{name} {value}" for name, value, _ in _numbers(snapshot)]
     parts += [f"{snapshot['running']} running", f"{snapshot['waiting']} waiting"]
     parts += [f"drafter v{snapshot['drafter_version']}", snapshot["state"]["text"]]
@@ -96,7 +122,7 @@ def _line(snapshot: dict | None, error: str) -> Text:
 
 def _view(snapshot: dict | None, error: str) -> RenderableType:
     if snapshot is None:
-        return Text(f"server unreachable: {error}", style="bold red")
+        return Text(f"server unreachable, asking again: {error}", style="bold red")
     heading = Text.assemble(
         ("dvi ", "bold"), (snapshot["state"]["text"], STYLES[snapshot["state"]["level"]]),
         f"  drafter v{snapshot['drafter_version']}, up {snapshot['uptime_s']:.0f} s",

@@ -28,7 +28,7 @@ bench: $(DEV)
 		--output runs/spec-bench-rivals --limit 10 --max-new-tokens 64 --rivals all --modes frozen,online
 
 bench-gpu: $(DEV)
-	$(BIN)/python scripts/bench_gpu.py
+	$(BIN)/python scripts/gpu_check.py
 
 clean:
 	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info

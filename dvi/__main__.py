@@ -1,5 +1,17 @@
-"""`python -m dvi` is `dvi`."""
+"""The `dvi` command's first lines: signals are handled from here on, before anything takes long to import."""
 
-from dvi.cli import main
+from __future__ import annotations
 
-main()
+from dvi.signals import handled
+
+
+def main() -> None:
+    """`dvi`, and `python -m dvi`."""
+    with handled():
+        from dvi import cli
+
+        cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ a user's error, 3 when another rank of the job was lost, 128 + signal.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -35,8 +36,9 @@ from dvi.settings import (
     VerifySettings,
     WarmupConfig,
 )
+from dvi.signals import SIGNAL_BASE, handled
 from dvi.software import extra_of, install_extra
-from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers, say
+from dvi.terminal import finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:
     from dvi.serving.loop import EngineLoop
@@ -687,7 +689,12 @@ def _print_stream(pieces: Any) -> Any:
 
 
 def main() -> None:
-    app(prog_name="dvi")
+    """`dvi`: signals are handled, and nothing is collected that ends with the process anyway."""
+    with handled():
+        try:
+            app(prog_name="dvi")
+        finally:
+            gc.freeze()  # or for seconds the interpreter looks for cycles among all objects of torch and transformers
 
 
 if __name__ == "__main__":

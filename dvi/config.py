@@ -24,6 +24,7 @@ from dvi.bundled import here_or_bundled
 from dvi.key_names import hint_for, meant_by
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.software import versions_of
+from dvi.whole_files import write_whole
 
 Schema = TypeVar("Schema")
 
@@ -78,7 +79,7 @@ def write_provenance(folder: str | Path, config: TrainConfig | ServeConfig | War
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    write_whole(folder / "config.yaml", to_yaml(config))
     provenance = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
@@ -86,7 +87,7 @@ def write_provenance(folder: str | Path, config: TrainConfig | ServeConfig | War
         "versions": {"python": platform.python_version()}
         | versions_of(("dvi", "torch", "transformers", "peft", "accelerate")),
     }
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
 
 
 class _Loader(yaml.SafeLoader):

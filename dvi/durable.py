@@ -15,6 +15,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dvi.whole_files import sync
+
 ANYONE, OWNER_ONLY = 0o777, 0o700  # who may read a folder: its mode, before the umask
 
 
@@ -72,15 +74,6 @@ def _previous(folder: Path) -> Path:
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def sync(path: Path) -> None:
-    """Waits until the file, or the list of names in the folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

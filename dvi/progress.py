@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from dvi.signals import before_exit
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -154,10 +156,12 @@ def shown_on(console: Console) -> Iterator[None]:
     """Until the block ends, what is done in this process is shown there."""
     global _display
     previous, _display = _display, Display(console)
+    before_exit.append(_display.end)
     try:
         yield
     finally:
         display, _display = _display, previous
+        before_exit.remove(display.end)
         display.end()
 
 

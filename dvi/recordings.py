@@ -8,7 +8,7 @@ knows nothing of learning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ def record(split: SplitModel, token_ids: list[int], *, prompt_len: int) -> Recor
 
 def decode_answers(
     speculator: SelfSpeculator, prompts: list[list[int]], *, max_new_tokens: int, batch_size: int = 8,
-    on_answer: Callable[[], None] = lambda: None, doing: str = "decoding answers",
+    doing: str = "decoding answers",
 ) -> list[tuple[list[int], int]]:
     """(prompt and greedy answer, prompt length) of each prompt, in their order. doing: what whoever waits is told."""
     params = SamplingParams(max_new_tokens=max_new_tokens)
@@ -75,7 +75,6 @@ def decode_answers(
     for result in progress.each(results, doing, noun="answers", total=len(prompts)):
         prompt = prompts[result.index]
         texts[result.index] = (prompt + result.token_ids, len(prompt))
-        on_answer()
     return texts
 
 

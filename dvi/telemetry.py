@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dvi.whole_files import write_picture
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 PROGRESS_KEYS = {"request": "tokens_seen", "update": "step"}  # the horizontal axis of each event in TensorBoard
@@ -103,7 +105,7 @@ def plot_acceptance(events: Iterable[Mapping[str, Any]], path: str | Path) -> No
     lower.set_ylim(bottom=1)  # a verify pass always yields one token
     upper.legend(loc="upper left", fontsize=10)
     lower.set_xlabel("tokens generated", fontsize=12)
-    figure.savefig(path)
+    write_picture(Path(path), figure)
 
 
 def running_mean(values: list[float], window: int) -> list[float]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from dvi.progress import doing
 
 is_json_asked = False  # by --json, see dvi.cli
-SIGNAL_BASE = 128  # exit code of what a signal ended: this and the signal's number
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dvi.autotune import measure_costs
 from dvi.config import load_config
 from dvi.drafter import DrafterConfig, build_drafter
+from dvi.progress import shown_on
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator
@@ -44,11 +45,8 @@ def decode_texts(
 ) -> list[tuple[list[int], int]]:
     """(all token ids, prompt length) of each greedy answer, in prompt order."""
     prompts = [speculator.encode(chat, max_tokens=512) for chat in chats]
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=len(prompts))
-        return decode_answers(
-            speculator, prompts, max_new_tokens=max_new_tokens, on_answer=lambda: progress.advance(task)
-        )
+    with shown_on(Console(stderr=True)):
+        return decode_answers(speculator, prompts, max_new_tokens=max_new_tokens, doing=label)
 
 
 def recordings(split: SplitModel, texts: list[tuple[list[int], int]]) -> Iterator[RecordedText]:

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import from its own row and the rows before it.
 ROWS = (
-    "dvi.settings dvi.software dvi.bundled dvi.key_names dvi.progress",
+    "dvi.settings dvi.software dvi.bundled dvi.key_names dvi.progress dvi.signals dvi.whole_files",
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
     "dvi.arguments dvi.starter",
     "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.packing dvi.round_costs dvi.cuda_graph dvi.traffic "

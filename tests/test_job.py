@@ -1,5 +1,6 @@
 """The main job on a small real model: what it leaves behind, and that stopping it loses nothing."""
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from dvi.adapter_store import read_manifest
 from dvi.config import load_config
+from dvi.signals import handled
 from dvi.telemetry import read_metrics
 from tests.job_interruptions import Crash, after_requests, crash, interrupt, terminate
 from trainers import job as job_module
@@ -105,6 +107,30 @@ def test_a_signal_ends_the_run_between_rounds_with_a_checkpoint_that_can_be_expo
     indices = [e["index"] for e in read_metrics(tmp_path / "run/metrics.jsonl") if e["event"] == "request"]
     assert resumed["requests"] == 6 and sorted(indices) == list(range(6))
     assert resumed["steps"] > summary["steps"]
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_a_signal_ends_a_measurement_at_once_and_the_run_goes_on_from_there(settings, tmp_path, monkeypatch, which):
+    """Catches a SIGTERM that waits for all held-out prompts, and a run that must begin again for it."""
+    measure, count = job_module.measure, itertools.count(1)
+
+    def measured_until_the_signal(*args, **options):
+        if next(count) == ("before", "after").index(which) + 1:
+            terminate()
+            raise AssertionError("it went on")
+        return measure(*args, **options)
+
+    with monkeypatch.context() as patch, handled():
+        patch.setattr(job_module, "measure", measured_until_the_signal)
+        summary = run(settings(eval__limit=1))
+    num_done = {"before": 0, "after": 6}[which]
+    assert (summary["status"], summary["signal"], summary["requests"]) == ("interrupted", signal.SIGTERM, num_done)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
+    assert (summary["before"] is None) == (which == "before") and not (tmp_path / "run/drafter").exists()
+    resumed = run(settings(eval__limit=1, output__resume="true"))
+    assert resumed["status"] == "done" and resumed["requests"] == 6 and resumed["after"] is not None
+    indices = [e["index"] for e in read_metrics(tmp_path / "run/metrics.jsonl") if e["event"] == "request"]
+    assert sorted(indices) == list(range(6))
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_or_resumed_as_another(settings, monkeypatch):

@@ -294,17 +294,16 @@ def test_a_signal_ends_the_run_between_texts_with_a_checkpoint_that_can_be_expor
 
 def test_a_signal_ends_the_run_while_answers_are_decoded(settings, monkeypatch):
     """Catches a Ctrl-C that is heard only minutes later, when a big model has answered."""
-    decode, heard = warmup_module.decode_answers, []
+    generate, heard = SelfSpeculator.generate, []
 
-    def decode_answers(*args, on_answer, **options):
-        def on_first_answer():
-            interrupt()
-            heard.append(None)
-            on_answer()
+    def interrupted_generate(*args, **options):
+        results = generate(*args, **options)
+        yield next(results)
+        heard.append(None)
+        interrupt()
+        yield from results
 
-        return decode(*args, on_answer=on_first_answer, **options)
-
-    monkeypatch.setattr(warmup_module, "decode_answers", decode_answers)
+    monkeypatch.setattr(SelfSpeculator, "generate", interrupted_generate)
     summary = run(settings())
     assert len(heard) == 1 and (summary["status"], summary["texts"]) == ("interrupted", 0)
 

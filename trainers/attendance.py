@@ -8,8 +8,6 @@ learner, serving for it or being it.
 from __future__ import annotations
 
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Callable
 
@@ -17,6 +15,7 @@ import torch
 
 from dvi.distributed import PeerLostError, wait
 from dvi.records import Transitions, UpdateReport
+from dvi.signals import Interrupted, Signals
 from dvi.speculator import SelfSpeculator
 from dvi.telemetry import MetricsWriter
 from dvi.terminal import say
@@ -28,31 +27,6 @@ from trainers.place import Place
 from trainers.shipping import ShippingLearner
 
 SHIPPING = ("sent_positions", "shed_positions", "sent_bytes")  # of ShippingLearner.stats, for the summary
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came, to this rank or another; raised between rounds."""
-
-
-class Signals:
-    """While entered, the first SIGINT or SIGTERM is only noted in `received`; a second one acts as ever."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.received = number
-        self.__exit__()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from dvi.durable import ANYONE, OWNER_ONLY, staged_folder, sync, write_tensors
+from dvi.durable import ANYONE, OWNER_ONLY, staged_folder, write_tensors
+from dvi.whole_files import sync
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "tensors.safetensors"

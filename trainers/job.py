@@ -18,6 +18,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -30,10 +31,12 @@ from dvi.distributed import SOLO
 from dvi.durable import surviving_folder
 from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
+from dvi.signals import Interrupted, Signals
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import METRICS_FILE, MetricsWriter, plot_acceptance, read_metrics
 from dvi.traffic import Messages
-from trainers.attendance import Attendance, Desk, Interrupted, Signals, attend
+from dvi.whole_files import write_whole
+from trainers.attendance import Attendance, Desk, attend
 from trainers.checkpoint import CheckpointStore, check_counts
 from trainers.evaluation import Measurement, SpeedProbe, drafts_alike, measure
 from trainers.online import OWN, OnlineTrainer
@@ -245,15 +248,19 @@ class Job(ABC):
     # Running
 
     def run(self) -> dict[str, object]:
-        """Measures, works, saves, and if nobody interrupted it measures again and saves the drafter."""
+        """Measures, works, saves, and if nobody interrupted it measures again and saves the drafter.
+
+        Interrupted while it measures the first time, it saves the beginning, and the second time, what was learnt.
+        """
         start_s, interruption = time.perf_counter(), None
         metrics = MetricsWriter(self.folder, tensorboard=self.config.output.tensorboard and self.peers.is_first)
         try:
             with Signals() as signals:
-                if self.before is None and self.held_out and self.peers.is_first:
-                    self.console.print(f"measuring the drafter as it is on {len(self.held_out)} held-out requests")
-                    self.before = self._measure("measuring the drafter as it is")
                 try:
+                    if self.before is None and self.held_out and self.peers.is_first:
+                        self.console.print(f"measuring the drafter as it is on {len(self.held_out)} held-out requests")
+                        with self._interruptible(signals):
+                            self.before = self._measure("measuring the drafter as it is")
                     self._work(metrics, signals)
                 except Interrupted:
                     interruption = signals.received or signal.SIGTERM  # another rank's
@@ -272,12 +279,19 @@ class Job(ABC):
         if not self.peers.is_first:
             return summary
         if interruption is None:
-            summary |= self._conclude()
-        else:
+            try:
+                summary |= self._conclude()
+            except Interrupted as end:  # where the process handles signals
+                summary |= {"status": "interrupted", "signal": end.number}
+        if summary["status"] == "interrupted":
             self.console.print(f"interrupted after {summary[self.noun]} {self.noun}; output.resume=true goes on")
         summary["seconds"] = round(time.perf_counter() - start_s, 2)
-        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _interruptible(self, signals: Signals) -> AbstractContextManager[None]:
+        """For what may be dropped anywhere; not among ranks, where one must not leave the others waiting."""
+        return signals.interrupting() if self.place.processes.is_alone else nullcontext()
 
     def _total_facts(self) -> dict[str, object]:
         """Counts of all ranks together; with several, what each did and what telling each other cost it."""
@@ -341,11 +355,12 @@ class _ServingJob(Job):
     counts = (*Job.counts, "serving_s", "num_waived")
     serving_s = 0.0
     num_waived = 0
+    _company: dict[str, object] | None = None  # what it cost; None where the work was not begun
 
     def _facts(self) -> dict[str, object]:
         return {
             "level": self.speculator.level, "verify_rule": self.speculator.rule.name, "waived": self.num_waived,
-            "cut_prompts": self.num_cut, "serving_s": round(self.serving_s, 2), **self._company,
+            "cut_prompts": self.num_cut, "serving_s": round(self.serving_s, 2), **(self._company or {}),
         }  # fmt: skip
 
     def _work(self, metrics: MetricsWriter, signals: Signals) -> None:

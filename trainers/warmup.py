@@ -20,11 +20,11 @@ from dvi.distributed import wait
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams, UpdateReport
 from dvi.settings import WarmupConfig
+from dvi.signals import Interrupted, Signals
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from dvi.zero3 import ShardedBackbone, ShardedSpeculator
-from trainers.attendance import Interrupted, Signals
 from trainers.ballot import Ballot
 from trainers.evaluation import weights_alike
 from trainers.job import Job, Request, resume_job
@@ -288,17 +288,14 @@ class _WarmupJob(Job):
             if all(self.position.is_done(index) for index, _ in numbered):
                 continue
             chunk = [self._request(index, prompt) for index, prompt in numbered]
-            answers = decode_answers(
-                self.speculator, [request.token_ids for request in chunk], batch_size=self.config.data.batch_size,
-                max_new_tokens=self.params.max_new_tokens, on_answer=self._look_up,
-            )
+            with self._interruptible(self._signals):
+                answers = decode_answers(
+                    self.speculator, [request.token_ids for request in chunk], batch_size=self.config.data.batch_size,
+                    max_new_tokens=self.params.max_new_tokens,
+                )
             for request, answer in zip(chunk, answers, strict=True):
                 if not self.position.is_done(request.index):
                     yield request.index, Text(*answer, is_cut=request.is_cut)
-
-    def _look_up(self) -> None:
-        if self.peers.is_alone and self._signals.received is not None:
-            raise Interrupted
 
     def _request(self, index: int, prompt: Messages | AnsweredPrompt) -> Request:
         """Also no longer than leaves room for an answer in a text. Of a text alone the first half is the prompt."""

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from dvi.bench.questions import Question
-from dvi.durable import sync
+from dvi.whole_files import sync, write_whole
 
 DETAILS_FILE = "details.jsonl"
 # Letters and digits that are not mistaken for others: the alphabet and length of the harness's shortuuid.
@@ -179,16 +179,6 @@ def read_details(path: str | Path) -> list[Detail]:
     """Details in the order of the questions' first lines, the last of each arm and question; none of no file."""
     by_key = {(line["arm"], line["question_id"]): line for line in _read(Path(path))}
     return [_DETAIL.validate_python(line) for line in by_key.values()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that a crash leaves old or new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.staging")
-    staging.write_text(text, encoding="utf-8")
-    sync(staging)
-    os.replace(staging, path)
-    sync(path.parent)
 
 
 def _append(path: Path, lines: Iterable[str]) -> None:

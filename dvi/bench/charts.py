@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from dvi.bench.figures import OVERALL
 from dvi.bench.statistics import Interval
 from dvi.telemetry import running_mean
+from dvi.whole_files import write_picture
 
 TASK_LABELS = {
     "mt_bench": "MT-bench", "translation": "translation", "summarization": "summariz.", "qa": "question\nanswering",
@@ -66,7 +67,7 @@ def plot_speeds(bars: list[SpeedBars], path: str | Path, *, tasks: list[str], ba
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def plot_acceptance_over_questions(
@@ -102,7 +103,7 @@ def plot_acceptance_over_questions(
     axes.set_title(conditions, fontsize=11)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def _axes(*, width: float, height: float) -> tuple[Figure, Any]:

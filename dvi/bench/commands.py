@@ -13,7 +13,8 @@ import typer
 
 from dvi.config import load_config
 from dvi.settings import DraftSettings, PaperConfig, Rival, TrainConfig
-from dvi.terminal import SIGNAL_BASE, finish, make_console, quieten_transformers
+from dvi.signals import SIGNAL_BASE
+from dvi.terminal import finish, make_console, quieten_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from dvi.audit import find_divergence, logits_in_blocks
 from dvi.autotune import measure_costs
-from dvi.bench.answers import write_whole
 from dvi.bench.length_report import FIXED, PLAIN_DECODING, Line, make_report
 from dvi.bench.machine import describe_machine
 from dvi.bench.questions import BUNDLED_QUESTIONS
@@ -37,6 +36,7 @@ from dvi.progress import Stage, doing
 from dvi.records import GREEDY_TEMPERATURE, RoundStats, SamplingParams
 from dvi.speculator import GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodput_buckets
 from dvi.traffic import NoPromptsError, read_prompts
+from dvi.whole_files import write_whole
 
 RUN_FILE, RESULTS_FILE = "run.json", "results.jsonl"
 COMPANIONS = ("self", "exit", "model")

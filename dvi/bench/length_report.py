@@ -17,10 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dvi.bench.answers import write_whole
 from dvi.bench.statistics import median_interval
 from dvi.bench.tables import MISSING, VOID, ReportTable
 from dvi.records import RoundStats
+from dvi.whole_files import write_picture, write_whole
 
 PLAIN_DECODING, FIXED = "plain", "fixed"  # what tokens are compared with, and what speeds are compared with
 REPORT_JSON, REPORT_PNG = "report.json", "lengths.png"
@@ -178,7 +178,7 @@ def plot_lengths(rows: list[Row], path: Path, *, conditions: str) -> None:
     if any(row["is_void"] for row in rows):
         conditions += "\n×: void, some answers have other tokens than plain decoding's"
     figure.suptitle(conditions, fontsize=11, wrap=True)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def _label(axes: Axes, sizes: list[int], what: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dvi.bench.answers import write_whole
 from dvi.bench.arms import ArmOptions, OurArm, plans_of_ours
 from dvi.bench.machine import describe_machine
 from dvi.bench.margin_quality import ANSWER_MARK, final_number, negative_log_likelihood
@@ -27,6 +26,7 @@ from dvi.bench.records import ArmAnswer
 from dvi.progress import Stage, doing, each
 from dvi.speculator import SelfSpeculator
 from dvi.verification import MarginRule, StrictRule, TypicalRule, VerifyRule
+from dvi.whole_files import write_whole
 
 SCORED_TASK = "math_reasoning"  # GSM8K questions, whose references end in a number
 CONDITIONS = {

@@ -17,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dvi.bench.answers import write_whole
 from dvi.bench.margin_quality import shared_share
 from dvi.bench.statistics import Interval, median_interval
 from dvi.bench.tables import MISSING, ReportTable
 from dvi.verification import StrictRule
+from dvi.whole_files import write_picture, write_whole
 
 RESULTS_FILE, REPORT_JSON, REPORT_MARKDOWN, REPORT_PNG = "results.jsonl", "report.json", "report.md", "margin.png"
 STRICT = StrictRule.name
@@ -169,7 +169,7 @@ def plot(rows: list[Row], path: Path, *, title: str) -> None:
                                              strict=True))  # fmt: skip
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.suptitle(f"LOSSY verify rules: the answers are not the model's own\n{title}", fontsize=11)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def _share_lines(axes: Axes, rows: list[Row]) -> None:

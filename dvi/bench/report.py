@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from dvi.bench.answers import DETAILS_FILE, read_answers, read_details, write_whole
+from dvi.bench.answers import DETAILS_FILE, read_answers, read_details
 from dvi.bench.charts import AcceptanceCurve, SpeedBars, plot_acceptance_over_questions, plot_speeds
 from dvi.bench.figures import (
     HARNESS_TASKS,
@@ -39,6 +39,7 @@ from dvi.bench.harness import largest_difference, load_speed, unmodified_figures
 from dvi.bench.spec_bench import RUN_FILE
 from dvi.bench.statistics import Interval
 from dvi.bench.tables import NOTES, conditions_line, report_tables
+from dvi.whole_files import write_whole
 
 LEADERBOARD = Path(__file__).with_name("data") / "leaderboard.json"
 REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dvi.bench.answers import DETAILS_FILE, AnswerFile, DetailFile, answer_line, write_whole
+from dvi.bench.answers import DETAILS_FILE, AnswerFile, DetailFile, answer_line
 from dvi.bench.interview import Interview, Outcome, first_difference
 from dvi.bench.machine import describe_machine
 from dvi.bench.questions import TASKS, Conversation, Question, select, task_of
@@ -27,6 +27,7 @@ from dvi.bench.records import Arm, ArmPlan
 from dvi.progress import Stage, doing
 from dvi.records import GREEDY_TEMPERATURE
 from dvi.speculator import SelfSpeculator
+from dvi.whole_files import write_whole
 
 RUN_FILE = "run.json"
 CONDITIONS = {

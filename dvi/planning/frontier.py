@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.search import Evaluator, NoFeasiblePlan, search
+from dvi.whole_files import write_picture
 
 # 10 %: finer steps than forecasts are exact to would only look so.
 RUNG = 1.1
@@ -146,4 +147,4 @@ def plot_frontier(
     axes.set_title(conditions, fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
-    figure.savefig(path)
+    write_picture(path, figure)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dvi.whole_files import write_whole
+
 FORMAT = 1
 Grid = tuple  # nested tuples of seconds, as they lie in JSON
 
@@ -190,8 +192,5 @@ def read_profile(folder: Path, fingerprint: Mapping[str, object]) -> LatencyProf
 def write_profile(folder: Path, profile: LatencyProfile) -> Path:
     """Writes it where `read_profile` finds it, whole or not at all. Raises OSError when the disk refuses."""
     path = profile_path(folder, profile.fingerprint)
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(f".{os.getpid()}.tmp")
-    staging.write_text(json.dumps(profile.to_json(), indent=1, allow_nan=False), encoding="utf-8")
-    staging.replace(path)
+    write_whole(path, json.dumps(profile.to_json(), indent=1, allow_nan=False))
     return path

@@ -29,6 +29,7 @@ from dvi.serving.scheduler import SchedulerLimits
 from dvi.settings import ServeConfig
 from dvi.speculator import build_speculator
 from dvi.traffic import read_prompts
+from dvi.whole_files import write_whole
 
 PLAN_FILE, FRONTIER_FILE, PICTURE_FILE = "plan.yaml", "frontier.json", "frontier.png"
 NUM_PROMPTS = 64  # decoded at most; fewer where measure_workload's time is up
@@ -218,7 +219,7 @@ def report_plan(
         "conditions": conditions, "frontier": [_facts(choice) for choice in frontier.choices],
         "simulated": [_facts(Choice(plan, gives)) for plan, gives in frontier.simulated.items()],
     }  # fmt: skip
-    (folder / FRONTIER_FILE).write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(folder / FRONTIER_FILE, json.dumps(everything, indent=1, allow_nan=False) + "\n")
     plot_frontier(frontier, [chosen, beside], bound.token_s, folder / PICTURE_FILE, conditions=conditions)
 
     console.print(f"{len(space)} plans, of which {result.num_simulations} were simulated to find the best")
@@ -267,7 +268,7 @@ def _write_plan(
         *notes,
     ]
     fragment = yaml.safe_dump(plan_settings(choice.plan, config), sort_keys=False)
-    path.write_text("".join(f"# {line}\n" for line in lines) + fragment, encoding="utf-8")
+    write_whole(path, "".join(f"# {line}\n" for line in lines) + fragment)
 
 
 def _facts(choice: Choice) -> dict[str, Any]:

@@ -39,7 +39,8 @@ from dvi.serving.relay import Message, Relay, conversation_of, message_of
 from dvi.serving.replicas import Fleet, Replica
 from dvi.serving.sockets import KEEP_ALIVE_S, MAX_HEADER_BYTES, open_socket, url_of
 from dvi.settings import RouteSettings
-from dvi.terminal import SIGNAL_BASE, say
+from dvi.signals import SIGNAL_BASE
+from dvi.terminal import say
 
 OF_THE_DRAFTER = {"rollback", "pin", "unpin", "save"}  # actions that replicas which learn together do as one
 IDLE_S = KEEP_ALIVE_S / 2  # the door closes idle connections before a replica does

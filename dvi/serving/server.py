@@ -26,8 +26,8 @@ from dvi.serving.loop import EngineLoop
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.serving.sockets import KEEP_ALIVE_S, MAX_HEADER_BYTES
 from dvi.settings import ServeConfig
+from dvi.signals import SIGNAL_BASE
 from dvi.speculator import SelfSpeculator
-from dvi.terminal import SIGNAL_BASE
 
 FLUSH_S = 5  # for clients to read the end of what the engine has finished
 

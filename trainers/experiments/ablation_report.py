@@ -19,6 +19,7 @@ from rich.table import Table
 
 from dvi.bench.statistics import mean_and_std
 from dvi.settings import TrainConfig
+from dvi.whole_files import write_picture, write_whole
 from trainers.experiments.ablation_figures import (
     BASELINE,
     OFFLINE,
@@ -67,9 +68,9 @@ def write_report(
         "comparisons": [dataclasses.asdict(found) for found in comparisons.values() if found is not None],
         "conditions": _conditions(config, cells),
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(folder / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     others = [str(found) for found in comparisons.values() if found is not None]
-    (folder / "report.md").write_text(_markdown(report, summaries, others), encoding="utf-8")
+    write_whole(folder / "report.md", _markdown(report, summaries, others))
     plot_ablation(arms, folder / "ablation.png")
     table = Table(title="mean ± std over seeds")
     table.add_column("arm", no_wrap=True)
@@ -222,7 +223,7 @@ def plot_ablation(arms: dict[str, list[Cell]], path: Path) -> None:
     axes["mat"].set_ylim(bottom=1)  # a verify pass always yields one token
     axes["mat"].grid(alpha=0.3, axis="y")
     figure.suptitle(f"mean ± std over {max(len(cells) for cells in arms.values())} seeds", fontsize=11)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def _draw_band(

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dvi.durable import sync
+from dvi.whole_files import write_whole
 
 
 class CellFolder:
@@ -43,12 +42,7 @@ class CellFolder:
 
     def write(self, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Stores a finished cell: after a crash it is there whole or not at all."""
-        path = self._path(name)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text(json.dumps({"settings": dict(settings), **result}, allow_nan=False) + "\n", encoding="utf-8")
-        sync(staging)
-        staging.replace(path)
-        sync(self.folder)
+        write_whole(self._path(name), json.dumps({"settings": dict(settings), **result}, allow_nan=False) + "\n")
 
     @contextmanager
     def claim(self, name: str, *, wait: bool) -> Iterator[bool]:

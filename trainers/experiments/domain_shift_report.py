@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dvi.bench.statistics import NUM_RESAMPLES, Interval
 from dvi.telemetry import running_mean
+from dvi.whole_files import write_picture, write_whole
 from trainers.experiments.streams import MIXED
 
 Cell = Mapping[str, Any]
@@ -155,8 +156,8 @@ def write_report(
             for cells in figures for phases in cells
         ],
     }  # fmt: skip
-    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(to_markdown(streams, figures, converged), encoding="utf-8")
+    write_whole(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "report.md", to_markdown(streams, figures, converged))
     for cells in streams:
         plot_stream(cells, converged[cells[0]["stream"]], folder / f"drift-{cells[0]['stream']}.png")
     console.print(_table(figures))
@@ -286,7 +287,7 @@ def plot_stream(cells: list[Cell], converged: Mapping[str, Cell], path: Path) ->
         named |= dict(zip(labels, handles, strict=True))
     figure.legend(named.values(), named.keys(), loc="outside upper center", fontsize=9, ncols=4)
     panels[-1].set_xlabel("requests served (bands: 95 % over held-out prompts)", fontsize=11)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def _draw_phases(axes: Any, cell: Cell, converged: Mapping[str, Cell]) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from dvi.settings import DraftSettings
 from dvi.speculator import default_split_layer
+from dvi.whole_files import write_picture, write_whole
 
 Row = dict[str, Any]
 
@@ -73,8 +74,8 @@ def pick(rows: list[Row]) -> Row | None:
 
 def write_report(report: dict[str, Any], folder: Path, *, console: Console) -> None:
     """Leaves report.json, report.md and sweep.png in the folder and prints the table."""
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
+    write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_whole(folder / "report.md", to_markdown(report))
     plot_sweep(report, folder / "sweep.png")
     table = Table(title="drafters by measured speed")
     for index, heading in enumerate(HEADINGS):
@@ -176,7 +177,7 @@ def plot_sweep(report: dict[str, Any], path: Path) -> None:
         f"{found['model']}, {found['drafter']} drafter: measured speed, [95 % interval], MAT; framed: picked",
         fontsize=11, wrap=True,
     )
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def _label(axes: Axes, row: Row, *, x: int, y: int, is_dark: bool, is_picked: bool) -> None:

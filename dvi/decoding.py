@@ -39,7 +39,8 @@ class Sequence:
 
     num_logprobs   None: no log-probabilities of its tokens; else `logprobs` also has so many likeliest tokens each.
     teaches        False: no transitions are cut from its rounds. tenant is copied into those that are.
-    finish_reason  "stop", "length", or "error": the verifier's state was not finite, and its last round is not kept.
+    finish_reason  "stop", "length", or "error": the verifier's state was not finite, or something raised `error`, and
+                   its last round is not kept.
     started_s      when it began what it does, prefilling or decoding.
     kept_per_round tokens that each of its rounds gave it.
     """
@@ -56,6 +57,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     kept_per_round: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    error: Exception | None = None
     stats: RoundStats = field(default_factory=RoundStats)
     started_s: float = 0.0
 
@@ -63,6 +65,10 @@ class Sequence:
     def text_ids(self) -> list[int]:
         """Prompt and answer so far."""
         return self.prompt_ids + self.token_ids
+
+    def fail(self, error: Exception) -> None:
+        """Ends it, and it alone, with an error."""
+        self.finish_reason, self.error = "error", error
 
     def extend(self, committed: list[int]) -> int:
         """Appends committed tokens until one of them ends the request; returns how many were kept."""
@@ -393,9 +399,17 @@ class DecodingBatch:
         sequence.stats.prefill_s += now_s - sequence.started_s
         sequence.started_s = now_s
 
+    @property
+    def newest(self) -> Sequence:
+        """The row that began to decode last: the first to suspect when a round fails that went well without it."""
+        return max(self.sequences, key=lambda sequence: sequence.started_s)
+
     @torch.no_grad()
     def round(self) -> list[Transitions]:
-        """One round over all rows that decode; tokens, stops and counts land in them. Returns what it taught."""
+        """One round over all rows that decode; tokens, stops and counts land in them. Returns what it taught.
+
+        Nothing is committed before all is computed: when it raises, the rows are as they were.
+        """
         start_s = time.perf_counter()
         state, cache = self._row_state(), self.cache
         info = RoundInfo(num_rows=len(self.sequences), drafter_version=self.drafter.version)
@@ -451,14 +465,18 @@ class DecodingBatch:
                 sequence.finish_reason = "error"
                 continue
             committed = [*host_row[:num_accepted], next_token]
-            num_kept = sequence.extend(committed)
+            try:
+                num_kept = sequence.extend(committed)
+                if sequence.num_logprobs is not None:
+                    logits_WV = verified.logits_BUV[row, :num_kept]
+                    sequence.logprobs += _logprobs(logits_WV, committed[:num_kept], sequence.num_logprobs)
+            except Exception as error:  # whatever a request brings with it is its own fault, and nobody else's
+                sequence.fail(error)
+                continue
             outcome = RowOutcome(sequence, num_drafted, num_accepted, num_waived, num_kept)
             outcome.add_to(sequence.stats)
             sequence.kept_per_round.append(num_kept)
             self.outcomes.append(outcome)
-            if sequence.num_logprobs is not None:
-                logits_WV = verified.logits_BUV[row, :num_kept]
-                sequence.logprobs += _logprobs(logits_WV, committed[:num_kept], sequence.num_logprobs)
             if self._wants_transitions and sequence.teaches:
                 # Columns past a stop were verified but never became text: drop them.
                 transitions.append(_cut(

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from dvi import software
 from dvi.adapter_store import MANIFEST_FILE, read_manifest
 from dvi.config import load_config
+from dvi.context import max_positions_of, why_shorter
 from dvi.drafter import DRAFTER_KINDS, DrafterConfig
 from dvi.exact import ExactSplit
 from dvi.memory_plan import DEVICE_GB, SplitShape
@@ -78,7 +79,7 @@ def describe_model(
         split_layer = default_split_layer(config.get_text_config().num_hidden_layers)
     try:
         shape = SplitShape(config, dtype=dtype, split_layer=split_layer, path=path)
-        demand = _demand(settings, positions, longest=_max_positions(config))
+        demand = _demand(settings, positions, longest=max_positions_of(config.get_text_config()))
         drafter = _drafter_config(settings)
         plan = shape.plan_memory(
             drafter=drafter, learning=settings.train, num_draft_tokens=settings.draft.num_draft_tokens, **demand
@@ -104,7 +105,8 @@ def describe_model(
         "vocab_size": split.vocab_size,
         "is_tied": split.model.get_output_embeddings().weight is split.model.get_input_embeddings().weight,
         "has_chat_template": _has_chat_template(name_or_path),
-        "max_positions": _max_positions(config),
+        "max_positions": max_positions_of(config.get_text_config()),
+        "why_shorter": why_shorter(config.get_text_config()),
         "parameters": dataclasses.asdict(counts),
         "draft_step_share": round(counts.draft_step_share, 4),
         "cache_bytes_per_position": shape.cache_bytes_per_position,
@@ -228,10 +230,6 @@ def _has_chat_template(name_or_path: str) -> bool | None:
         return AutoTokenizer.from_pretrained(name_or_path).chat_template is not None
     except (OSError, ValueError):
         return None
-
-
-def _max_positions(config: PretrainedConfig) -> int:
-    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def _exact_mode_reason(dtype: torch.dtype) -> str | None:

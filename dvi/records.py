@@ -298,6 +298,7 @@ class GenerationResult:
     """One finished request. token_ids are the new tokens only; text is without stop strings and special tokens.
 
     accept_lengths: tokens that each round gave, recovered or bonus token included; they sum to len(token_ids).
+    finish_reason: "stop", "length" or "error"; error: then, what went wrong, where something raised it.
     """
 
     index: int
@@ -310,6 +311,7 @@ class GenerationResult:
     level: str
     accept_lengths: list[int] = field(default_factory=list)
     transitions: list[Transitions] = field(default_factory=list)
+    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dvi.chat_templates import VICUNA_TEMPLATE
 from dvi.companion_length import CompanionLength
 from dvi.companion_model import ModelCompanion, load_companion
 from dvi.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
+from dvi.context import max_positions_of, why_shorter
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import DrafterConfig, build_drafter
@@ -37,9 +39,11 @@ from dvi.records import GenerationResult, Learner, SamplingParams
 from dvi.round_costs import CostTable
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
 from dvi.split import SplitModel
-from dvi.text import TextStream
+from dvi.text import TextStream, check_token_ids
 from dvi.traffic import Messages, as_text
 from dvi.verification import StrictRule, VerifyRule, make_rule
+
+_LOG = logging.getLogger(__name__)
 
 Prompt = str | list[int] | list[dict[str, str]]
 
@@ -180,15 +184,18 @@ class SelfSpeculator:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = list(prompt)
-        vocab_size, limit = self.split.vocab_size, self.max_positions
+        limit = self.max_positions
         if not ids:
             raise ValueError("a prompt must hold at least 1 token, got an empty one")
-        if not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
-            raise ValueError(f"token ids must be integers in 0..{vocab_size - 1}, got {ids[:8]}")
+        check_token_ids(ids, num_known=self.split.num_input_ids, tokenizer=self.tokenizer)
         if max_tokens is not None:
             ids = ids[-max_tokens:]
         if len(ids) >= limit:
-            raise ValueError(f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}")
+            reason = why_shorter(self.model.config.get_text_config())
+            because = "" if reason is None else f": {reason}"
+            raise ValueError(
+                f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}{because}"
+            )
         return ids
 
     def encode_request(self, messages: Messages, *, max_new_tokens: int) -> tuple[list[int], bool]:
@@ -213,8 +220,8 @@ class SelfSpeculator:
 
     @property
     def max_positions(self) -> int:
-        """The model's context, prompt and answer together."""
-        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
+        """The model's context, prompt and answer together; less where `dvi.context` says why."""
+        return max_positions_of(self.model.config.get_text_config())
 
     def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -242,6 +249,8 @@ class SelfSpeculator:
         policy            draft-length rule for this call; `PLAIN` decodes without drafts. Default: the speculator's.
         keep_transitions  also collect each request's transitions in its result (only without a learner).
         A request whose prompt and max_new_tokens exceed the model's context ends at the context, reason "length".
+        What goes wrong with one request ends it alone, reason "error"; the result says what. Of a list all prompts are
+        checked before anything runs. Raises ValueError for one that cannot be decoded, naming its place.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -256,6 +265,10 @@ class SelfSpeculator:
             shared = params or SamplingParams()
             representative = [shared]
             pairs = ((p, dataclasses.replace(shared, seed=shared.seed + i)) for i, p in enumerate(prompts))
+        if any(one.stop_strings for one in representative):
+            self._need_tokenizer("stop strings")
+        if isinstance(prompts, list):
+            pairs = list(zip(self._encode_all(prompts), [one for _, one in pairs], strict=True))
         batch = DecodingBatch(
             self.passes, self.drafter, max_rows=batch_size, capacity=0, rule=self.rule,
             policy=policy or self._choose_policy(representative, batch_size),
@@ -277,17 +290,50 @@ class SelfSpeculator:
                     is_exhausted = True
                     break
                 index, (prompt, params) = item
-                sequence, stream = self.new_sequence(self.encode(prompt), params)
-                experience = batch.admit(sequence)
+                sequence = None
+                try:
+                    sequence, stream = self.new_sequence(self.encode(prompt), params)
+                    experience = batch.admit(sequence)
+                except Exception as error:
+                    yield self._failed(error, index, sequence, batch)
+                    continue
                 running[sequence.request_id] = (index, stream, [])
                 self._teach(experience, learner, running)
             if not batch.sequences:
                 return
-            self._teach(batch.round(), learner, running)
+            try:
+                transitions = batch.round()
+            except Exception as error:
+                if self._is_lock_step:  # the other ranks have computed it, or wait
+                    raise
+                batch.newest.fail(error)
+            else:
+                self._teach(transitions, learner, running)
             if learner is not None:
                 learner.step_if_due()
             for sequence in batch.take_finished():
                 yield self._result(sequence, *running.pop(sequence.request_id))
+
+    def _encode_all(self, prompts: list[Prompt]) -> Iterator[list[int]]:
+        for index, prompt in enumerate(prompts):
+            try:
+                yield self.encode(prompt)
+            except ValueError as error:
+                where = "" if len(prompts) == 1 else f"prompts[{index}]: "
+                raise ValueError(f"{where}{error}") from error
+
+    def _failed(
+        self, error: Exception, index: int, sequence: Sequence | None, batch: DecodingBatch
+    ) -> GenerationResult:
+        """The result of a request that did not come to decode. In lock-step the error itself: all ranks have it."""
+        if self._is_lock_step:
+            raise error
+        if sequence is None:
+            sequence = Sequence(next(self._request_ids), [], SamplingParams(), lambda _: None, 0)
+        sequence.fail(error)
+        if sequence in batch.prefilling:
+            batch.remove(sequence)
+        return self._result(sequence, index, None, [])
 
     def _teach(self, transitions: list, learner: Learner | None, running: dict) -> None:
         if learner is not None:
@@ -325,13 +371,16 @@ class SelfSpeculator:
         return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
     def _result(self, sequence: Sequence, index: int, stream: TextStream | None, kept: list) -> GenerationResult:
-        if stream is not None:
+        if sequence.error is not None:
+            _LOG.error("request %d failed: %s", index, sequence.error, exc_info=sequence.error)
+        elif stream is not None:
             stream.close()
         return GenerationResult(
             index=index, request_id=sequence.request_id, text="" if stream is None else stream.text,
             token_ids=sequence.token_ids, finish_reason=sequence.finish_reason, stats=sequence.stats,
             drafter_version=self.drafter.version, level=self.level,
             accept_lengths=sequence.kept_per_round, transitions=kept,
+            error=None if sequence.error is None else str(sequence.error) or type(sequence.error).__name__,
         )
 
     def stream(

@@ -3,8 +3,8 @@
 Works on any Hugging Face decoder-only model whose layers keep keys and values and nothing else. Knows layers, positions
 and the cache; knows nothing of drafts, sampling or training. Neither the model's modules nor its config change; what
 cannot be split is refused, and every split is compared with the plain model when it is made.
-Not covered: rotary embeddings that stretch with the longest row (dynamic, longrope) beyond their original length, where
-a row's keys depend on its batch mates.
+Rotary embeddings that stretch with the longest row (dynamic, longrope) serve up to their original length, see
+`dvi.context`.
 """
 # B rows, Q query positions, D hidden size, V vocabulary, S positions of a text.
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dvi.context import SHORTEST, max_positions_of, why_shorter
 from dvi.kv_cache import Placement, RollbackCache
 from dvi.packing import Packing
 from dvi.placement import execution_device, gather_module, is_spread
@@ -42,9 +43,9 @@ class SplitModel:
                  direct where it can be.
 
     The backbone is frozen: no gradients, eval mode. Attributes: model, config (of its decoder), path, split_layer,
-    layers, num_layers, hidden_size, vocab_size, device (where token ids go, and where every result is), dtype,
-    final_norm, head_weight_VD, head_bias_V (or None), and post_head: what the model does to the head's logits, element
-    by element.
+    layers, num_layers, hidden_size, vocab_size, num_input_ids (ids below it can be read), device (where token ids go,
+    and where every result is), dtype, final_norm, head_weight_VD, head_bias_V (or None), and post_head: what the model
+    does to the head's logits, element by element.
     A model on the meta device is taken as well, for its shape; nothing is compared then.
     Raises ValueError, with the reason, when the model cannot be split or the split differs from the plain model.
     """
@@ -70,6 +71,8 @@ class SplitModel:
             self.final_norm, head = (gather_module(module, self.device) for module in (self.final_norm, head))
         self.head_weight_VD, self.head_bias_V = head.weight, head.bias
         self.vocab_size, self.hidden_size = self.head_weight_VD.shape
+        num_embeddings = getattr(model.get_input_embeddings(), "num_embeddings", self.vocab_size)
+        self.num_input_ids = min(self.vocab_size, num_embeddings)
         self.dtype = model.dtype
         self.post_head = post_head_of(model.config)
         self.path = _choose_path(model, path)
@@ -243,6 +246,8 @@ def refuse_unsplittable(model: PreTrainedModel) -> None:
         reason = "its local layers take the queries for the cache's last slots, which is wrong where rows differ"
     elif getattr(config, "num_kv_shared_layers", 0):
         reason = f"its last {config.num_kv_shared_layers} layers read the keys and values of earlier ones"
+    elif max_positions_of(config) < SHORTEST and why_shorter(config):
+        reason = why_shorter(config)
     elif model.get_output_embeddings() is None:
         reason = "it has no output head; load it with AutoModelForCausalLM"
     elif config._attn_implementation not in SPLITTABLE_ATTENTION:

@@ -5,9 +5,30 @@ Knows a tokenizer; knows nothing of models or rounds.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
+
+
+def check_token_ids(
+    token_ids: Iterable[int], *, num_known: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raises ValueError naming the first id that the model has no embedding for.
+
+    num_known: ids below it have one. A tokenizer may have more tokens than its model: an added one, such as a [PAD],
+    for which the model was never resized.
+    """
+    for token_id in token_ids:
+        if isinstance(token_id, int) and 0 <= token_id < num_known:
+            continue
+        is_token = tokenizer is not None and isinstance(token_id, int) and 0 <= token_id < len(tokenizer)
+        token = tokenizer.decode([token_id]) if is_token else None
+        spelled = "" if token is None else f" ({token!r} of the tokenizer); leave it out of the text"
+        raise ValueError(
+            f"token ids must be integers in 0..{num_known - 1}, as the model has no others, got {token_id!r}{spelled}"
+        )
 
 
 class TextStream:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
+from dvi.context import has_bounded_positions, max_positions_of
 from dvi.kv_cache import Placement, RollbackCache
 from dvi.placement import execution_device
 
@@ -101,7 +102,7 @@ class ViewsPath:
         deep_indices = [split_layer, *indices[split_layer:]]
         self._deep = _view(anatomy, [self._inject, *layers[split_layer:]], deep_indices)
         self._takes_positions = "position_ids" in inspect.signature(anatomy.decoder.forward).parameters
-        self._last_position = _last_learned_position(anatomy.decoder)
+        self._last_position = _last_position(anatomy.decoder)
 
     def shallow(self, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
         """h_k [B, Q, D] of the tokens at the placement's positions."""
@@ -124,11 +125,12 @@ class ViewsPath:
         return view(input_ids=token_ids_BQ, past_key_values=placed_cache, use_cache=True, **positions)[0]
 
 
-def _last_learned_position(decoder: PreTrainedModel) -> int | None:
-    """The last position that has an embedding of its own; None for rotary and other computed positions."""
+def _last_position(decoder: PreTrainedModel) -> int | None:
+    """The last position that a pass may hold, as those beyond have no embedding of their own or would change that of
+    all others; None where they do no harm."""
     tokens = decoder.get_input_embeddings()
     has_table = any(isinstance(child, nn.Embedding) and child is not tokens for child in decoder.children())
-    return decoder.config.max_position_embeddings - 1 if has_table else None
+    return max_positions_of(decoder.config) - 1 if has_table or has_bounded_positions(decoder.config) else None
 
 
 def _view(anatomy: Anatomy, layers: Iterable[nn.Module], layer_indices: list[int]) -> PreTrainedModel:

@@ -69,6 +69,7 @@ class ShardedBackbone:
             self.final_norm, head = (copy.deepcopy(gather_module(module, self.device)) for module in (norm, head))
         self.head_weight_VD, self.head_bias_V = head.weight, head.bias
         self.vocab_size, self.hidden_size = head.weight.shape
+        self.num_input_ids = self.vocab_size
         self.post_head = post_head_of(self.model.config)
         # The decoder alone: its passes leave out the head, and with it logits [S, V] that nobody reads.
         self._engine = deepspeed.initialize(model=decoder, config=zero3)[0]

@@ -154,10 +154,16 @@ class Engine:
             self._preempt(self._active[request_id])
             report.num_preempted += 1
         for request in plan.admit:
-            active = self._admit(request, start_s)
+            try:
+                active = self._admit(request, start_s)
+            except Exception as error:
+                self._fail(request, error)
+                continue
             if len(active.sequence.text_ids) == 1:  # nothing to prefill, so the plan does not name it
                 self._prefill(active, 0, report)
         for request_id, num_positions in plan.prefill:
+            if request_id not in self._active:  # it has failed just now
+                continue
             transitions += self._prefill(self._active[request_id], num_positions, report)
         for lane in list(self._lanes.values()):
             if lane.batch.sequences:
@@ -206,8 +212,8 @@ class Engine:
             transitions = batch.prefill(sequence, num_positions)
             row = batch.row_of(sequence)
             num_done = batch.cache.lengths[row] - before
-        except (RuntimeError, MemoryError) as error:  # out of memory is a RuntimeError on GPUs
-            self._fail(active, error)
+        except Exception as error:
+            self._fail(active.request, error)
             return []
         self.scheduler.prefilled(request.request_id, num_done)
         report.num_prefill_tokens += num_done
@@ -222,9 +228,8 @@ class Engine:
         while transitions is None and batch.sequences:
             try:
                 transitions = batch.round()
-            except (RuntimeError, MemoryError) as error:
-                # Nothing is committed before all is computed, so the others can go on without the newest.
-                self._fail(lane.by_sequence[batch.sequences[-1].request_id], error)
+            except Exception as error:
+                self._fail(lane.by_sequence[batch.newest.request_id].request, error)
         if not transitions and not batch.sequences:
             return []
         seconds, num_rows, num_committed = time.perf_counter() - start_s, len(batch.sequences), 0
@@ -242,7 +247,11 @@ class Engine:
         costs = batch.policy.costs if isinstance(batch.policy, GoodputLength) else self.costs()
         report.plain_s += num_committed / num_rows * costs.round_s(num_rows, 0)
         for sequence in list(batch.sequences):
-            self._tell(lane.by_sequence[sequence.request_id])
+            active = lane.by_sequence[sequence.request_id]
+            try:
+                self._tell(active)
+            except Exception as error:
+                self._fail(active.request, error)
         return transitions
 
     def _tell(self, active: _Active) -> None:
@@ -251,12 +260,14 @@ class Engine:
         if active.first_token_s is None and sequence.token_ids:
             active.first_token_s = now_s - active.request.arrived_s
         reason = sequence.finish_reason
-        if reason == "error":
+        if sequence.error is not None:
+            self._fail(active.request, sequence.error)
+        elif reason == "error":
             log.error("request %d: the verifier's states are not finite", active.request.request_id)
-            self._end(active, "error", "the model's output was not finite")
+            self._end(active.request, "error", "the model's output was not finite")
         elif reason is not None:
             self._remember(active)
-            self._end(active, reason, None)
+            self._end(active.request, reason, None)
         else:
             self._outputs.append(self._news(active))
 
@@ -293,13 +304,18 @@ class Engine:
             active.has_row = False
         del active.lane.by_sequence[active.request.request_id]
 
-    def _fail(self, active: _Active, error: Exception) -> None:
-        log.error("request %d failed", active.request.request_id, exc_info=error)
-        self._end(active, "error", "the server could not compute this request; try again")
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Ends one request for what went wrong with it; the others go on."""
+        log.error("request %d failed", request.request_id, exc_info=error)
+        active = self._active.get(request.request_id)
+        if active is not None:
+            active.sequence.fail(error)
+            active.text = None  # which may be what fails
+        self._end(request, "error", "the server could not compute this request; try again")
 
-    def _end(self, active: _Active, reason: str, error: str | None) -> None:
-        self.scheduler.finished(active.request.request_id)
-        self._outputs.append(self._close(active.request, reason, error))
+    def _end(self, request: Request, reason: str, error: str | None) -> None:
+        self.scheduler.finished(request.request_id)
+        self._outputs.append(self._close(request, reason, error))
 
     def _close(self, request: Request, reason: str, error: str | None) -> RequestOutput:
         """The last news of a request that the scheduler has forgotten already; frees what it held."""

@@ -74,7 +74,7 @@ class _Api:
         limits = loop.engine.scheduler.limits
         self._context = min(speculator.max_positions, limits.max_positions - limits.headroom)
         self._encoder = PromptEncoder(
-            speculator.tokenizer, vocab_size=speculator.split.vocab_size,
+            speculator.tokenizer, vocab_size=speculator.split.num_input_ids,
             max_tokens=min(config.serve.max_prompt_tokens or self._context, self._context - 1),
         )
         self._token_text = TokenTexts(speculator.tokenizer).text

@@ -230,13 +230,9 @@ class EngineLoop:
         self._started_s = time.time()
         num_failed = 0
         while not self._is_stopping:
-            self._take_in()
-            if not self.engine.has_work:
-                self._idle()
-                continue
             try:
-                result = self.engine.step()
-                num_failed = 0
+                has_stepped = self._turn()
+                num_failed = 0 if has_stepped else num_failed
             except Exception:
                 num_failed += 1
                 log.exception("a step failed; its requests are given up")
@@ -244,11 +240,6 @@ class EngineLoop:
                     self._deliver(output)
                 if num_failed >= MAX_FAILED_STEPS:
                     break
-                continue
-            for output in result.outputs:
-                self._deliver(output)
-            self.monitor.on_step(result.report)
-            self._teach(result.transitions)
         with self._wake:
             self.is_draining = True
             actions, self._actions = self._actions, deque()
@@ -257,6 +248,19 @@ class EngineLoop:
         self._take_in()
         for output in self.engine.give_up_all("cancelled", None):
             self._deliver(output)
+
+    def _turn(self) -> bool:
+        """Takes in what has come, then a step, or else some learning or sleep; whether it was a step."""
+        self._take_in()
+        if not self.engine.has_work:
+            self._idle()
+            return False
+        result = self.engine.step()
+        for output in result.outputs:
+            self._deliver(output)
+        self.monitor.on_step(result.report)
+        self._teach(result.transitions)
+        return True
 
     def _take_in(self) -> None:
         with self._wake:
@@ -268,6 +272,10 @@ class EngineLoop:
                 self.engine.add(request)
             except (ValueError, QueueFull) as error:  # an adapter unloaded meanwhile
                 self._deliver(RequestOutput(request.request_id, finish_reason="error", error=str(error)))
+            except Exception:
+                log.exception("request %d could not be queued", request.request_id)
+                error = "the server could not take this request; try again"
+                self._deliver(RequestOutput(request.request_id, finish_reason="error", error=error))
         for request_id in cancelled:
             output = self.engine.cancel(request_id)
             if output is not None:
@@ -347,7 +355,10 @@ class EngineLoop:
         request, on_output = known
         if output.finish_reason is not None:
             del self._on_output[output.request_id]
-            self.monitor.on_finish(request, output)
+            try:
+                self.monitor.on_finish(request, output)
+            except Exception:
+                log.exception("the figures lack request %d", output.request_id)
             self._observe(output)
         try:
             on_output(output)

@@ -12,6 +12,8 @@ from functools import lru_cache
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from dvi.text import check_token_ids
+
 # A Unicode noncharacter, which no text for interchange holds: it marks where a message's special tokens are cut apart.
 _CUT = "\ufdd0"
 _REPLACEMENT = "\ufffd"
@@ -20,6 +22,7 @@ _REPLACEMENT = "\ufffd"
 class PromptEncoder:
     """Token ids of prompts, within a limit.
 
+    vocab_size: ids below it the model knows; its tokenizer may have made others.
     max_tokens: a longer prompt is refused; one that is hopelessly longer before it is tokenised.
     """
 
@@ -38,8 +41,6 @@ class PromptEncoder:
         if isinstance(prompt, str):
             self._check_chars(len(prompt))
             return self._check(self._tokenizer(prompt)["input_ids"])
-        if any(token_id >= self._vocab_size for token_id in prompt):
-            raise ValueError(f"token ids must be in 0..{self._vocab_size - 1}, got {max(prompt)}")
         return self._check(prompt)
 
     def encode_chat(self, messages: list[tuple[str, str]]) -> list[int]:
@@ -71,6 +72,7 @@ class PromptEncoder:
     def _check(self, ids: list[int]) -> list[int]:
         if not 1 <= len(ids) <= self._max_tokens:
             raise ValueError(f"a prompt must be 1 to {self._max_tokens} tokens here, got {len(ids)}")
+        check_token_ids(ids, num_known=self._vocab_size, tokenizer=self._tokenizer)
         return ids
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
 import re
@@ -29,6 +30,10 @@ from dvi.whole_files import write_whole
 Schema = TypeVar("Schema")
 
 YAML_SUFFIXES = (".yaml", ".yml")
+
+_LOG = logging.getLogger(__name__)
+
+RENAMED = {"data.text_field": ("field", "prompt")}  # to what, and the value that said nothing, its default then
 
 
 def load_config(
@@ -136,6 +141,9 @@ def _merge(settings: dict[str, Any], new: Any, *, source: str, schema: type) -> 
         hints = _hints(section)
         for name, value in new.items():
             key = f"{prefix}{name}"
+            if key in RENAMED:
+                name, value = _renamed(key, value)
+                key = f"{prefix}{name}"
             if name not in hints:
                 key = _whole_key(key, value)
                 raise ValueError(f"unknown key {key!r} in {source}; {hint_for(key, schema)}")
@@ -147,6 +155,13 @@ def _merge(settings: dict[str, Any], new: Any, *, source: str, schema: type) -> 
                 settings[name] = value
 
     merge(settings, new, schema, "")
+
+
+def _renamed(key: str, value: Any) -> tuple[str, Any]:
+    """The name and value that a key of earlier versions has now; a notice says so."""
+    name, no_effect = RENAMED[key]
+    _LOG.warning("%s is now %s.%s%s", key, key.rpartition(".")[0], name, "; leave it out" * (value == no_effect))
+    return name, None if value == no_effect else value
 
 
 def _hints(section: type) -> dict[str, Any]:

@@ -157,11 +157,12 @@ class SamplingSettings(RequestSettings):
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The traffic: JSONL files (see `dvi.traffic.read_prompts`), or a set known to `datasets`.
+    """The traffic: files of prompts (see `dvi.traffic.read_prompts`), or a set known to `datasets`.
 
-    prompts        one JSONL path or a list of them.
+    prompts        one path or a list of them: .jsonl, .json, or .txt with one prompt a line, each also with .gz.
     dataset        a name for `datasets.load_dataset`, instead of `prompts`; its rows are read from dataset_split.
-    text_field     the column of `dataset` that holds the prompt.
+    field          what holds the prompt in a row of either; null takes turns, prompt, messages, conversations,
+                   instruction or text, the first that is there.
     domains        keep only these domains of `prompts`; empty keeps all.
     split          keep only these rows of `prompts`.
     limit          requests of one epoch, 0 takes all.
@@ -173,7 +174,7 @@ class DataSettings:
     prompts: tuple[str, ...] = ()
     dataset: str | None = None
     dataset_split: str = "train"
-    text_field: str = "prompt"
+    field: str | None = None
     domains: tuple[str, ...] = ()
     split: Literal["traffic", "eval"] = "traffic"
     limit: Count = 0
@@ -268,8 +269,8 @@ class LearningSettings:
 class EvalSettings:
     """What is measured before and after, with a frozen drafter, on rows that are never trained on.
 
-    limit           held-out requests: the rows of data.prompts whose split is eval, or the first of data.dataset;
-                    0 measures nothing.
+    limit           held-out requests: the rows of data.prompts whose split is eval, or a tenth of them where none is,
+                    or the first of data.dataset; 0 measures nothing and holds nothing out.
     max_new_tokens  of each of them.
     """
 
@@ -410,7 +411,7 @@ class WarmupSettings:
 
     source              "answers": the model's own greedy answers to the prompts, which is what serving will meet,
                         decoded data.batch_size at a time; "texts": the texts that the data hold, without decoding.
-    answer_field        for "texts": the column of data.dataset with the answer to data.text_field; null where that
+    answer_field        for "texts": the column of data.dataset with the answer to data.field; null where that
                         column holds the answer too, as whole texts or as conversations.
     max_new_tokens      of a decoded answer.
     text_positions      the most positions of a text, its prompt included; a longer one loses its beginning.

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
-from dvi.chat_templates import VICUNA_TEMPLATE
+from dvi.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.companion_length import CompanionLength
 from dvi.companion_model import ModelCompanion, load_companion
 from dvi.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
@@ -40,7 +40,7 @@ from dvi.round_costs import CostTable
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
 from dvi.split import SplitModel
 from dvi.text import TextStream, check_token_ids
-from dvi.traffic import Messages, as_text
+from dvi.traffic import Messages, as_text, why_no_text
 from dvi.verification import StrictRule, VerifyRule, make_rule
 
 _LOG = logging.getLogger(__name__)
@@ -175,12 +175,15 @@ class SelfSpeculator:
         max_tokens: a longer prompt loses its beginning; by default it is refused when it fills the model's context.
         """
         if isinstance(prompt, str):
+            _check_characters(prompt, "the text")
             ids = self._need_tokenizer("text prompts")(prompt)["input_ids"]
         elif prompt and isinstance(prompt[0], dict):
             tokenizer = self._need_tokenizer("chat messages")
             if tokenizer.chat_template is None:
                 raise ValueError("this model has no chat template; give the prompt as text")
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            for index, message in enumerate(prompt):
+                _check_characters(message.get("content"), f"messages[{index}].content")
+            text = render_chat(tokenizer, prompt)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = list(prompt)
@@ -549,6 +552,12 @@ def default_split_layer(num_layers: int) -> int:
 def goodput_buckets(num_draft_tokens: int) -> tuple[int, ...]:
     """The draft lengths that rules which weigh costs choose from."""
     return tuple(t for t in GOODPUT_BUCKETS if t <= num_draft_tokens)
+
+
+def _check_characters(text: object, name: str) -> None:
+    """Raises ValueError for what a tokenizer does not take: it would say that it got no string."""
+    if isinstance(text, str) and (reason := why_no_text(text)) is not None:
+        raise ValueError(f"{name} {reason}")
 
 
 def _is_one_prompt(prompts: object) -> bool:

@@ -1,11 +1,12 @@
-"""Prompts for a run: from JSON lines, or from anything that `datasets` can read.
+"""Prompts for a run: from files of rows or plain text, or from anything that `datasets` can read.
 
-Knows rows and chat messages; knows nothing of tokenizers or models. A bad row stops the reading: traffic that is
-dropped in silence would change what a run learns.
+Knows rows and chat messages; knows nothing of tokenizers or models. A bad row of a file stops the reading before
+anything runs: traffic that is dropped in silence would change what a run learns.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dvi.bundled import here_or_bundled
+from dvi.prompt_files import rows_of, short
 
 _LOG = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
 Parsed = TypeVar("Parsed")
 
+SPLITS = ("traffic", "eval")
 DEFAULT_SPLIT = "traffic"
+ROLES = ("system", "developer", "user", "assistant", "tool")
 SHUFFLE_BUFFER = 1000  # rows of a streamed dataset that are shuffled at a time
-_PROMPT_KEYS = ("turns", "prompt", "messages", "conversations")
+_PROMPT_KEYS = ("turns", "prompt", "messages", "conversations", "instruction", "text")
+_ANSWER_KEYS = ("answer", "output", "response")
 # Who speaks in rows as ShareGPT has them, {"from": ..., "value": ...}; its data name several assistants.
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
     ("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"
@@ -33,11 +37,19 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 
 class NothingAskedError(ValueError):
-    """A conversation in which nobody asks anything, or nobody answers where an answer is wanted."""
+    """A row in which nobody asks anything, or nobody answers where an answer is wanted, or of text that is none."""
 
 
 class NoPromptsError(ValueError):
     """The files are sound, but no row of them was asked for."""
+
+
+class Messages(list[dict[str, str]]):
+    """The messages of a chat, {"role", "content"} each; where: the file and line, or row, that they come from."""
+
+    def __init__(self, messages: Iterable[dict[str, str]] = (), *, where: str = "") -> None:
+        super().__init__(messages)
+        self.where = where
 
 
 @dataclass(frozen=True)
@@ -47,44 +59,58 @@ class AnsweredPrompt:
     messages: Messages
     answer: str
 
+    @property
+    def where(self) -> str:
+        return self.messages.where
+
 
 def read_prompts(
     paths: Iterable[str | Path],
     *,
     parse: Callable[..., Parsed] | None = None,
+    field: str | None = None,
     split: str | None = None,
     domains: Iterable[str] = (),
     limit: int = 0,
     shuffle_seed: int | None = None,
     epochs: int = 1,
+    leave_out: Iterable[Parsed] = (),
 ) -> list[Parsed]:
-    """The chosen rows of JSONL files, by default as chat messages, each epoch in an order of its own.
+    """The chosen rows of files (see `dvi.prompt_files`), by default as chat messages, each epoch in its own order.
 
     A row holds what `parse` takes, optionally with "split" and "domain".
 
     parse         `as_messages`, the default, or `as_answered`.
+    field         what holds the prompt, where it is none of the names that `parse` knows.
     split         keep only its rows; None keeps all. A row that names none is traffic.
     domains       keep only these; empty keeps all.
     limit         rows of one epoch, the first ones of each file in equal parts as far as they go; 0 takes all.
     shuffle_seed  None keeps the order of the files.
+    leave_out     prompts of which no row is taken, wherever it stands: `hold_out`'s.
     Raises ValueError naming file and line for a bad row, NoPromptsError when no row is left, and FileNotFoundError.
     """
     parse = parse or as_messages
-    domains, seen_splits, seen_domains = set(domains), set(), set()
+    domains, left_out, seen_splits, seen_domains = set(domains), {_digest(one) for one in leave_out}, set(), set()
     paths = [here_or_bundled(path) for path in paths]
     files: list[list[Parsed]] = []
     for path in paths:
         files.append([])
-        for where, row in _rows(path):
-            prompt = parse(row, where=where)
-            row_split, domain = row.get("split", DEFAULT_SPLIT), row.get("domain")
+        for where, row in rows_of(path):
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a row must be an object, got {short(row)}")
+            row_split, domain = _labels(row, where)
+            prompt = parse(_picked(row, field, None, parse, where=where), where=where)
             seen_splits.add(row_split)
             seen_domains.add(domain)
-            if split in (None, row_split) and (not domains or domain in domains):
+            is_wanted = split in (None, row_split) and (not domains or domain in domains)
+            if is_wanted and not (left_out and _digest(prompt) in left_out):
                 files[-1].append(prompt)
     if not any(files):
+        names = ", ".join(map(str, paths))
+        if not seen_splits:
+            raise NoPromptsError(f"{names} must hold a prompt, got none; give a row or a line for each")
         raise NoPromptsError(
-            f"{', '.join(map(str, paths))} must hold a row of split {split or 'any'} and domain "
+            f"{names} must hold a row of split {split or 'any'} and domain "
             f"{' or '.join(sorted(domains)) or 'any'}; there are splits {sorted(map(str, seen_splits))} and domains "
             f"{sorted(map(str, seen_domains))}"
         )
@@ -92,11 +118,21 @@ def read_prompts(
     return list(itertools.chain.from_iterable(_epochs(prompts, shuffle_seed, epochs)))
 
 
+def hold_out(prompts: list[Parsed], *, limit: int) -> list[Parsed]:
+    """A tenth of the prompts, at least one and at most `limit`: those whose text's SHA-256 is smallest.
+
+    So they are the same wherever and in whatever order the rows are read. None of less than two different prompts.
+    """
+    by_digest = {_digest(prompt): prompt for prompt in prompts}
+    num_held = min(limit, max(len(by_digest) // 10, 1), len(by_digest) - 1)
+    return [by_digest[digest] for digest in sorted(by_digest)[:num_held]]
+
+
 def read_dataset(
     name: str,
     *,
     split: str,
-    field: str,
+    field: str | None = None,
     answer_field: str | None = None,
     parse: Callable[..., Parsed] | None = None,
     skip: int = 0,
@@ -106,17 +142,17 @@ def read_dataset(
 ) -> Iterator[Parsed]:
     """The rows of a hub dataset, or of a local file or folder, streamed: nothing is read before it is needed.
 
-    field         the column that holds the prompt: text, a list of turns, or messages in either form.
+    field         the column that holds the prompt: text, a list of turns, or messages in either form; None takes the
+                  first that `parse` knows by its name.
     answer_field  the column that holds its answer, for `as_answered`. Without one a text of `field` stands alone.
     parse         `as_messages`, the default, or `as_answered`.
     skip          rows left out at the start, as held out; then `limit` rows make an epoch, 0 takes all.
-    Public conversations hold some in which nobody asks anything: such a row is passed over with a warning.
-    Raises ValueError for rows without these fields, and what `datasets` raises for unknown names.
+    Public conversations hold some in which nobody asks anything, and broken characters: such a row is passed over with
+    a warning. Raises ValueError for rows without these fields, and what `datasets` raises for unknown names.
     """
     import datasets  # seconds to import
 
     parse = parse or as_messages
-    text_key = "text" if parse is as_answered and answer_field is None else "prompt"
     builder = _FORMATS.get(Path(name).suffix.lower())
     if builder is not None and not Path(name).is_file():
         raise FileNotFoundError(f"no file {name}; give a dataset's name, a file or a folder")
@@ -131,12 +167,8 @@ def read_dataset(
             ordered = rows.shuffle(seed=shuffle_seed + epoch, buffer_size=SHUFFLE_BUFFER)
         for index, row in enumerate(ordered):
             where = f"{name}, row {index}"
-            for column in (field, answer_field):
-                if column is not None and column not in row:
-                    raise ValueError(f"{where}: no column {column!r}; there are {', '.join(sorted(row))}")
-            answer = {} if answer_field is None else {"answer": row[answer_field]}
             try:
-                parsed = parse({_key_for(row[field], text_key): row[field]} | answer, where=where)
+                parsed = parse(_picked(row, field, answer_field, parse, where=where), where=where)
             except NothingAskedError as nothing:
                 _LOG.warning("%s: passed over", nothing)
                 continue
@@ -146,38 +178,47 @@ def read_dataset(
 def as_messages(row: Mapping[str, Any], *, where: str) -> Messages:
     """The chat messages of one row; `where` names it in errors. Raises ValueError saying what is wrong.
 
-    A row is {"turns": [...]}, {"prompt": ...}, {"messages": [...]} or ShareGPT's {"conversations": [...]}. Of turns the
-    first is asked: the later ones need an answer to it. Of messages those after the user's last are left out.
+    A row is {"turns": [...]}, {"prompt": ...}, {"messages": [...]}, ShareGPT's {"conversations": [...]}, Alpaca's
+    {"instruction": ..., "input": ...} or {"text": ...}; of several the first of these. Of turns the first is asked: the
+    later ones need an answer to it. Of messages those after the user's last are left out.
     """
-    if "turns" in row:
+    key = next((key for key in _PROMPT_KEYS if key in row), None)
+    if key is None:
+        raise ValueError(
+            f"{where}: a row needs one of {', '.join(_PROMPT_KEYS)}; got {', '.join(map(str, row)) or 'nothing'}; "
+            "data.field names another"
+        )
+    if key == "prompt" and isinstance(row[key], list):  # as TRL has it
+        return as_messages({_key_for(row[key], key): row[key]}, where=where)
+    if key in ("messages", "conversations"):
+        return _up_to_last("user", _messages_of(row, where=where), where=where)
+    if key == "turns":
         turns = row["turns"]
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
-            raise ValueError(f"{where}: turns must be a list of texts, got {_short(turns)}")
-        return [{"role": "user", "content": turns[0]}]
-    if "prompt" in row:
-        if not isinstance(row["prompt"], str) or not row["prompt"]:
-            raise ValueError(f"{where}: prompt must be a text, got {_short(row['prompt'])}")
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = _messages_of(row, where=where)
-    if messages is None:
-        raise ValueError(
-            f"{where}: a row needs one of {', '.join(_PROMPT_KEYS)}; got {', '.join(sorted(row)) or 'nothing'}"
-        )
-    return _up_to_last("user", messages, where=where)
+            raise ValueError(f"{where}: turns must be a list of texts, got {short(turns)}")
+        text = turns[0]
+    else:
+        text = row[key]
+    _check_text(text, key, where)
+    more = row.get("input") if key == "instruction" else None
+    if more:
+        _check_text(more, "input", where)
+        text = f"{text}\n\n{more}"
+    return Messages([{"role": "user", "content": text}], where=where)
 
 
 def as_answered(row: Mapping[str, Any], *, where: str) -> AnsweredPrompt:
     """The prompt of one row and its answer; `where` names it in errors. Raises ValueError saying what is wrong.
 
-    A row is what `as_messages` reads, with the answer under "answer" or "text"; or messages, in either form, of which
-    the assistant's last is the answer and those after it are left out; or a "text" alone.
+    A row is what `as_messages` reads, with the answer under "answer", "output", "response" or "text"; or messages, in
+    either form, of which the assistant's last is the answer and those after it are left out; or a "text" alone.
     """
-    key = "answer" if "answer" in row else "text"
-    if key in row:
-        if not isinstance(row[key], str) or not row[key]:
-            raise ValueError(f"{where}: {key} must be a text, got {_short(row[key])}")
-        has_prompt = key == "answer" or any(name in row for name in _PROMPT_KEYS)
-        return AnsweredPrompt(as_messages(row, where=where) if has_prompt else [], row[key])
+    key = next((key for key in (*_ANSWER_KEYS, "text") if key in row), None)
+    if key is not None:
+        _check_text(row[key], key, where)
+        asked = {name: value for name, value in row.items() if name != "text"}
+        has_prompt = key != "text" or any(name in asked for name in _PROMPT_KEYS)
+        return AnsweredPrompt(as_messages(asked, where=where) if has_prompt else Messages(where=where), row[key])
     messages = _messages_of(row, where=where)
     if messages is None:
         raise ValueError(
@@ -186,34 +227,67 @@ def as_answered(row: Mapping[str, Any], *, where: str) -> AnsweredPrompt:
         )
     *prompt, answer = _up_to_last("assistant", messages, where=where)
     if not any(message["role"] == "user" for message in prompt):
-        raise ValueError(f"{where}: an answer needs one by the user before it, got {_short(messages)}")
-    return AnsweredPrompt(prompt, answer["content"])
+        raise ValueError(f"{where}: an answer needs one by the user before it, got {short(messages)}")
+    return AnsweredPrompt(Messages(prompt, where=where), answer["content"])
 
 
-def as_text(messages: Messages) -> str:
+def as_text(messages: list[dict[str, str]]) -> str:
     """The messages' texts alone, for models without a chat template."""
     return "\n\n".join(message["content"] for message in messages)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of each line that is not blank."""
+def why_no_text(text: str) -> str | None:
+    """What keeps a string from being text that a tokenizer takes; None where nothing does."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no prompts file {path}; give JSONL rows with turns, prompt or messages") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{path} must be a JSONL file in UTF-8: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON may hold U+2028 as it is
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}): {_short(line)}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a row must be an object, got {_short(row)}")
-        yield where, row
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        return f"holds half a surrogate pair, {half!r} at character {error.start}: write the whole character"
+    if "\0" in text:
+        return f"holds a NUL at character {text.index(chr(0))}: take it out"
+    return None
+
+
+def _check_text(text: object, name: str, where: str) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: {name} must be a text, got {short(text)}")
+    reason = why_no_text(text)
+    if reason is not None:
+        raise NothingAskedError(f"{where}: {name} {reason}")
+
+
+def _labels(row: Mapping[str, Any], where: str) -> tuple[str, str | None]:
+    """The row's split and domain."""
+    split, domain = row.get("split", DEFAULT_SPLIT), row.get("domain")
+    if split not in SPLITS:
+        raise ValueError(f"{where}: split must be one of {', '.join(SPLITS)}, got {short(split)}; or leave it out")
+    if domain is not None and not isinstance(domain, str):
+        raise ValueError(f"{where}: domain must be a text, got {short(domain)}; or leave it out")
+    return split, domain
+
+
+def _picked(
+    row: Mapping[str, Any], field: str | None, answer_field: str | None, parse: Callable, *, where: str
+) -> Mapping[str, Any]:
+    """The row under the names that `parse` knows. Raises ValueError for a field that it does not have."""
+    for name in (field, answer_field):
+        if name is not None and name not in row:
+            raise ValueError(f"{where}: no field {name!r}; there are {', '.join(sorted(row)) or 'none'}")
+    if answer_field is not None:
+        answer = {"answer": row[answer_field]}
+    else:
+        answer = {name: row[name] for name in _ANSWER_KEYS if name in row and name != field}
+    if field is None:
+        return row if answer_field is None else {**row, **answer}
+    text_key = "text" if parse is as_answered and not answer else "prompt"
+    return {_key_for(row[field], text_key): row[field]} | answer
+
+
+def _digest(prompt: object) -> str:
+    """SHA-256 of what is asked, or of a text that stands alone, wherever it stands."""
+    if isinstance(prompt, AnsweredPrompt):
+        prompt = prompt.messages or prompt.answer
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
 
 def _first_of_each(files: list[list[Parsed]], limit: int) -> list[list[Parsed]]:
@@ -231,7 +305,7 @@ def _epochs(prompts: list[Parsed], shuffle_seed: int | None, epochs: int) -> Ite
 
 
 def _key_for(value: object, text_key: str) -> str:
-    """What a dataset's column holds, as the key that a row of ours would have it under."""
+    """What a field holds, as the key that a row of ours would have it under."""
     if not isinstance(value, list):
         return text_key
     if not value:
@@ -243,39 +317,36 @@ def _key_for(value: object, text_key: str) -> str:
 
 def _messages_of(row: Mapping[str, Any], *, where: str) -> Messages | None:
     """The messages of a row that holds a conversation, in either form; None of one that does not."""
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-            raise ValueError(f"{where}: messages must be a list of texts with role and content, got {_short(messages)}")
-        return [{"role": message["role"], "content": message["content"]} for message in messages]
-    if "conversations" not in row:
+    key = next((key for key in ("messages", "conversations") if key in row), None)
+    if key is None:
         return None
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(_is_sharegpt_turn(turn) for turn in turns):
+    role_key, text_key = ("role", "content") if key == "messages" else ("from", "value")
+    roles = {role: role for role in ROLES} if key == "messages" else _SHAREGPT_ROLES
+    if not isinstance(row[key], list):
         raise ValueError(
-            f"{where}: conversations must be a list of texts with value and from, one of "
-            f"{', '.join(_SHAREGPT_ROLES)}; got {_short(turns)}"
+            f"{where}: {key} must be a list of texts with {text_key} and {role_key}, got {short(row[key])}"
         )
-    return [{"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+    messages = Messages(where=where)
+    for index, message in enumerate(row[key]):
+        name = f"{key}[{index}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{where}: {name} must have {role_key} and {text_key}, got {short(message)}")
+        role, text = message.get(role_key), message.get(text_key)
+        if not isinstance(role, str) or role not in roles:
+            raise ValueError(f"{where}: {name}.{role_key} must be one of {', '.join(roles)}, got {short(role)}")
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {name}.{text_key} must be a text, got {short(text)}")
+        reason = why_no_text(text)
+        if reason is not None:
+            raise NothingAskedError(f"{where}: {name}.{text_key} {reason}")
+        messages.append({"role": roles[role], "content": text})
+    return messages
 
 
 def _up_to_last(role: str, messages: Messages, *, where: str) -> Messages:
     last = max((i for i, message in enumerate(messages) if message["role"] == role), default=None)
     if last is None:
-        raise NothingAskedError(f"{where}: messages must hold one by the {role}, got {_short(messages)}")
-    return messages[: last + 1]
-
-
-def _is_sharegpt_turn(turn: object) -> bool:
-    return isinstance(turn, dict) and turn.get("from") in _SHAREGPT_ROLES and isinstance(turn.get("value"), str)
-
-
-def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        raise NothingAskedError(f"{where}: messages must hold one by the {role}, got {short(list(messages))}")
+    if not messages[last]["content"].strip():
+        raise NothingAskedError(f"{where}: messages[{last}].content must be a text, got ''; it is the {role}'s last")
+    return Messages(messages[: last + 1], where=where)

@@ -14,7 +14,7 @@ ROWS = (
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
     "dvi.arguments dvi.starter",
     "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.packing dvi.round_costs dvi.cuda_graph dvi.traffic "
-    "dvi.durable dvi.chat_templates dvi.placement dvi.gguf",
+    "dvi.prompt_files dvi.context dvi.durable dvi.chat_templates dvi.placement dvi.gguf",
     "dvi.model_conversion",
     "dvi.published_models",
     "dvi.views dvi.direct dvi.split dvi.drafter dvi.replay dvi.losses dvi.loss_schedule",

@@ -148,7 +148,9 @@ def test_long_prompts_lose_their_beginning_and_are_counted(settings, tmp_path):
     prompts = tmp_path / "long.jsonl"
     rows = [{"prompt": "word " * 600 + "Lily"}, {"prompt": "Lily"}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = settings(data__prompts=str(prompts), data__shuffle_seed="null", sampling__max_new_tokens=20)
+    config = settings(
+        data__prompts=str(prompts), data__shuffle_seed="null", sampling__max_new_tokens=20, eval__limit=0
+    )
     summary = run(config)
     requests = [e for e in read_metrics(tmp_path / "run/metrics.jsonl") if e["event"] == "request"]
     assert summary["cut_prompts"] == 1 and summary["requests"] == 2

@@ -70,7 +70,7 @@ def test_the_shipped_settings_are_the_papers():
     paper, anchored = (load_config(path, schema=PaperConfig) for path in CONFIGS.values())
     assert (paper.drafter.kind, paper.model.split_layer) == ("lora_head", 2)
     assert (paper.draft.policy, paper.draft.num_draft_tokens, paper.sampling.temperature) == ("fixed", 4, 0.0)
-    assert (paper.data.limit, paper.data.epochs, paper.data.text_field) == (2000, 1, "conversations")
+    assert (paper.data.limit, paper.data.epochs, paper.data.field) == (2000, 1, "conversations")
     assert (paper.train.schedule, paper.train.warmup_steps, paper.train.ramp_steps) == ("kl_rl", 400, 600)
     assert (paper.bench.template, paper.bench.max_new_tokens, paper.bench.limit) == ("vicuna", 1024, 0)
     assert anchored.drafter == dataclasses.replace(paper.drafter, kind="anchored")

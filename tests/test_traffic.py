@@ -1,10 +1,21 @@
 """Prompts are read as they stand, in a repeatable order, and a bad row is named by file and line."""
 
+import gzip
 import json
+import random
 
 import pytest
 
-from dvi.traffic import AnsweredPrompt, NoPromptsError, as_answered, as_text, read_dataset, read_prompts
+from dvi.traffic import (
+    AnsweredPrompt,
+    NoPromptsError,
+    as_answered,
+    as_messages,
+    as_text,
+    hold_out,
+    read_dataset,
+    read_prompts,
+)
 
 ROWS = [
     {"id": "a", "domain": "math", "split": "traffic", "turns": ["one", "later"]},
@@ -12,6 +23,10 @@ ROWS = [
     {"prompt": "three"},
     {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "four"},
                   {"role": "assistant", "content": "an answer"}]},
+    {"text": "five"},
+    {"instruction": "six", "input": "", "output": "an answer"},
+    {"instruction": "seven", "input": "of", "output": "an answer"},
+    {"prompt": [{"role": "user", "content": "eight"}]},
 ]  # fmt: skip
 
 
@@ -27,7 +42,7 @@ def texts(prompts):
 def test_every_kind_of_row_becomes_chat_messages_that_end_with_the_user(tmp_path):
     """Catches a format that is not understood, a second turn asked without its answer, and an answer left in."""
     prompts = read_prompts([write_rows(tmp_path / "rows.jsonl", ROWS)])
-    assert texts(prompts) == ["one", "two", "three", "four"]
+    assert texts(prompts) == ["one", "two", "three", "four", "five", "six", "seven\n\nof", "eight"]
     assert [message["role"] for message in prompts[3]] == ["system", "user"]
     assert as_text(prompts[3]) == "be brief\n\nfour"
 
@@ -35,7 +50,7 @@ def test_every_kind_of_row_becomes_chat_messages_that_end_with_the_user(tmp_path
 def test_split_and_domain_choose_rows_and_a_row_that_names_no_split_is_traffic(tmp_path):
     """Catches held-out rows among the traffic, and rows without a split lost to both."""
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
-    assert texts(read_prompts([path], split="traffic")) == ["one", "three", "four"]
+    assert texts(read_prompts([path], split="traffic"))[:4] == ["one", "three", "four", "five"]
     assert texts(read_prompts([path], split="eval")) == ["two"]
     assert texts(read_prompts([path], domains=["math", "code"])) == ["one", "two"]
 
@@ -96,6 +111,8 @@ def test_an_answer_is_kept_beside_its_prompt_in_every_kind_of_row():
         {"messages": [*hi, {"role": "assistant", "content": "ho"}]},
         {"messages": [*hi, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "thanks"}]},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        {"instruction": "hi", "input": "", "output": "ho", "text": "all of it"},
+        {"prompt": "hi", "response": "ho"},
     ):
         assert as_answered(row, where="here") == AnsweredPrompt(hi, "ho"), row
     assert as_answered({"text": "once"}, where="here") == AnsweredPrompt([], "once")
@@ -106,7 +123,7 @@ def test_an_answer_is_kept_beside_its_prompt_in_every_kind_of_row():
     [
         ({"prompt": "hi"}, "a row needs an answer, a text, or messages that hold one; got prompt; warmup.source="),
         ({"prompt": "hi", "answer": ""}, "answer must be a text, got ''"),
-        ({"answer": "ho"}, "a row needs one of turns, prompt, messages, conversations; got answer"),
+        ({"answer": "ho"}, "a row needs one of turns, prompt, messages, conversations, instruction, text; got answer"),
         ({"text": None}, "text must be a text, got None"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "messages must hold one by the assistant"),
         ({"messages": [{"role": "assistant", "content": "ho"}]}, "an answer needs one by the user before it"),
@@ -124,13 +141,35 @@ def test_a_row_without_an_answer_is_refused_where_one_is_needed(row, reason):
     [
         ("{", "not JSON"),
         ("[1]", "a row must be an object, got [1]"),
-        ("{}", "a row needs one of turns, prompt, messages, conversations; got nothing"),
+        ("{}", "a row needs one of turns, prompt, messages, conversations, instruction, text; got nothing; data.field"),
         ('{"turns": []}', "turns must be a list of texts, got []"),
         ('{"turns": [3]}', "turns must be a list of texts, got [3]"),
         ('{"prompt": ""}', "prompt must be a text, got ''"),
-        ('{"messages": [{"role": "user"}]}', "messages must be a list of texts with role and content"),
+        ('{"messages": [{"role": "user"}]}', "messages[0].content must be a text, got None"),
+        ('{"messages": "hi"}', "messages must be a list of texts with content and role, got 'hi'"),
+        ('{"messages": ["hi"]}', "messages[0] must have role and content, got 'hi'"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "human", "content": "b"}]}',
+         "messages[1].role must be one of system, developer, user, assistant, tool, got 'human'"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', "messages[0].content must be a text, got ['a']"),
+        ('{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role must be one of"),
+        ('{"messages": [{"role": "user", "content": " "}]}', "messages[0].content must be a text, got ''; it"),
+        ('{"prompt": 3}', "prompt must be a text, got 3"),
+        ('{"prompt": "  "}', "prompt must be a text, got '  '"),
+        ('{"prompt": {"a": 1}}', "prompt must be a text, got {'a': 1}"),
+        ('{"instruction": "x", "input": 3}', "input must be a text, got 3"),
+        ('{"text": null}', "text must be a text, got None"),
+        (r'{"prompt": "a \ud83d b"}', r"prompt holds half a surrogate pair, '\ud83d' at character 2: write the whole"),
+        (r'{"prompt": "a\u0000b"}', "prompt holds a NUL at character 1: take it out"),
+        (r'{"turns": ["\udc00"]}', "turns holds half a surrogate pair"),
+        (r'{"messages": [{"role": "user", "content": "\udfff"}]}', "messages[0].content holds half a surrogate pair"),
+        ('{"prompt": "x", "split": "train"}', "split must be one of traffic, eval, got 'train'; or leave it out"),
+        ('{"prompt": "x", "split": ["eval"]}', "split must be one of traffic, eval, got ['eval']"),
+        ('{"prompt": "x", "domain": ["math"]}', "domain must be a text, got ['math']"),
+        ("[" * 100_000, "nested too deep to be a row"),
+        ('{"prompt": ' + "9" * 5000 + "}", "not a row (Exceeds the limit"),
+        ('"text"', "a row must be an object, got 'text'"),
         ('{"messages": [{"role": "system", "content": "x"}]}', "messages must hold one by the user"),
-        ('{"conversations": [{"from": "tool", "value": "x"}]}', "conversations must be a list of texts with value and"),
+        ('{"conversations": [{"from": "tool", "value": "x"}]}', "conversations[0].from must be one of system, human,"),
         ('{"conversations": []}', "messages must hold one by the user, got []"),
     ],
 )
@@ -187,14 +226,102 @@ def test_a_dataset_gives_answers_from_their_own_column_or_whole_texts(tmp_path):
     hi = [{"role": "user", "content": "hi"}]
     assert list(read_dataset(path, field="ask", answer_field="reply", **options)) == [AnsweredPrompt(hi, "ho")]
     assert list(read_dataset(path, field="ask", **options)) == [AnsweredPrompt([], "hi")]
-    with pytest.raises(ValueError, match="no column 'answer'; there are ask, reply"):
+    with pytest.raises(ValueError, match="no field 'answer'; there are ask, reply"):
         next(read_dataset(path, field="ask", answer_field="answer", **options))
 
 
 def test_a_dataset_without_the_column_is_refused_with_its_columns(tmp_path):
     """Catches a KeyError from deep within."""
     path = str(write_rows(tmp_path / "rows.jsonl", [{"question": "x"}]))
-    with pytest.raises(ValueError, match=r"row 0: no column 'prompt'; there are question"):
+    with pytest.raises(ValueError, match=r"row 0: no field 'prompt'; there are question"):
         next(read_dataset(path, split="train", field="prompt"))
     with pytest.raises(FileNotFoundError, match=r"no file .*absent\.jsonl"):
         next(read_dataset(str(tmp_path / "absent.jsonl"), split="train", field="prompt"))
+
+
+def write(path, content):
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_plain_text_rows_and_lists_are_read_packed_or_not(tmp_path, suffix):
+    """Catches a kind of file that is refused, a byte-order mark in the first prompt, and line ends in the others."""
+    text = write(tmp_path / f"a.txt{suffix}", b"\xef\xbb\xbfone\r\n\n  \ntwo {not json}\nthree")
+    assert texts(read_prompts([text])) == ["one", "two {not json}", "three"]
+    assert [prompt.where for prompt in read_prompts([text])] == [f"{text}, line {number}" for number in (1, 4, 5)]
+    rows = write(tmp_path / f"a.jsonl{suffix}", b'{"text": "one"}\n{"prompt": "two"}\n')
+    assert texts(read_prompts([rows])) == ["one", "two"]
+    listed = write(tmp_path / f"a.json{suffix}", b'[\n  {"instruction": "one"},\n  {"prompt": "two"}\n]\n')
+    assert texts(read_prompts([listed])) == ["one", "two"]
+    assert read_prompts([listed])[1].where == f"{listed}, row 2"
+    assert texts(read_prompts([text, rows, listed], limit=3)) == ["one", "one", "one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", "a.jsonl must hold a prompt, got none"),
+        ("a.txt", b"\n \n", "a.txt must hold a prompt, got none"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\xe9"}\n', "a.jsonl, line 2: must be UTF-8"),
+        ("a.txt", "h\u00e9".encode("utf-16"), "a.txt, line 1: must be UTF-8"),
+        ("a.txt", b"fine\na\0b\n", "a.txt, line 2: prompt holds a NUL at character 1"),
+        ("a.json", b'[{"prompt": "x"}, 3]', "a.json, row 2: a row must be an object, got 3"),
+        ("a.json", b'[{"prompt": "x"}', "a.json: not JSON"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_at_its_line(tmp_path, name, content, reason):
+    """Catches a traceback of a codec, and a run over no prompts at all."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_prompts([tmp_path / name])
+    assert reason in str(caught.value)
+
+
+def test_a_gzip_file_that_is_cut_or_none_and_a_folder_are_refused(tmp_path):
+    """Catches a download that broke off and lost its last prompts in silence."""
+    rng = random.Random(0)
+    lines = b"".join(b"%d\n" % rng.getrandbits(200) for _ in range(2000))
+    whole = gzip.compress(lines)
+    for content in (whole[: len(whole) // 2], whole[:-3], b"plain text\n", whole[:200] + b"\0" * 50 + whole[250:]):
+        (tmp_path / "a.txt.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a.txt.gz, line \d+: the gzip file is damaged .*; fetch it again"):
+            read_prompts([tmp_path / "a.txt.gz"])
+    with pytest.raises(ValueError, match="is a folder; give a file of it"):
+        read_prompts([tmp_path])
+
+
+def test_another_field_is_read_by_its_name_in_files_and_datasets(tmp_path):
+    """Catches a field that is heeded in one of the two, and one that is not there taken for an empty prompt."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"q": "hi", "answer": "ho", "prompt": "no"}, {"q": ["one", "two"]}])
+    assert texts(read_prompts([path], field="q")) == ["hi", "one"]
+    assert texts(read_dataset(str(path), split="train", field="prompt", limit=1)) == ["no"]
+    (answered, *_) = read_prompts([write_rows(tmp_path / "b.jsonl", [{"q": "hi", "answer": "ho"}])], field="q",
+                                  parse=as_answered)  # fmt: skip
+    assert answered == AnsweredPrompt([{"role": "user", "content": "hi"}], "ho")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: no field 'x'; there are answer, prompt, q"):
+        read_prompts([path], field="x")
+
+
+def test_a_dataset_is_read_by_the_usual_names_and_broken_characters_are_passed_over(tmp_path, caplog):
+    """Catches a setting that must be given for the commonest data, and a stream that ends at one broken row."""
+    rows = [{"instruction": "a", "input": "b"}, {"instruction": "x\0", "input": ""}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert texts(read_dataset(str(path), split="train")) == ["a\n\nb"]
+    assert "row 1: instruction holds a NUL at character 1: take it out: passed over" in caplog.text
+
+
+def test_a_tenth_is_held_out_the_same_in_any_order_and_never_in_the_traffic(tmp_path):
+    """Catches rows that are measured on and learnt from, and others held out on resume or on another rank."""
+    rows = [{"prompt": f"question {i}"} for i in range(40)]
+    prompts = [as_messages(row, where="here") for row in rows]
+    held = hold_out(prompts, limit=24)
+    assert len(held) == 4 and texts(held) == texts(hold_out(prompts[::-1], limit=24))
+    assert hold_out(prompts, limit=2) == held[:2] and len(hold_out(prompts[:9], limit=24)) == 1
+    assert hold_out(prompts[:1], limit=24) == hold_out([], limit=24) == hold_out(prompts[:1] * 3, limit=24) == []
+    # A second copy of a held-out question, and one more epoch.
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {"turns": [held[0][0]["content"], "and?"]}])
+    traffic = read_prompts([path], leave_out=held, epochs=2, shuffle_seed=0)
+    assert len(traffic) == 2 * 36 and not any(prompt in held for prompt in traffic)
+    one = AnsweredPrompt(prompts[0], "an answer")
+    assert hold_out([one, AnsweredPrompt(prompts[0], "another")], limit=24) == [], "one question, and so nothing left"

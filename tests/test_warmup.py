@@ -345,14 +345,14 @@ def test_the_answers_of_a_dataset_are_streamed_and_learnt_from(settings, tmp_pat
         "data__prompts": "[]", "data__dataset": str(path), "warmup__source": "texts", "data__shuffle_seed": "null",
         "warmup__text_positions": 64,
     }  # fmt: skip
-    summary = run(settings("asked", data__text_field="ask", warmup__answer_field="reply", eval__limit=1, **options))
+    summary = run(settings("asked", data__field="ask", warmup__answer_field="reply", eval__limit=1, **options))
     assert (summary["texts"], summary["cut_texts"], summary["source"]) == (5, 1, "texts")
     events = [e for e in read_metrics(tmp_path / "asked/metrics.jsonl") if e["event"] == "request"]
     speculator = small_speculator()
     assert events[0]["prompt_tokens"] == len(speculator.encode(PROMPTS[1]))
     assert [e["new_tokens"] for e in events] == [events[0]["new_tokens"]] * 2 + [63] + [events[0]["new_tokens"]] * 2
     options |= {"data__limit": 2, "eval__limit": 1}
-    summary = run(settings("whole", data__text_field="whole", **options))
+    summary = run(settings("whole", data__field="whole", **options))
     assert summary["texts"] == summary["cut_texts"] == 2 and summary["tokens"] == 2 * 63
     assert summary["after"]["num_prompts"] == 1
 

@@ -34,7 +34,7 @@ def write_texts(folder: Path, lengths: tuple[int, ...] = LENGTHS) -> None:
 def settings_of(folder: Path, run: str = "run", **overrides: object) -> WarmupConfig:
     values = {
         "model.path": STORIES, "model.split_layer": 2, "data.dataset": folder / "texts.jsonl",
-        "data.text_field": "text", "data.batch_size": 1, "output.folder": folder / run, "output.tensorboard": "false",
+        "data.field": "text", "data.batch_size": 1, "output.folder": folder / run, "output.tensorboard": "false",
         "eval.limit": 0, "eval.max_new_tokens": 4, "drafter.anchor_hidden": 16, "drafter.lora_rank": 4,
         "drafter.draft_vocab_size": 0, "warmup.source": "texts", "warmup.positions_per_step": 8,
         "train.blocks_per_step": 24, "train.steps_per_canary": 4, "train.peer_timeout_s": 30,

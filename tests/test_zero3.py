@@ -155,7 +155,7 @@ def warm_up(folder: str, placement: str) -> tuple[dict, dict[str, torch.Tensor]]
 
     config = load_config(None, [
         f"model.path={MODEL}", f"model.placement={placement}", f"data.dataset={folder}/rows.jsonl",
-        "data.text_field=text", "data.shuffle_seed=null", "data.epochs=2", "eval.limit=0", "warmup.source=texts",
+        "data.field=text", "data.shuffle_seed=null", "data.epochs=2", "eval.limit=0", "warmup.source=texts",
         "warmup.positions_per_step=2", "train.blocks_per_step=16", "drafter.anchor_hidden=32", "drafter.lora_rank=4",
         "drafter.draft_vocab_size=0", f"output.folder={folder}/{placement}", "output.tensorboard=false",
     ], schema=WarmupConfig)  # fmt: skip

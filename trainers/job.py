@@ -41,7 +41,7 @@ from trainers.checkpoint import CheckpointStore, check_counts
 from trainers.evaluation import Measurement, SpeedProbe, drafts_alike, measure
 from trainers.online import OWN, OnlineTrainer
 from trainers.place import Place
-from trainers.position import TrafficPosition, read_traffic
+from trainers.position import TrafficPosition, read_traffic, what_to_expect
 from trainers.progress import RunDisplay, comparison_table
 from trainers.shards import CHECKPOINTS, SavedRun, load_alike, load_saved, rank_folder
 
@@ -56,11 +56,20 @@ def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
     Raises ValueError for settings that do not fit together, a bad prompt row, and a folder that already holds a run.
     """
     with Place(config, console) as place:
+        traffic, held_out = read_own_traffic(place)
         speculator = build_speculator(place.config)
-        traffic, held_out = read_traffic(config)
         params = SamplingParams(**dataclasses.asdict(config.sampling))
         job = _ServingJob(place, speculator, params=params, traffic=traffic, held_out=held_out)
         return resume_job(job, sections=("model", "drafter", "data"))
+
+
+def read_own_traffic(place: Place, **reading: object) -> tuple[Iterable, list]:
+    """See `read_traffic`, whose options these are; also says what to expect of little."""
+    traffic, held_out = read_traffic(place.config, say=place.console.print, **reading)
+    expectation = what_to_expect(place.config, traffic)
+    if expectation is not None:
+        place.console.print(expectation)
+    return traffic, held_out
 
 
 def resume_job(job: Job, *, sections: Iterable[str]) -> dict[str, object]:
@@ -82,6 +91,7 @@ def resume_job(job: Job, *, sections: Iterable[str]) -> dict[str, object]:
         _check_same_run(config, place.run_folder, sections)
     elif config.output.resume and saved is None:
         job.console.print(f"nothing to resume in {place.run_folder}: starting afresh")
+    job.check_traffic()
     if place.processes.local_rank == 0:
         write_provenance(place.run_folder, config)
     if saved is not None:
@@ -151,7 +161,7 @@ class Job(ABC):
         self.eval_params = dataclasses.replace(params, max_new_tokens=config.eval.max_new_tokens)
         self.trainer = self._make_trainer()
         self.traffic = traffic
-        self.held_out = [self._request(0, prompt).token_ids for prompt in held_out]
+        self.held_out = [self._checked(0, prompt).token_ids for prompt in held_out]
         self.position = TrafficPosition()
         self.before: Measurement | None = None
         self.num_tokens = self.num_cut = self.num_metrics_bytes = 0
@@ -164,6 +174,22 @@ class Job(ABC):
         if not train.enabled or (place.is_dedicated and not place.peers.is_first):
             return None
         return OnlineTrainer(self.speculator, train, peers=SOLO if place.is_dedicated else place.peers)
+
+    def check_traffic(self) -> None:
+        """Raises ValueError, naming file and line, for a prompt that the model's template or tokenizer does not take.
+
+        Of a dataset, which is read as it is needed, such a row is found when it comes.
+        """
+        if isinstance(self.traffic, list):
+            for prompt in {id(prompt): prompt for prompt in self.traffic}.values():  # the same ones in every epoch
+                self._checked(0, prompt)
+
+    def _checked(self, index: int, prompt: object) -> Request:
+        """The request, or its error with the place of the row."""
+        try:
+            return self._request(index, prompt)
+        except ValueError as error:
+            raise ValueError(f"{getattr(prompt, 'where', '') or f'prompt {index}'}: {error}") from error
 
     def _is_mine(self, index: int) -> bool:
         """Whether a request of the traffic is this rank's."""
@@ -388,7 +414,7 @@ class _ServingJob(Job):
                     return
                 if not self._is_mine(index):
                     continue
-                admitted.append(self._request(index, messages))
+                admitted.append(self._checked(index, messages))
                 yield admitted[-1].token_ids
 
         # A resumed run draws with the seeds that it would have come to.
@@ -432,9 +458,10 @@ class _ServingJob(Job):
 def _check_same_run(config: TrainConfig | WarmupConfig, folder: Path, sections: Iterable[str]) -> None:
     """Raises ValueError when the run in the folder had other settings in one of these sections."""
     earlier = load_config(folder / "config.yaml", schema=type(config))
-    for section in sections:
+    # Of eval only the limit: it decides which rows are held out, and so which ones are the traffic.
+    for section in (*sections, "eval"):
         now, then = (dataclasses.asdict(getattr(c, section)) for c in (config, earlier))
-        for key in now.keys() - {"device", "num_threads", "placement"}:
+        for key in {"limit"} if section == "eval" else now.keys() - {"device", "num_threads", "placement"}:
             if now[key] != then[key]:
                 raise ValueError(
                     f"{section}.{key} must be {then[key]!r} to resume the run in {folder}, got {now[key]!r}; "

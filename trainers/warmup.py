@@ -27,10 +27,9 @@ from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from dvi.zero3 import ShardedBackbone, ShardedSpeculator
 from trainers.ballot import Ballot
 from trainers.evaluation import weights_alike
-from trainers.job import Job, Request, resume_job
+from trainers.job import Job, Request, read_own_traffic, resume_job
 from trainers.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
 from trainers.place import Place
-from trainers.position import read_traffic
 from trainers.progress import RunDisplay
 from trainers.sharded_student import is_launched_with_deepspeed
 
@@ -103,8 +102,8 @@ def run_warmup(config: WarmupConfig, *, console: Console) -> dict[str, object]:
     reading = {"parse": as_answered, "answer_field": warmup.answer_field} if warmup.source == "texts" else {}
     with Place(config, console) as place:
         kind = ShardedSpeculator if config.model.placement == "zero3" else SelfSpeculator
+        traffic, held_out = read_own_traffic(place, **reading)
         speculator = build_speculator(place.config, kind=kind)
-        traffic, held_out = read_traffic(config, **reading)
         params = SamplingParams(max_new_tokens=warmup.max_new_tokens)
         job = _WarmupJob(place, speculator, params=params, traffic=traffic, held_out=held_out)
         return resume_job(job, sections=("model", "drafter", "data", "warmup"))
@@ -287,7 +286,7 @@ class _WarmupJob(Job):
         while numbered := list(itertools.islice(share, size)):
             if all(self.position.is_done(index) for index, _ in numbered):
                 continue
-            chunk = [self._request(index, prompt) for index, prompt in numbered]
+            chunk = [self._checked(index, prompt) for index, prompt in numbered]
             with self._interruptible(self._signals):
                 answers = decode_answers(
                     self.speculator, [request.token_ids for request in chunk], batch_size=self.config.data.batch_size,

@@ -1,4 +1,4 @@
-"""What a run tells the outside: metrics as JSON lines, TensorBoard scalars, and a picture of acceptance over traffic.
+"""What a run tells the outside: metrics as JSON lines, and TensorBoard scalars.
 
 Knows events by name and numbers by key; computes nothing but a running mean, and decides nothing.
 """
@@ -11,8 +11,6 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from dvi.whole_files import write_picture
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -71,41 +69,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 continue
     return events
-
-
-def plot_acceptance(events: Iterable[Mapping[str, Any]], path: str | Path) -> None:
-    """Writes a PNG of acceptance (upper panel) and mean accepted tokens (lower) over the tokens generated so far.
-
-    Dots are requests, the line is the mean of up to a twentieth of them (5 at least) before and with each. Other
-    events are passed over. Raises ValueError when there is no request to draw.
-    """
-    requests = [event for event in events if event["event"] == "request"]
-    if not requests:
-        raise ValueError('a picture needs at least 1 event "request", got 0; decode some traffic first')
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    window = max(5, len(requests) // 20)
-    tokens_seen = [request["tokens_seen"] for request in requests]
-    # A bare Figure and not pyplot: no global state, and no window system is asked for.
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, key, label in (
-        (upper, "acceptance", "acceptance\n(accepted / drafted)"),
-        (lower, "mean_accepted_tokens", "mean accepted tokens\n(per verify pass)"),
-    ):
-        values = [request[key] for request in requests]
-        axes.plot(tokens_seen, values, ".", color="tab:blue", alpha=0.35, label="request")
-        axes.plot(tokens_seen, running_mean(values, window), color="tab:red", label=f"mean of {window} requests")
-        axes.set_ylabel(label, fontsize=12)
-        axes.grid(alpha=0.3)
-    upper.set_ylim(0, 1)
-    lower.set_ylim(bottom=1)  # a verify pass always yields one token
-    upper.legend(loc="upper left", fontsize=10)
-    lower.set_xlabel("tokens generated", fontsize=12)
-    write_picture(Path(path), figure)
 
 
 def running_mean(values: list[float], window: int) -> list[float]:

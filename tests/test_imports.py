@@ -51,7 +51,7 @@ ROWS = (
     "trainers.online",
     "trainers.shipping",
     "trainers.dedicated",
-    "trainers.evaluation trainers.progress trainers.place trainers.position",
+    "trainers.evaluation trainers.progress trainers.picture trainers.place trainers.position",
     "trainers.attendance",
     "trainers.job",
     "trainers.serving trainers.warmup trainers.paper_run",

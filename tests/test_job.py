@@ -16,7 +16,7 @@ from dvi.signals import handled
 from dvi.telemetry import read_metrics
 from tests.job_interruptions import Crash, after_requests, crash, interrupt, terminate
 from trainers import job as job_module
-from trainers.evaluation import drafts_alike
+from trainers.evaluation import HeldOutRequests, drafts_alike
 from trainers.job import TrafficPosition, load_run, read_traffic, run_training
 
 STORIES = Path(__file__).parent / "stories260k"
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_run_between_rounds_with_a_checkpoint_that_can_be_expo
 @pytest.mark.parametrize("which", ["before", "after"])
 def test_a_signal_ends_a_measurement_at_once_and_the_run_goes_on_from_there(settings, tmp_path, monkeypatch, which):
     """Catches a SIGTERM that waits for all held-out prompts, and a run that must begin again for it."""
-    measure, count = job_module.measure, itertools.count(1)
+    measure, count = HeldOutRequests.measure, itertools.count(1)
 
     def measured_until_the_signal(*args, **options):
         if next(count) == ("before", "after").index(which) + 1:
@@ -121,7 +121,7 @@ def test_a_signal_ends_a_measurement_at_once_and_the_run_goes_on_from_there(sett
         return measure(*args, **options)
 
     with monkeypatch.context() as patch, handled():
-        patch.setattr(job_module, "measure", measured_until_the_signal)
+        patch.setattr(HeldOutRequests, "measure", measured_until_the_signal)
         summary = run(settings(eval__limit=1))
     num_done = {"before": 0, "after": 6}[which]
     assert (summary["status"], summary["signal"], summary["requests"]) == ("interrupted", signal.SIGTERM, num_done)

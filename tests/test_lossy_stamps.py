@@ -29,7 +29,7 @@ from dvi.speculator import SelfSpeculator
 from dvi.telemetry import read_metrics
 from dvi.verification import MarginRule, StrictRule
 from tests.random_traffic import serving, stretch, trainer_of
-from trainers.evaluation import measure
+from trainers.evaluation import HeldOutRequests
 from trainers.job import run_training
 from trainers.ledger import TrafficLedger
 
@@ -232,7 +232,7 @@ def test_held_out_figures_are_the_strict_rules_whatever_the_run_serves_by(specul
     params, prompt = SamplingParams(max_new_tokens=48), speculator.encode("Who was Lily?")
     (served,) = speculator.generate([prompt], params, policy=FixedLength(4))
     assert served.stats.num_waived > 0
-    found = measure(speculator, [prompt], params, num_draft_tokens=4)
+    found = HeldOutRequests(speculator, [prompt], params, num_draft_tokens=4).measure()
     assert found.num_mismatches == 0 and found.acceptance < served.stats.acceptance_rate
     assert speculator.rule is RULE
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dvi.telemetry import METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, plot_acceptance, read_metrics, running_mean
+from dvi.telemetry import METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, read_metrics, running_mean
 
 
 def request(tokens_seen, acceptance):
@@ -67,19 +67,6 @@ def test_tensorboard_holds_every_number_of_a_request_over_tokens_and_of_an_updat
         "request/tokens_seen": [(120, 120.0)],
         "request/acceptance": [(120, 0.25)],
     }
-
-
-def test_the_picture_is_a_png_drawn_from_requests_among_other_events(tmp_path):
-    """Catches a plot that trips over updates, or that opens a window."""
-    events = [{"event": "update", "step": 1}] + [request(100 * n, 0.2 + 0.01 * n) for n in range(40)]
-    plot_acceptance(events, tmp_path / "acceptance.png")
-    assert (tmp_path / "acceptance.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_of_no_requests_is_refused_with_the_reason(tmp_path):
-    """Catches an empty picture that looks like a result."""
-    with pytest.raises(ValueError, match="at least 1 event"):
-        plot_acceptance([{"event": "update", "step": 1}], tmp_path / "acceptance.png")
 
 
 def test_the_running_mean_covers_the_window_and_what_exists_of_it_at_the_start():

@@ -1,4 +1,4 @@
-"""Measurements beside training: a frozen drafter on held-out prompts, and how fast serving runs against plain decoding.
+"""Measurements beside training: a drafter on held-out prompts, and how fast serving runs against plain decoding.
 
 Knows a speculator and its prompts; knows nothing of learning. Both arms of every ratio decode the same prompts in the
 same process, by the same clock and the same count of emitted ids, prefill apart.
@@ -17,22 +17,26 @@ from torch import nn
 
 from dvi import progress
 from dvi.draft_length import FixedLength, LengthPolicy
+from dvi.recordings import RecordedText, record, replay_rounds
 from dvi.records import GenerationResult, RoundStats, SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator
 from dvi.verification import StrictRule
 
-REQUESTS_PER_PROBE = 25  # times the batch size; with PROBE_TOKENS plain tokens a row that is about 1 % of the time
+PROBE_SHARE = 0.02  # of the time that plain decoding for comparison may take
 PROBE_TOKENS = 16
 NUM_PROBES_KEPT = 5
-SHORT_ANSWER = 16  # tokens along which a reloaded drafter is held against the one that was saved
+SHORT_ANSWER = 16  # tokens
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One frozen drafter over held-out prompts, batch 1, a fixed number of drafted tokens.
+    """One frozen drafter over held-out prompts.
 
-    acceptance_per_depth  given that the depth was reached.
-    tokens_per_s, plain_tokens_per_s, speed_up  medians over prompts, decoding only; speed_up is of the ratios.
+    acceptance, mean_accepted_tokens  of rounds of num_draft_tokens drafts each, whatever the length rule, so that they
+                          tell what was learnt (under sampling or penalties, of the length rule's own rounds);
+                          acceptance_per_depth given that the depth was reached.
+    tokens_per_s, plain_tokens_per_s, speed_up  by the speculator's own length rule, policy, at batch 1: medians over
+                          prompts, decoding only; speed_up is of the ratios.
     num_mismatches        prompts whose tokens differ from plain decoding's; None under sampling, where they may.
     """
 
@@ -46,44 +50,101 @@ class Measurement:
     plain_tokens_per_s: float
     speed_up: float
     num_mismatches: int | None
+    policy: str = "fixed"
 
 
-def measure(
-    speculator: SelfSpeculator, prompts: list[list[int]], params: SamplingParams, *, num_draft_tokens: int,
-    doing: str = "measuring",
-) -> Measurement:
-    """Decodes every prompt with drafts and without, the order taking turns, after one prompt to warm up.
+def headline(before: Measurement, after: Measurement) -> str:
+    """What a run brought, in one sentence: speed against plain decoding, the tokens, and how it was before."""
+    if after.speed_up >= 1.005:
+        speed = f"{after.speed_up:.2f}x faster than plain decoding"
+    elif after.speed_up >= 0.995:
+        speed = "as fast as plain decoding"
+    else:
+        speed = f"{after.speed_up:.2f} of plain decoding's speed"
+    sentence = f"{speed} ({after.tokens_per_s:.3g} against {after.plain_tokens_per_s:.3g} tokens/s)"
+    if after.num_mismatches is not None:
+        num_equal = after.num_prompts - after.num_mismatches
+        share = "all" if not after.num_mismatches else f"{num_equal} of"
+        sentence += f", the same tokens in {share} {after.num_prompts} answers"
+    learnt = f"{before.mean_accepted_tokens:.2f} -> {after.mean_accepted_tokens:.2f}"
+    return f"{sentence}; it was {before.speed_up:.2f}x before learning (mean accepted tokens {learnt})"
 
-    doing: what whoever waits is told.
-    By the strict rule, whatever the speculator's own: the figures are the drafter's, and comparable.
+
+class HeldOutRequests:
+    """Prompts that are never trained on. Judged by the strict rule, whatever the speculator's own, so that the figures
+    are the drafter's, and comparable.
+
+    Greedy answers do not depend on the drafter: they are recorded once with their states, and a later drafter's rounds
+    are found without decoding again.
     """
-    speculator = copy.copy(speculator)
-    speculator.rule = StrictRule()
-    drafting, stats = FixedLength(num_draft_tokens), RoundStats()
-    speeds, plain_speeds, num_mismatches = [], [], 0
-    with progress.doing(doing, total=len(prompts), noun="prompts") as stage:
-        for policy in (drafting, PLAIN):
-            _decode(speculator, prompts[0], params, policy)
-        for index, prompt in enumerate(prompts):
-            order = (drafting, PLAIN) if index % 2 == 0 else (PLAIN, drafting)
-            results = {policy: _decode(speculator, prompt, params, policy) for policy in order}
-            stats.add(results[drafting].stats)
-            speeds.append(results[drafting].stats.decode_tokens_per_s)
-            plain_speeds.append(results[PLAIN].stats.decode_tokens_per_s)
-            num_mismatches += results[drafting].token_ids != results[PLAIN].token_ids
-            stage.advance()
-    return Measurement(
-        num_prompts=len(prompts),
-        num_draft_tokens=num_draft_tokens,
-        drafter_version=speculator.drafter.version,
-        acceptance=stats.acceptance_rate,
-        acceptance_per_depth=stats.acceptance_per_depth,
-        mean_accepted_tokens=stats.mean_accepted_tokens,
-        tokens_per_s=statistics.median(speeds),
-        plain_tokens_per_s=statistics.median(plain_speeds),
-        speed_up=statistics.median(s / p for s, p in zip(speeds, plain_speeds, strict=True)),
-        num_mismatches=num_mismatches if params.is_greedy else None,
-    )
+
+    def __init__(
+        self, speculator: SelfSpeculator, prompts: list[list[int]], params: SamplingParams, *, num_draft_tokens: int
+    ) -> None:
+        """num_draft_tokens: of the rounds that acceptance is measured in; of 0 nothing could be, and 1 is taken."""
+        self.speculator = copy.copy(speculator)
+        self.speculator.rule = StrictRule()
+        self.prompts, self._params, self.num_draft_tokens = prompts, params, max(num_draft_tokens, 1)
+        self._texts: list[RecordedText] = []
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def measure(self, doing: str = "measuring") -> Measurement:
+        """Decodes every prompt with drafts and plainly, the order taking turns, after one prompt to warm up.
+
+        doing: what whoever waits is told.
+        """
+        drafted_stats, speeds, plain_speeds, num_mismatches = RoundStats(), [], [], 0
+        with progress.doing(doing, total=2 * (len(self) + 1), noun="answers") as stage:
+            for index, prompt in enumerate([self.prompts[0], *self.prompts]):
+                arms: dict[LengthPolicy | None, GenerationResult] = {}
+                for policy in (None, PLAIN) if index % 2 else (PLAIN, None):
+                    arms[policy] = self._decode(prompt, policy)
+                    stage.advance()
+                drafted, plain = arms[None], arms[PLAIN]
+                if not index:
+                    continue
+                drafted_stats.add(drafted.stats)
+                speeds.append(drafted.stats.decode_tokens_per_s)
+                plain_speeds.append(plain.stats.decode_tokens_per_s)
+                num_mismatches += drafted.token_ids != plain.token_ids
+                if self.is_replayable and len(self._texts) < index:
+                    self._record(prompt, plain.token_ids)
+        rounds = self.replay() if self.is_replayable else drafted_stats
+        return Measurement(
+            num_prompts=len(self),
+            num_draft_tokens=self.num_draft_tokens,
+            drafter_version=self.speculator.drafter.version,
+            acceptance=rounds.acceptance_rate,
+            acceptance_per_depth=rounds.acceptance_per_depth,
+            mean_accepted_tokens=rounds.mean_accepted_tokens,
+            tokens_per_s=statistics.median(speeds),
+            plain_tokens_per_s=statistics.median(plain_speeds),
+            speed_up=statistics.median(s / p for s, p in zip(speeds, plain_speeds, strict=True)),
+            num_mismatches=num_mismatches if self._params.is_greedy else None,
+            policy=self.speculator.policy,
+        )
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether the verifier's own choice at each position is all that decides: greedy, and nothing penalised."""
+        params = self._params
+        return params.is_greedy and params.repetition_penalty == 1 and params.presence_penalty == 0
+
+    def replay(self) -> RoundStats:
+        """The rounds that the drafter as it is now would make of the plain answers; decodes only what never was."""
+        if not self._texts:
+            for prompt in self.prompts:
+                self._record(prompt, self._decode(prompt, PLAIN).token_ids)
+        return replay_rounds(self.speculator.drafter, self._texts, num_draft_tokens=self.num_draft_tokens)
+
+    def _record(self, prompt: list[int], answer: list[int]) -> None:
+        self._texts.append(record(self.speculator.split, prompt + answer, prompt_len=len(prompt)))
+
+    def _decode(self, prompt: list[int], policy: LengthPolicy | None) -> GenerationResult:
+        options = {"batch_size": 1, "policy": policy, "keep_transitions": False}
+        return next(self.speculator.generate([prompt], self._params, **options))
 
 
 def weights_alike(one: nn.Module, other: nn.Module) -> bool:
@@ -121,18 +182,23 @@ class SpeedProbe:
     """Serving's running speed as a ratio to plain decoding, training included in serving's time.
 
     Now and then a few tokens of the newest prompts are decoded plainly, in a batch as wide as serving's.
+    plain_tokens_per_s is what the newest probe found; None before the first.
     """
+
+    plain_tokens_per_s: float | None = None
 
     def __init__(
         self, speculator: SelfSpeculator, params: SamplingParams, *, batch_size: int,
         requests_per_probe: int | None = None, probe_tokens: int = PROBE_TOKENS,
     ) -> None:
-        """requests_per_probe: default REQUESTS_PER_PROBE for each row. probe_tokens: plain ones, of each row."""
+        """requests_per_probe: default as often as probes take no more than PROBE_SHARE of the time. probe_tokens: plain
+        ones, of each row."""
         self._speculator = speculator
         self._params = replace(params, max_new_tokens=probe_tokens, ignore_eos=True, stop_strings=())
-        self._requests_per_probe = requests_per_probe or REQUESTS_PER_PROBE * batch_size
+        self._batch_size, self._requests_per_probe = batch_size, requests_per_probe
         self._prompts: deque[list[int]] = deque(maxlen=batch_size)
         self._ratios: deque[float] = deque(maxlen=NUM_PROBES_KEPT)
+        self._probe_s = 0.0  # what the newest probe took
         self._restart()
 
     @property
@@ -150,14 +216,22 @@ class SpeedProbe:
         self._num_requests += 1
         self._num_tokens += result.stats.new_tokens
         self._prefill_s += result.stats.prefill_s
-        if self._num_requests < self._requests_per_probe:
+        now_s = time.perf_counter()
+        if not self._is_due(now_s - self._start_s):
             return None
-        decode_s = time.perf_counter() - self._start_s - self._prefill_s
-        self._ratios.append(self._num_tokens / decode_s / self._plain_tokens_per_s())
+        decode_s = now_s - self._start_s - self._prefill_s
+        self.plain_tokens_per_s = self._measure_plain()
+        self._ratios.append(self._num_tokens / decode_s / self.plain_tokens_per_s)
         self._restart()
+        self._probe_s = self._start_s - now_s
         return self._ratios[-1]
 
-    def _plain_tokens_per_s(self) -> float:
+    def _is_due(self, elapsed_s: float) -> bool:
+        if self._requests_per_probe is not None:
+            return self._num_requests >= self._requests_per_probe
+        return self._num_requests >= self._batch_size and elapsed_s >= self._probe_s / PROBE_SHARE
+
+    def _measure_plain(self) -> float:
         results = list(self._speculator.generate(
             list(self._prompts), self._params, batch_size=len(self._prompts), policy=PLAIN, keep_transitions=False
         ))
@@ -167,9 +241,3 @@ class SpeedProbe:
     def _restart(self) -> None:
         self._num_requests = self._num_tokens = 0
         self._prefill_s, self._start_s = 0.0, time.perf_counter()
-
-
-def _decode(
-    speculator: SelfSpeculator, prompt: list[int], params: SamplingParams, policy: LengthPolicy
-) -> GenerationResult:
-    return next(speculator.generate([prompt], params, batch_size=1, policy=policy, keep_transitions=False))

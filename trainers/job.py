@@ -33,19 +33,21 @@ from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.signals import Interrupted, Signals
 from dvi.speculator import SelfSpeculator, build_speculator
-from dvi.telemetry import METRICS_FILE, MetricsWriter, plot_acceptance, read_metrics
+from dvi.telemetry import METRICS_FILE, MetricsWriter, read_metrics
 from dvi.traffic import Messages
 from dvi.whole_files import write_whole
 from trainers.attendance import Attendance, Desk, attend
 from trainers.checkpoint import CheckpointStore, check_counts
-from trainers.evaluation import Measurement, SpeedProbe, drafts_alike, measure
+from trainers.evaluation import HeldOutRequests, Measurement, SpeedProbe, drafts_alike, headline
 from trainers.online import OWN, OnlineTrainer
+from trainers.picture import plot_run
 from trainers.place import Place
 from trainers.position import TrafficPosition, read_traffic, what_to_expect
 from trainers.progress import RunDisplay, comparison_table
 from trainers.shards import CHECKPOINTS, SavedRun, load_alike, load_saved, rank_folder
 
 DRAFTER, PICTURE, SUMMARY = "drafter", "acceptance.png", "summary.json"
+CURVE_SHARE = 0.03  # of serving's time
 
 
 def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
@@ -161,7 +163,10 @@ class Job(ABC):
         self.eval_params = dataclasses.replace(params, max_new_tokens=config.eval.max_new_tokens)
         self.trainer = self._make_trainer()
         self.traffic = traffic
-        self.held_out = [self._checked(0, prompt).token_ids for prompt in held_out]
+        self.held_out = HeldOutRequests(
+            speculator, [self._checked(0, prompt).token_ids for prompt in held_out], self.eval_params,
+            num_draft_tokens=config.draft.num_draft_tokens,
+        )
         self.position = TrafficPosition()
         self.before: Measurement | None = None
         self.num_tokens = self.num_cut = self.num_metrics_bytes = 0
@@ -286,7 +291,7 @@ class Job(ABC):
                     if self.before is None and self.held_out and self.peers.is_first:
                         self.console.print(f"measuring the drafter as it is on {len(self.held_out)} held-out requests")
                         with self._interruptible(signals):
-                            self.before = self._measure("measuring the drafter as it is")
+                            self.before = self.held_out.measure("measuring the drafter as it is")
                     self._work(metrics, signals)
                 except Interrupted:
                     interruption = signals.received or signal.SIGTERM  # another rank's
@@ -336,12 +341,9 @@ class Job(ABC):
         """Measures, draws, saves the drafter and reloads it."""
         after = None
         if self.before is not None:
-            after = self._measure("measuring what was learnt")
+            after = self.held_out.measure("measuring what was learnt")
             self.console.print(comparison_table(self.before, after))
-        events = [event for event in read_metrics(self.folder / METRICS_FILE) if event["event"] == "request"]
-        picture = self.folder / PICTURE if events and self.place.keeps_files else None
-        if picture is not None:
-            plot_acceptance(events, picture)
+        picture = self._draw(after) if self.place.keeps_files else None
         metrics = None if after is None else dataclasses.asdict(after)
         self.speculator.save_drafter(self.folder / DRAFTER, metrics=metrics, config=dataclasses.asdict(self.config))
         reloaded = load_drafter(self.folder / DRAFTER, self.speculator.split)
@@ -349,8 +351,13 @@ class Job(ABC):
             is_alike = self._drafts_alike(reloaded)
         verdict = "drafts the same" if is_alike else "DRAFTS OTHERWISE"
         self.console.print(f"drafter saved in {self.folder / DRAFTER}; reloaded, it {verdict}")
+        if picture is not None:
+            self.console.print(f"picture: {picture}")
+        found = None if after is None else headline(self.before, after)
+        if found is not None:
+            self.console.print(f"[bold]{Path(self.config.model.path).name}: {found}.[/bold]", highlight=False)
         return {
-            "after": metrics, "drafter": str(self.folder / DRAFTER), "reloads_alike": is_alike,
+            "headline": found, "after": metrics, "drafter": str(self.folder / DRAFTER), "reloads_alike": is_alike,
             "picture": picture and str(picture),
         }  # fmt: skip
 
@@ -358,15 +365,20 @@ class Job(ABC):
         """Whether the drafter read back from the disk drafts what the one here does."""
         traffic = (self._request(0, messages).token_ids for messages in self.traffic)
         return drafts_alike(
-            self.speculator, reloaded, self.held_out[0] if self.held_out else next(traffic), self.eval_params,
+            self.speculator, reloaded, self.held_out.prompts[0] if self.held_out else next(traffic), self.eval_params,
             num_draft_tokens=max(self.config.draft.num_draft_tokens, 1),
         )
 
-    def _measure(self, doing: str) -> Measurement:
-        return measure(
-            self.speculator, self.held_out, self.eval_params, num_draft_tokens=self.config.draft.num_draft_tokens,
-            doing=doing,
-        )
+    def _draw(self, after: Measurement | None) -> Path | None:
+        """The picture of the run, where there was any traffic."""
+        events = read_metrics(self.folder / METRICS_FILE)
+        num_requests = sum(event["event"] == "request" for event in events)
+        if not num_requests:
+            return None
+        model, num_steps = Path(self.config.model.path).name, 0 if self.trainer is None else self.trainer.num_steps
+        title = f"{model} while it serves {num_requests} requests and learns in {num_steps} steps"
+        plot_run(events, self.folder / PICTURE, title=title, before=self.before, after=after)
+        return self.folder / PICTURE
 
     def _request(self, index: int, messages: Messages) -> Request:
         """The prompt's last tokens, as many as leave room for an answer."""
@@ -406,6 +418,7 @@ class _ServingJob(Job):
         batch_size = self.config.data.batch_size
         num_requests = len(self.traffic) if isinstance(self.traffic, list) else None
         probe = SpeedProbe(self.speculator, self.params, batch_size=batch_size)
+        curve = HeldOutCurve(self, metrics)
         admitted: list[Request | None] = []
 
         def waiting() -> Iterator[list[int]]:
@@ -430,9 +443,10 @@ class _ServingJob(Job):
             for result in self.speculator.generate(waiting(), params, batch_size=batch_size, learner=attendance):
                 self.serving_s += time.monotonic() - last_s
                 request, admitted[result.index] = admitted[result.index], None
-                self._record(request, result, metrics)
                 attendance.end_request(result.request_id)
                 probe.observe(request.token_ids, result)
+                self._record(request, result, metrics, plain_tokens_per_s=probe.plain_tokens_per_s)
+                curve.update()
                 display.finish_request(
                     result.stats, attendance.last_report, speed_up=probe.speed_up,
                     drafter_version=result.drafter_version,
@@ -440,7 +454,9 @@ class _ServingJob(Job):
                 attendance.save_if_due()
                 last_s = time.monotonic()
 
-    def _record(self, request: Request, result: GenerationResult, metrics: MetricsWriter) -> None:
+    def _record(
+        self, request: Request, result: GenerationResult, metrics: MetricsWriter, *, plain_tokens_per_s: float | None
+    ) -> None:
         stats = result.stats
         self.position.finish(request.index)
         self.num_tokens += stats.new_tokens
@@ -452,6 +468,36 @@ class _ServingJob(Job):
             accepted=stats.num_accepted, waived=stats.num_waived, acceptance=stats.acceptance_rate,
             mean_accepted_tokens=stats.mean_accepted_tokens, tokens_per_s=stats.decode_tokens_per_s,
             drafter_version=result.drafter_version, finish_reason=result.finish_reason, level=result.level,
+            prefill_s=stats.prefill_s, serving_s=self.serving_s, plain_tokens_per_s=plain_tokens_per_s,
+            train_s=0.0 if self.trainer is None else self.trainer.train_s,
+        )  # fmt: skip
+
+
+class HeldOutCurve:
+    """What the drafter of each moment would draft on the held-out requests, written down as it goes.
+
+    A look replays recorded answers, see `HeldOutRequests.replay`; all looks together take at most CURVE_SHARE of the
+    time. None is taken where answers cannot be replayed, nor by ranks in lock-step, whose clocks differ.
+    """
+
+    def __init__(self, job: _ServingJob, metrics: MetricsWriter) -> None:
+        self._job, self._metrics, self._version = job, metrics, job.speculator.drafter.version
+        self._is_on = bool(job.held_out) and job.before is not None and job.held_out.is_replayable
+        self._is_on &= job.peers.is_first and not job.place.is_lock_step
+        self._next_s = 0.0
+
+    def update(self) -> None:
+        """Looks, where the drafter is another than at the last look and it is time."""
+        start_s, version = time.monotonic(), self._job.speculator.drafter.version
+        if not self._is_on or version == self._version or start_s < self._next_s:
+            return
+        rounds = self._job.held_out.replay()
+        self._version, end_s = version, time.monotonic()
+        self._next_s = end_s + (end_s - start_s) / CURVE_SHARE
+        self._metrics.write(
+            "held_out", tokens_seen=self._job.num_tokens, drafter_version=version, acceptance=rounds.acceptance_rate,
+            mean_accepted_tokens=rounds.mean_accepted_tokens, acceptance_per_depth=rounds.acceptance_per_depth,
+            num_draft_tokens=self._job.held_out.num_draft_tokens, seconds=end_s - start_s,
         )  # fmt: skip
 
 

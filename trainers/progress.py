@@ -62,7 +62,8 @@ class RunDisplay:
 def comparison_table(before: Measurement, after: Measurement) -> Table:
     """Held-out figures before and after, side by side."""
     table = Table(
-        title=f"{after.num_prompts} held-out requests, {after.num_draft_tokens} drafted tokens a round, batch 1"
+        title=f"{after.num_prompts} held-out requests: speed with policy {after.policy} at batch 1, "
+        f"acceptance with {after.num_draft_tokens} drafts a round"
     )
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")

@@ -221,8 +221,10 @@ def test_two_processes_with_a_part_of_the_model_each_do_what_one_does(tensor_set
     assert not Path(second["drafter"]).exists() and second["checkpoint"] == "None"
     both, one = drafter_of(tmp_path / "both"), drafter_of(tmp_path / "alone")
     assert both.keys() == one.keys()
-    for name in one:  # the parts' sums are rounded otherwise, and the drafter is float32
-        torch.testing.assert_close(both[name], one[name], rtol=1e-4, atol=1e-5)
+    # The parts' sums are rounded otherwise, and Adam's first steps are the gradient's sign: where that is nearly zero,
+    # rounding decides which way a weight goes. So a norm, of which single weights are little.
+    for name in one:
+        assert (both[name] - one[name]).norm() <= 0.02 * one[name].norm(), name
 
 
 @pytest.mark.slow

@@ -140,7 +140,8 @@ def test_a_step_in_pieces_has_the_gradient_of_a_whole_one(kind, schedule):
     one, other = whole.step(), sliced.step()
     assert any(g.abs().max() > 1e-3 for g in gradients[0])
     for one_grad, other_grad in zip(*gradients, strict=True):
-        torch.testing.assert_close(one_grad, other_grad, rtol=1e-6, atol=1e-6)
+        # Of the largest entry: the others are sums of terms as large, and float32 sums in another order.
+        assert (one_grad - other_grad).abs().max() <= 1e-5 * one_grad.abs().max()
     assert one.losses == pytest.approx(other.losses, abs=1e-5)  # float32 sums in another order
     assert one.num_positions == other.num_positions and one.published == other.published
     assert whole.baseline.values_T.equal(sliced.baseline.values_T)

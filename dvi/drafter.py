@@ -32,8 +32,8 @@ class DrafterConfig:
     kind              "anchored" (default), "recurrent" or "lora_head" (the paper's).
     lora_rank, lora_alpha  the head's low-rank correction, scaled by alpha / rank.
     anchor_hidden     hidden width of the MLP that reads the anchor; unused by lora_head.
-    draft_vocab_size  0 drafts from the full vocabulary; otherwise the learner trims the head to so many tokens, the
-                      most frequent of the traffic, once it has seen enough of it.
+    draft_vocab_size  0 drafts from the full vocabulary; otherwise the learner trims the head to so many tokens once it
+                      has seen enough traffic, see `choose_draft_tokens`.
     """
 
     kind: str = "anchored"
@@ -330,6 +330,15 @@ class RecurrentDrafter(AnchoredDrafter):
 DRAFTER_KINDS: dict[str, type[nn.Module]] = {
     "anchored": AnchoredDrafter, "recurrent": RecurrentDrafter, "lora_head": LoraHeadDrafter,
 }
+
+
+def choose_draft_tokens(counts_V: Tensor, num_tokens: int) -> Tensor:
+    """The ids that a head of so many tokens drafts: those seen most, filled up with the first ids that were not seen.
+
+    A tokenizer's first ids are its first merges, the frequent ones: of little traffic they say more than the rest.
+    counts_V: how often each token was seen, int64 or float. Returns int64 [num_tokens], in no promised order.
+    """
+    return counts_V.sort(descending=True, stable=True).indices[:num_tokens]
 
 
 def build_drafter(split: object, config: DrafterConfig, *, draft_token_ids_V: Tensor | None = None) -> nn.Module:

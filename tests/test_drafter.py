@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dvi.drafter import DRAFTER_KINDS, DrafterConfig, build_drafter, trainable_copy_of_norm
+from dvi.drafter import DRAFTER_KINDS, DrafterConfig, build_drafter, choose_draft_tokens, trainable_copy_of_norm
 from dvi.split import SplitModel
 from tests.drafter_doubles import random_drafter, small_config
 from tests.tiny_models import tiny_model
@@ -102,6 +102,14 @@ def test_the_norms_copy_gives_the_norms_values_and_shares_nothing_with_it(arch):
 
 
 @torch.no_grad()
+def test_a_draft_vocabulary_is_what_was_seen_most_filled_up_with_the_first_ids():
+    counts_V = torch.zeros(60_000, dtype=torch.int64)  # large: topk gives any of the tokens that were not seen
+    counts_V[[59_999, 500, 3]] = torch.tensor([9, 2, 2])
+    assert choose_draft_tokens(counts_V, 1).tolist() == [59_999]
+    assert sorted(choose_draft_tokens(counts_V, 2).tolist()) == [3, 59_999]
+    assert sorted(choose_draft_tokens(counts_V, 2000).tolist()) == [*range(1999), 59_999]
+
+
 def test_a_trimmed_vocabulary_maps_its_ids_both_ways_and_drafts_like_the_full_one():
     """Catches ids of the draft vocabulary taken for tokens, and columns of the head in another order than the map."""
     split = split_of()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dvi.distributed import POLL_S, SOLO, PeerLostError, Peers, Pieces, Progress
-from dvi.drafter import MAX_DEPTH
+from dvi.drafter import MAX_DEPTH, choose_draft_tokens
 from dvi.loss_schedule import LossSchedule
 from dvi.losses import BatchTotals, RewardBaseline
 from dvi.records import DrafterVersion, ReplayBatch, Transitions, UpdateReport
@@ -382,7 +382,7 @@ class OnlineTrainer:
             return None
         if self._is_trim_due(agreed.num_tokens):
             counts_V = yield from self._peers.total(self.token_counts_V.clone())
-            self._trim(counts_V.topk(self._live.config.draft_vocab_size).indices)
+            self._trim(choose_draft_tokens(counts_V, self._live.config.draft_vocab_size))
             return (yield from self._tick())
         self._batch = None
         self.budget.pay_step()

@@ -116,7 +116,9 @@ def program(
 app.add_typer(bench_app, name="bench")
 app.add_typer(model_app, name="model")
 
-ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face model folder or hub id.", show_default=False)]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A Hugging Face model folder or hub id, or a GGUF file.", show_default=False)
+]
 SourceArgument = Annotated[
     str,
     typer.Argument(
@@ -126,7 +128,7 @@ SourceArgument = Annotated[
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")]
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"],
-    typer.Option(help="auto is float32 on CPUs and bfloat16 on GPUs."),
+    typer.Option(help="auto: the adapter's; else bfloat16 on GPUs, and on CPUs what decodes faster, measured once."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 ModeOption = Annotated[

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dvi.companions import Row
 from dvi.drafter import MAX_DEPTH, Drafter
 from dvi.placement import load_model
+from dvi.pretrained import read_config, read_tokenizer
 from dvi.split import SplitModel
 
 PREFILL_CHUNK = 512  # positions of one pass, as for the verifier
@@ -154,7 +155,7 @@ def load_companion(
     max_positions: the verifier's context. Raises ValueError when the two do not fit: another vocabulary, a shorter
     context.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = read_config(name_or_path)
     text = config.get_text_config(decoder=True)
     if text.vocab_size != split.vocab_size:
         raise ValueError(
@@ -168,7 +169,7 @@ def load_companion(
             f"{name_or_path}; try a model with a longer one, or companion='self'"
         )
     if tokenizer is not None:
-        theirs = AutoTokenizer.from_pretrained(name_or_path)
+        theirs = read_tokenizer(name_or_path)
         differing = [t for t in PROBE_TEXTS if theirs(t)["input_ids"] != tokenizer(t)["input_ids"]]
         if differing or theirs.get_vocab() != tokenizer.get_vocab():
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from dvi import software
 from dvi.adapter_store import MANIFEST_FILE, read_manifest
@@ -24,6 +24,8 @@ from dvi.context import max_positions_of, why_shorter
 from dvi.drafter import DRAFTER_KINDS, DrafterConfig
 from dvi.exact import ExactSplit
 from dvi.memory_plan import DEVICE_GB, SplitShape
+from dvi.precision import known_dtype
+from dvi.pretrained import read_config, read_tokenizer
 from dvi.settings import ServeConfig, TrainConfig
 from dvi.speculator import EXACT_WIDTH, SelfSpeculator, default_split_layer
 from dvi.split import SplitModel
@@ -59,7 +61,8 @@ def describe_model(
 
     name_or_path  a folder, of which config.json is enough, or a hub id. settings.model.path is not looked at.
     settings      of a run or a server: split layer, drafter, rows, replay ...; default those of `dvi train`.
-    dtype         None is that of the settings, "auto" the one the weights are stored in.
+    dtype         None is that of the settings, whose "auto" is known only where it need not be measured or has been;
+                  else, and "auto" here, the one the weights are stored in.
     positions     cached positions of each row; default up to 4096 of a run, an equal share of a server's.
     check         load the weights and compare the split with the plain model, which takes the model's memory; None
                   does so for a small model in a local folder. Without it the shape alone is looked at, and a model
@@ -67,13 +70,9 @@ def describe_model(
     Raises ValueError when there is no such model, and for settings that do not fit it.
     """
     settings = settings or TrainConfig()
-    folder = Path(name_or_path)
-    if not folder.is_dir() and str(name_or_path).startswith((".", "/", "checkpoints/")):
-        raise ValueError(f"no model folder at {name_or_path}; give a Hugging Face folder or a hub id")
-    config = AutoConfig.from_pretrained(name_or_path)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name_or_path} is an encoder-decoder model; only decoder-only models can be split")
-    dtype = _dtype_of(config) if dtype == "auto" else getattr(torch, dtype or settings.model.dtype)
+    config = read_config(name_or_path)
+    dtype = dtype or known_dtype(name_or_path, settings, config) or "auto"
+    dtype = _dtype_of(config) if dtype == "auto" else getattr(torch, dtype)
     split_layer, path = settings.model.split_layer, settings.model.path_kind
     if split_layer is None:
         split_layer = default_split_layer(config.get_text_config().num_hidden_layers)
@@ -85,7 +84,7 @@ def describe_model(
             drafter=drafter, learning=settings.train, num_draft_tokens=settings.draft.num_draft_tokens, **demand
         )
         if check is None:
-            check = plan.layers + plan.other_weights <= CHECKED_BYTES and any(folder.glob("*.safetensors"))
+            check = plan.layers + plan.other_weights <= CHECKED_BYTES and any(Path(name_or_path).glob("*.safetensors"))
         if check:
             SelfSpeculator.from_pretrained(name_or_path, split_layer=split_layer, dtype=dtype, device="cpu", path=path)
     except ValueError as error:
@@ -227,7 +226,7 @@ def _dtype_of(config: PretrainedConfig) -> torch.dtype:
 def _has_chat_template(name_or_path: str) -> bool | None:
     """None where there is no tokenizer beside the config."""
     try:
-        return AutoTokenizer.from_pretrained(name_or_path).chat_template is not None
+        return read_tokenizer(name_or_path).chat_template is not None
     except (OSError, ValueError):
         return None
 

@@ -22,9 +22,10 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from dvi.pretrained import read_weights
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 
 PLACEMENTS = ("single", "device_map", "tensor")
@@ -41,16 +42,16 @@ def load_model(
     Raises ValueError for an unknown placement, and for what `check_tensor_parallel` refuses.
     """
     if placement == "single":
-        where = {}
+        placed = {}
     elif placement == "device_map":
-        where = {"device_map": "auto"}
+        placed = {"device_map": "auto"}
     elif placement == "tensor":
         check_tensor_parallel(config, num_processes=num_processes())
         # Starts the process group where there is none, and takes the GPU of LOCAL_RANK.
-        where = {"distributed_config": DistributedConfig(tp_plan="auto")}
+        placed = {"distributed_config": DistributedConfig(tp_plan="auto")}
     else:
         raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **where, **source).eval()
+    model = read_weights(name_or_path, dtype=dtype, placed=placed, **source)
     return model.to(device) if placement == "single" else model
 
 

@@ -28,8 +28,10 @@ Rival = Literal["hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistan
 class ModelSettings:
     """The frozen language model and how it runs.
 
-    path         a folder or a hub name.
+    path         a folder, a GGUF file or a hub name.
     split_layer  layers 1..split_layer draft, the rest verify; 0 drafts from the embedding; null is one in sixteen.
+    dtype        "auto" is the adapter's, or that of the run that is resumed; else bfloat16 on GPUs, and on CPUs
+                 what decodes plainly faster of float32 and bfloat16, measured once. A run's config.yaml says which.
     mode         "fast", or "exact": token ids equal plain decoding's, in float32 and float64 only.
     placement    "single" device; "device_map" spreads the layers over this machine's GPUs, and its memory and disk
                  where they are full; "tensor" every layer over the processes of torchrun; "zero3" too, but only to
@@ -40,7 +42,7 @@ class ModelSettings:
 
     path: str = "checkpoints/reference-11m"
     split_layer: Count | None = None
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     device: str = "auto"
     placement: Literal["single", "device_map", "tensor", "zero3"] = "single"
     mode: Literal["fast", "exact"] = "fast"
@@ -66,7 +68,8 @@ class DrafterSettings:
     """The trainable part.
 
     anchor_hidden     width of the anchored and recurrent drafters' MLP.
-    draft_vocab_size  the head is trimmed to this many most frequent tokens of the traffic in time; 0 keeps all.
+    draft_vocab_size  the head is trimmed to this many tokens in time: the traffic's most frequent, filled up with the
+                      tokenizer's first; 0 keeps all.
     adapter           folder of a saved drafter to start from; null starts untrained.
     """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
@@ -34,6 +34,8 @@ from dvi.placement import (
     is_tensor_parallel,
     load_model,
 )
+from dvi.precision import choose_dtype, settle_dtype
+from dvi.pretrained import read_config, read_tokenizer
 from dvi.progress import shown_as
 from dvi.records import GenerationResult, Learner, SamplingParams
 from dvi.round_costs import CostTable
@@ -134,7 +136,8 @@ class SelfSpeculator:
 
         split_layer   layers 0 .. split_layer - 1 draft; default the adapter's, or one in sixteen (0: the embedding).
         drafter       "anchored", "recurrent", "lora_head", or a whole DrafterConfig; ignored with an adapter.
-        dtype         "auto" is float32 on CPUs and bfloat16 on GPUs.
+        dtype         "auto" is the adapter's; without one bfloat16 on GPUs, and on CPUs whichever of float32 and
+                      bfloat16 decodes plainly faster here, see `dvi.precision`.
         device        "auto" takes a CUDA device when there is one; only that goes with another placement than "single".
         placement     "single", "device_map" or "tensor", see `dvi.placement`.
         adapter       folder written by `save_drafter`.
@@ -143,8 +146,6 @@ class SelfSpeculator:
                       num_draft_tokens; confidence_threshold; companion, companion_model; rule; seed.
         Raises ValueError for anything that does not fit together, with the reason.
         """
-        if not Path(name_or_path).is_dir() and str(name_or_path).startswith((".", "/", "checkpoints/")):
-            raise ValueError(f"no model folder at {name_or_path}; give a Hugging Face folder or a hub id")
         if placement != "single" and device != "auto":
             raise ValueError(
                 f"device must be 'auto' with placement {placement!r}, which finds its devices itself, got {device!r}; "
@@ -152,16 +153,17 @@ class SelfSpeculator:
             )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = read_config(name_or_path, **source)
         if dtype == "auto":
-            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+            dtype = choose_dtype(
+                name_or_path, config, adapter=adapter, device=device, placement=placement,
+                mode=options.get("mode", "fast"), path=options.get("path", "auto"), **source,
+            )
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(name_or_path, **source)
-        if config.is_encoder_decoder:
-            raise ValueError(f"{name_or_path} is an encoder-decoder model; only decoder-only models can be split")
         model = load_model(name_or_path, config, placement=placement, device=device, dtype=dtype, **source)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+        tokenizer = read_tokenizer(name_or_path, **source)
         if isinstance(drafter, str):
             drafter = DrafterConfig(kind=drafter, lora_rank=lora_rank, lora_alpha=float(lora_rank))
         return cls(
@@ -505,6 +507,7 @@ def build_speculator(
 ) -> SelfSpeculator:
     """The speculator of a run's settings, its drafter untrained or as drafter.adapter has it."""
     check_settings(config)
+    config = settle_dtype(config)
     model, drafter, draft = config.model, config.drafter, config.draft
     if model.num_threads:
         torch.set_num_threads(model.num_threads)

@@ -16,11 +16,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
 from dvi.drafter import DrafterConfig
 from dvi.placement import gather_module
+from dvi.pretrained import read_config, read_tokenizer, refuse_gguf
 from dvi.recordings import RecordedText
 from dvi.software import install_extra
 from dvi.speculator import SelfSpeculator, choose_split_layer, make_drafter
@@ -45,6 +46,7 @@ class ShardedBackbone:
         if dtype not in (torch.float32, torch.bfloat16):
             # ZeRO-3 makes some parameters in float32 whatever the model's dtype: float64 norms would be rounded.
             raise ValueError(f"ZeRO-3 needs float32 or bfloat16, got {dtype}; try float32")
+        refuse_gguf(name_or_path)
         anatomy = _anatomy(name_or_path, source)
         if not 0 <= split_layer < len(anatomy.layers):
             raise ValueError(f"split_layer must be in 0..{len(anatomy.layers) - 1} for this model, got {split_layer}")
@@ -124,19 +126,19 @@ class ShardedSpeculator(SelfSpeculator):
         Raises ValueError as `ShardedBackbone` and `load_drafter` do.
         """
         if split_layer is None:
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+            config = read_config(name_or_path, trust_remote_code=trust_remote_code)
             split_layer = choose_split_layer(config, adapter)
         backbone = ShardedBackbone(
             str(name_or_path), split_layer=split_layer, dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
         return cls(backbone, tokenizer, drafter=drafter, adapter=adapter, seed=seed)
 
 
 def _anatomy(name_or_path: str, source: dict[str, object]) -> Anatomy:
     """Where the model keeps its layers and its norm, seen on a model without weights: shards cannot be run alone."""
-    config = AutoConfig.from_pretrained(name_or_path, **source)
+    config = read_config(name_or_path, **source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.get("trust_remote_code", False))
     refuse_unsplittable(model)

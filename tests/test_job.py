@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dvi.adapter_store import read_manifest
 from dvi.config import load_config
+from dvi.precision import dtype_of_run
 from dvi.signals import handled
 from dvi.telemetry import read_metrics
 from tests.job_interruptions import Crash, after_requests, crash, interrupt, terminate
@@ -141,6 +142,19 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_or_resumed_as_another(sett
         run(settings())
     with pytest.raises(ValueError, match=r"drafter\.lora_rank must be 4 to resume"):
         run(settings(drafter__lora_rank=8, output__resume="true"))
+
+
+def test_a_run_of_dtype_auto_says_which_it_took_and_is_resumed_in_it(settings, tmp_path, monkeypatch):
+    """Catches a resumed run in another dtype, whose drafter no longer fits, because the machine is another today."""
+    monkeypatch.setattr("dvi.precision.choose_dtype", lambda *_, **__: "bfloat16")
+    after_requests(monkeypatch, 2, interrupt)
+    run(settings())
+    assert dtype_of_run(tmp_path / "run") == "bfloat16"
+    monkeypatch.setattr("dvi.precision.choose_dtype", lambda *_, **__: "float32")
+    resumed = run(settings(output__resume="true"))
+    assert resumed["status"] == "done" and read_manifest(tmp_path / "run/drafter").dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"model\.dtype must be 'bfloat16' to resume"):
+        run(settings(output__resume="true", model__dtype="float32"))
 
 
 def test_long_prompts_lose_their_beginning_and_are_counted(settings, tmp_path):

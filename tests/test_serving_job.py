@@ -534,6 +534,18 @@ def test_a_folder_of_another_drafter_or_of_a_training_run_is_refused(config, tmp
     build_serving(config())[1].close()  # a refusal keeps no lock
 
 
+def test_a_server_of_dtype_auto_goes_on_in_the_dtype_it_began_with(config, tmp_path: Path, monkeypatch) -> None:
+    """Catches a server that refuses its own folder, or what it learnt, when the machine is another today."""
+    for dtype in ("bfloat16", "float32"):
+        monkeypatch.setattr("dvi.precision.choose_dtype", lambda *_, dtype=dtype, **__: dtype)
+        speculator, learner = build_serving(config())
+        assert speculator.split.dtype == torch.bfloat16
+        learner.checkpoint()
+        learner.close()
+    with pytest.raises(ValueError, match=r"model\.dtype must be 'bfloat16' to go on"):
+        build_serving(config(model__dtype="float32"))
+
+
 def test_a_second_server_on_the_same_folder_is_refused_before_it_loads_a_model(config) -> None:
     """Catches a minute's wait for the refusal, and two servers that prune each other's checkpoints."""
     _, learner = build_serving(config())

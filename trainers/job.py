@@ -29,6 +29,7 @@ from dvi.adapter_store import load_drafter, read_manifest
 from dvi.config import load_config, write_provenance
 from dvi.distributed import SOLO
 from dvi.durable import surviving_folder
+from dvi.precision import dtype_of_run, settle_dtype
 from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.signals import Interrupted, Signals
@@ -59,6 +60,7 @@ def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
     """
     with Place(config, console) as place:
         traffic, held_out = read_own_traffic(place)
+        settle_place(place)
         speculator = build_speculator(place.config)
         params = SamplingParams(**dataclasses.asdict(config.sampling))
         job = _ServingJob(place, speculator, params=params, traffic=traffic, held_out=held_out)
@@ -72,6 +74,12 @@ def read_own_traffic(place: Place, **reading: object) -> tuple[Iterable, list]:
     if expectation is not None:
         place.console.print(expectation)
     return traffic, held_out
+
+
+def settle_place(place: Place) -> None:
+    """Settles what the settings leave to the machine, as an earlier run in the folder has it if that is resumed."""
+    earlier = dtype_of_run(place.run_folder) if place.config.output.resume else None
+    place.config = settle_dtype(place.config, earlier=earlier)
 
 
 def resume_job(job: Job, *, sections: Iterable[str]) -> dict[str, object]:

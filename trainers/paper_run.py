@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.config import load_config
+from dvi.precision import dtype_of_run, settle_dtype
 from dvi.settings import MACHINE_KEYS, PaperConfig, TrainConfig
 from trainers.job import DRAFTER, SUMMARY, run_training
 
@@ -37,6 +38,7 @@ def run_paper(
             f"dvi bench paper runs in one process, got {num_ranks} ranks; train with torchrun -m dvi.cli train, then "
             "measure with dvi bench spec-bench --adapter"
         )
+    config = settle_dtype(config, earlier=dtype_of_run(config.output.folder))
     training = _train(config.training, console=console)
     bench = None
     if training["status"] == "done":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dvi.config import write_provenance
 from dvi.distributed import SOLO, Peers
+from dvi.precision import settle_dtype
 from dvi.settings import ServeConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
@@ -30,14 +31,17 @@ def build_serving(config: ServeConfig, peers: Peers = SOLO) -> tuple[SelfSpecula
     """
     if not config.train.enabled:
         return build_speculator(config), None
-    folder, settings = Path(config.output.folder), _drafter_settings(config)
+    folder = Path(config.output.folder)
     own_folder = rank_folder(folder, peers.rank)
     with ExitStack() as opened:
         # Before the model: a second server is refused at once, not after it has loaded.
         store = opened.enter_context(CheckpointStore(own_folder / CHECKPOINTS))
         saved = load_saved(folder, peers)
+        learnt_with = None if saved is None else saved.state.get("settings")
+        config = settle_dtype(config, earlier=(learnt_with or {}).get("model.dtype"))
+        settings = _drafter_settings(config)
         if saved is not None:
-            _check_same_drafter(settings, saved.state.get("settings"), folder)
+            _check_same_drafter(settings, learnt_with, folder)
             store.drop_after(saved.steps.get(peers.rank, -1))
         speculator = build_speculator(config)
         if peers.local_rank == 0:

@@ -27,7 +27,7 @@ from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from dvi.zero3 import ShardedBackbone, ShardedSpeculator
 from trainers.ballot import Ballot
 from trainers.evaluation import weights_alike
-from trainers.job import Job, Request, read_own_traffic, resume_job
+from trainers.job import Job, Request, read_own_traffic, resume_job, settle_place
 from trainers.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
 from trainers.place import Place
 from trainers.progress import RunDisplay
@@ -103,6 +103,7 @@ def run_warmup(config: WarmupConfig, *, console: Console) -> dict[str, object]:
     with Place(config, console) as place:
         kind = ShardedSpeculator if config.model.placement == "zero3" else SelfSpeculator
         traffic, held_out = read_own_traffic(place, **reading)
+        settle_place(place)
         speculator = build_speculator(place.config, kind=kind)
         params = SamplingParams(max_new_tokens=warmup.max_new_tokens)
         job = _WarmupJob(place, speculator, params=params, traffic=traffic, held_out=held_out)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from dvi.bench.arms import ArmOptions, MakeLearner, plans_of_ours
 from dvi.bench.harness import load_speed
@@ -20,6 +19,7 @@ from dvi.bench.questions import Conversation, load_questions
 from dvi.bench.report import make_report
 from dvi.bench.rivals import rival_plans
 from dvi.bench.spec_bench import RUN_FILE, BenchSettings, run_spec_bench
+from dvi.pretrained import read_tokenizer
 from dvi.settings import PaperConfig, VerifySettings
 from dvi.speculator import SelfSpeculator
 from dvi.verification import make_rule
@@ -113,7 +113,7 @@ def report_session(
         raise ValueError(f"{folder} must be the --output of dvi bench spec-bench, got a folder without {RUN_FILE}")
     model = json.loads(path.read_text(encoding="utf-8"))["settings"]["model"]
     return make_report(
-        folder, tokenizer=AutoTokenizer.from_pretrained(model), spec_bench_dir=spec_bench_dir,
+        folder, tokenizer=read_tokenizer(model), spec_bench_dir=spec_bench_dir,
         training_length=training_length, console=console,
     )
 

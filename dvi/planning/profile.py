@@ -6,16 +6,15 @@ Knows seconds, grids and a JSON file; measures nothing and imports no torch, see
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dvi.measured import cache_folder, measured_path
 from dvi.whole_files import write_whole
 
 FORMAT = 1
@@ -165,13 +164,12 @@ def _frozen(value: object) -> object:
 
 
 def default_folder() -> Path:
-    """Where profiles are kept if nobody says: dvi/profiles in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvi" / "profiles"
+    """Where profiles are kept if nobody says."""
+    return cache_folder("profiles")
 
 
 def profile_path(folder: Path, fingerprint: Mapping[str, object]) -> Path:
-    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-    return folder / f"{key}.json"
+    return measured_path(folder, fingerprint)
 
 
 def read_profile(folder: Path, fingerprint: Mapping[str, object]) -> LatencyProfile | None:

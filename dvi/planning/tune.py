@@ -99,10 +99,11 @@ def tune(
         present, choices, split_layers=split_layers, max_positions=config.serve.max_positions, lengths=workload.lengths
     )
     machine = describe_machine(speculator.split.device)
+    dtype = str(speculator.split.dtype).removeprefix("torch.")
     facts = report_plan(
         space, bound, Simulator(profile, workload), config=config, present=present, folder=folder,
         command=f"{command} {folder / PLAN_FILE}", console=console,
-        conditions=f"{Path(config.model.path).name}, {config.model.dtype}, {machine['gpu'] or machine['cpu']}, "
+        conditions=f"{Path(config.model.path).name}, {dtype}, {machine['gpu'] or machine['cpu']}, "
         f"threads: {machine['threads']}; {len(workload.lengths)} requests",
     )
     return facts | {"is_newly_measured": is_new}

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from dvi.bench.machine import describe_machine
 from dvi.config import write_provenance
+from dvi.precision import dtype_of_run, settle_dtype
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams
 from dvi.settings import MACHINE_KEYS, LearningSettings, TrainConfig
@@ -69,6 +70,7 @@ def run_drift(
     for. Raises ValueError for unknown names, settings that do not fit, too few rows, and cells of other settings.
     """
     _check_settings(config, variants)
+    config = settle_dtype(config, earlier=dtype_of_run(folder))
     files = domain_files(data)
     parsed = [parse_stream(text, phase_requests=config.data.limit or PHASE_REQUESTS, domains=files) for text in streams]
     wanted = [Cell(stream, variant) for stream in parsed for variant in variants]

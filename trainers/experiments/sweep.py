@@ -22,6 +22,7 @@ from dvi.bench.machine import describe_machine
 from dvi.bench.statistics import Interval, median_interval
 from dvi.draft_length import FixedLength
 from dvi.drafter import MAX_DEPTH, DrafterConfig
+from dvi.precision import settle_dtype
 from dvi.progress import each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import GenerationResult, SamplingParams
@@ -62,6 +63,7 @@ def run_sweep(
     folder, draft_lengths = Path(folder), sorted(set(draft_lengths))
     grid = list(itertools.product(*(sorted(set(values)) for values in (split_layers, ranks, draft_vocab_sizes))))
     _check(config, draft_lengths, grid)
+    config = settle_dtype(config)
     common = _common_settings(config, draft_lengths)
     text_folder, cell_folder = CellFolder(folder), CellFolder(folder / "cells")
     texts = text_folder.read("texts", common)

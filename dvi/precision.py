@@ -1,0 +1,263 @@
+"""What dtype "auto" is, and how fast plain decoding is in the two that CPUs decode in.
+
+Knows the rules, a clock and the split model; drafts nothing. What was measured is kept by machine, libraries, threads
+and model shape (`dvi.measured`), so that one model is measured once.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dvi.adapter_store import read_manifest
+from dvi.bench.machine import describe_machine
+from dvi.decoding import DecodingBatch, Sequence
+from dvi.draft_length import FixedLength
+from dvi.drafter import DrafterConfig, build_drafter
+from dvi.measured import cache_folder, measured_path
+from dvi.placement import num_processes
+from dvi.pretrained import read_config, read_weights
+from dvi.progress import doing
+from dvi.records import SamplingParams
+from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
+from dvi.split import SplitModel
+from dvi.verification import StrictRule
+from dvi.whole_files import write_whole
+
+Config = TypeVar("Config", bound=TrainConfig | ServeConfig | WarmupConfig)
+
+KIND = "plain_speeds"
+BUDGET_S, MIN_REPEATS, MAX_REPEATS, CONTEXT = 1.0, 2, 25, 128
+# Below, a step is a few milliseconds of small calls whatever the dtype, and float32 keeps its exactness for nothing.
+MEASURED_PARAMETERS = 50_000_000
+BYTES_TO_MEASURE = 10  # of a parameter: in float32, again as the lean path packs it, and in bfloat16
+MEMORY_SHARE = 0.5
+# Medians of a second differ by so much from one time to the next. Of two that are alike bfloat16 serves drafts better:
+# verifying 5 positions takes 1.1 plain rounds in it, 1.7 in float32 (SmolLM2-135M, EPYC with AVX-512, 2 threads).
+ALIKE = 0.95
+# What does not change the work of a step.
+_IRRELEVANT = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlainSpeeds:
+    """Tokens per second that one row decodes plainly with, in each dtype: medians of interleaved steps.
+
+    Rounds behind few cached positions: for ratios between the two, not for comparison with a run.
+    """
+
+    float32: float
+    bfloat16: float
+
+    def __post_init__(self) -> None:
+        if not (self.float32 > 0 and self.bfloat16 > 0):
+            raise ValueError(f"speeds must be positive, got {self.float32} and {self.bfloat16}")
+
+    @property
+    def preferred(self) -> str:
+        """Name of the faster dtype; bfloat16 where they are alike, since it verifies drafts at less cost."""
+        return "bfloat16" if self.bfloat16 >= ALIKE * self.float32 else "float32"
+
+    def lead_over(self, dtype: str) -> float:
+        """How many times as fast as in this dtype plain decoding is in the faster one: 1 or more.
+
+        A speed-up measured over plain decoding in `dtype`, divided by it, is one over the faster plain.
+        """
+        return max(self.float32, self.bfloat16) / getattr(self, dtype)
+
+
+def choose_dtype(
+    name_or_path: str | Path, config: PretrainedConfig | None = None, *, adapter: str | Path | None = None,
+    device: str = "auto", placement: str = "single", mode: str = "fast", path: str = "auto", **source: object,
+) -> str:
+    """The name of the dtype that "auto" is: the first of these that applies.
+
+    the adapter's, where one is given
+    bfloat16 on a GPU
+    float32 where nothing is to be weighed: exact mode, several processes (which must all choose alike) or devices, less
+        than MEASURED_PARAMETERS parameters, a model that cannot be split in bfloat16
+    bfloat16 for a model that this machine's memory would not hold in both
+    whichever decodes plainly faster, bfloat16 where they are alike: see `obtain_plain_speeds`
+
+    config: the model's, if it has been read. source: other arguments of `from_pretrained`.
+    """
+    ruled = _ruled_dtype(adapter=adapter, device=device, placement=placement, mode=mode)
+    if ruled is not None:
+        return ruled
+    config = config or read_config(name_or_path, **source)
+    num_parameters = _count_parameters(config, source)
+    if num_parameters < MEASURED_PARAMETERS:
+        return "float32"
+    if num_parameters * BYTES_TO_MEASURE > MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        return "bfloat16"
+    speeds = obtain_plain_speeds(name_or_path, config, path=path, **source)
+    return "float32" if speeds is None else speeds.preferred
+
+
+def settle_dtype(config: Config, *, earlier: str | None = None) -> Config:
+    """The settings with the dtype that "auto" is. earlier: that of the run which is gone on with, if there is one."""
+    model = config.model
+    if model.dtype != "auto":
+        return config
+    if model.num_threads:
+        torch.set_num_threads(model.num_threads)  # what is measured is to be what will run
+    trust = isinstance(config, ServeConfig) and config.serve.trust_remote_code
+    dtype = earlier or choose_dtype(
+        model.path, adapter=config.drafter.adapter, device=model.device, placement=model.placement, mode=model.mode,
+        path=model.path_kind, trust_remote_code=trust,
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(model, dtype=dtype))
+
+
+def dtype_of_run(folder: str | Path) -> str | None:
+    """The dtype in the config.yaml that a run left in its folder; None where it left none, or did not settle it."""
+    try:
+        dtype = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))["model"]["dtype"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return None if dtype == "auto" else dtype
+
+
+def known_dtype(
+    name_or_path: str | Path, settings: TrainConfig | ServeConfig, model_config: PretrainedConfig
+) -> str | None:
+    """The settings' dtype, as far as it is known without measuring anything."""
+    model = settings.model
+    if model.dtype != "auto":
+        return model.dtype
+    ruled = _ruled_dtype(
+        adapter=settings.drafter.adapter, device=model.device, placement=model.placement, mode=model.mode
+    )
+    speeds = None if ruled else _read(_path_of(fingerprint_of(model_config, path=model.path_kind)))
+    return ruled or (speeds and speeds.preferred)
+
+
+def _ruled_dtype(*, adapter: str | Path | None, device: str, placement: str, mode: str) -> str | None:
+    """The dtype where neither the model nor a clock is asked; None where they are."""
+    if adapter is not None:
+        return read_manifest(adapter).dtype
+    if torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda":
+        return "float32" if mode == "exact" else "bfloat16"
+    if mode == "exact" or placement != "single" or num_processes() > 1:
+        return "float32"
+    return None
+
+
+# Measuring
+
+
+def obtain_plain_speeds(
+    name_or_path: str | Path, config: PretrainedConfig | None = None, *, path: str = "auto", remeasure: bool = False,
+    **source: object,
+) -> PlainSpeeds | None:
+    """What this machine decodes the model plainly with, on as many threads as are set: as kept, else measured now.
+
+    Measuring loads the model in float32, copies it, and takes about BUDGET_S more. None, with a warning, when it cannot
+    be split in bfloat16. path: of `SplitModel`. Raises ValueError when the model cannot be split.
+    """
+    config = config or read_config(name_or_path, **source)
+    kept = _path_of(fingerprint_of(config, path=path))
+    speeds = None if remeasure else _read(kept)
+    if speeds is not None:
+        return speeds
+    with doing(f"measuring {name_or_path} in float32 and bfloat16"):
+        wide = read_weights(name_or_path, dtype=torch.float32, **source)
+        narrow = _in_bfloat16(wide)
+        splits = {"float32": SplitModel(wide, split_layer=0, path=path)}
+        try:
+            splits["bfloat16"] = SplitModel(narrow, split_layer=0, path=path)
+        except ValueError as error:
+            log.warning("%s is decoded in float32: %s", name_or_path, error)
+            return None
+        speeds = _race({dtype: _plain_rounds(split) for dtype, split in splits.items()})
+    try:
+        found = {"fingerprint": fingerprint_of(config, path=path), **dataclasses.asdict(speeds)}
+        write_whole(kept, json.dumps(found, indent=1))
+    except OSError as error:
+        log.warning("the speeds of float32 and bfloat16 are not kept: %s", error)
+    return speeds
+
+
+def fingerprint_of(config: PretrainedConfig, *, path: str) -> dict[str, object]:
+    """What plain speeds depend on: the machine, its libraries and threads, the model's shape, how layers are called."""
+    machine = describe_machine()
+    shape = {key: value for key, value in config.to_dict().items() if key not in _IRRELEVANT}
+    names = ("cpu", "cores", "threads", "capability", "torch", "transformers")
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {name: machine[name] for name in names} | {"model": digest, "path": path}
+
+
+def _plain_rounds(split: SplitModel) -> Callable[[], object]:
+    """The rounds of one row that decodes plainly, to be called one by one."""
+    drafter = build_drafter(split, DrafterConfig(kind="lora_head", lora_rank=1))  # never asked
+    drafter.publish(drafter, version=0)
+    batch = DecodingBatch(
+        split, drafter, max_rows=1, capacity=0, policy=FixedLength(0), rule=StrictRule(), wants_transitions=False
+    )
+    limit = getattr(split.model.config, "max_position_embeddings", None) or CONTEXT
+    prompt_ids, new = [0] * min(CONTEXT, limit // 2), MAX_REPEATS + 1
+    batch.admit(Sequence(0, prompt_ids, SamplingParams(max_new_tokens=new), lambda token_id: None, new))
+    return batch.round
+
+
+def _race(rounds: dict[str, Callable[[], object]], *, clock: Callable[[], float] = time.perf_counter) -> PlainSpeeds:
+    """Rounds of the two in turn, so that a busy moment does not fall on one alone, for about BUDGET_S."""
+    seconds: dict[str, list[float]] = {dtype: [] for dtype in rounds}
+    for run in rounds.values():
+        run()  # the warm-up
+    start_s = clock()
+    for repeat in range(MAX_REPEATS):
+        if repeat >= MIN_REPEATS and clock() - start_s > BUDGET_S:
+            break
+        for dtype, run in rounds.items():
+            begun_s = clock()
+            run()
+            seconds[dtype].append(clock() - begun_s)
+    return PlainSpeeds(**{dtype: 1 / statistics.median(times) for dtype, times in seconds.items()})
+
+
+def _in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose parameters alone are bfloat16, as loading in it makes them: rotary frequencies stay float32."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def _count_parameters(config: PretrainedConfig, source: dict[str, object]) -> int:
+    with torch.device("meta"):
+        trust = bool(source.get("trust_remote_code", False))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _path_of(fingerprint: dict[str, object]) -> Path:
+    return measured_path(cache_folder(KIND), fingerprint)
+
+
+def _read(path: Path) -> PlainSpeeds | None:
+    """What is kept; None where nothing is, or, with a warning, where it is damaged."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return PlainSpeeds(float(kept["float32"]), float(kept["bfloat16"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s holds no plain speeds (%s: %s); they are measured anew", path, type(error).__name__, error)
+        return None

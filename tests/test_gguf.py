@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from gguf_files import write_gguf
+from typer.testing import CliRunner
 
+import dvi.cli
+from dvi import SelfSpeculator
+from dvi.adapter_store import read_manifest
 from dvi.gguf import find_gguf, read_config, read_model, read_tokenizer
 
 
@@ -84,6 +91,49 @@ def test_a_file_without_one_of_its_weights_is_refused(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", without=("blk.1.ffn_up.weight",))
     with pytest.raises(ValueError, match=r"lacks 1 weights of its model, such as model\.layers\.1\.mlp\.up_proj"):
         read_model(tmp_path / "tiny.gguf", dtype=torch.float32)
+
+
+def test_every_verb_takes_a_file(tmp_path, monkeypatch):
+    """Catches a place that asks transformers for the model by itself."""
+    monkeypatch.chdir(tmp_path)
+    written = write_gguf(Path("tiny.gguf"))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a 1"}\n{"prompt": "1 a"}\n{"prompt": "2", "split": "eval"}\n')
+    written.save_pretrained("folder")
+    run = ["model.path=tiny.gguf", "data.prompts=prompts.jsonl", "output.folder=run", "output.tensorboard=false",
+           "sampling.max_new_tokens=8", "eval.max_new_tokens=4", "drafter.anchor_hidden=8"]  # fmt: skip
+    (tmp_path / "run.yaml").write_text("train: {budget: 1.0}")
+    fast = ("--policy", "fixed", "--max-new-tokens", "8")
+    plain = _dvi("generate", "tiny.gguf", "a 1", *fast, "--num-draft-tokens", "0")
+    for arguments in (
+        ("generate", "tiny.gguf", "a 1", *fast),
+        ("generate", ".", "a 1", *fast),
+        ("generate", "tiny.gguf", "a 1", "--max-new-tokens", "8", "--policy", "companion", "--companion", "model",
+         "--companion-model", "tiny.gguf"),
+    ):  # fmt: skip
+        assert _dvi(*arguments)[0] == plain[0], arguments
+    assert _dvi("inspect", "tiny.gguf", "--check")[1]["has_chat_template"]
+    assert _dvi("verify", "tiny.gguf", "--max-new-tokens", "8", "--limit", "1")[1]["num_unexplained"] == 0
+    assert _dvi("train", "run.yaml", *run)[1]["status"] == "done"
+    assert read_manifest("run/drafter").base_model == "tiny.gguf"
+    _dvi("generate", "tiny.gguf", "a 1", *fast, "--adapter", "run/drafter")
+    _dvi("export", "out", "--run", "run")
+    _dvi("export", "again", "--adapter", "run/drafter")
+    _dvi("bench", "spec-bench", "--model", "tiny.gguf", "--output", "bench", "--limit", "1", "--repetitions", "1",
+         "--max-new-tokens", "4")  # fmt: skip
+
+
+def test_several_devices_are_refused_with_the_way_round(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    with pytest.raises(ValueError, match=r"onto a single device; .* dvi model get --file .*tiny\.gguf"):
+        SelfSpeculator.from_pretrained(tmp_path / "tiny.gguf", placement="device_map")
+
+
+def _dvi(*arguments):
+    """(stdout before the last line, the last line's JSON) of a verb that succeeds."""
+    result = CliRunner().invoke(dvi.cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, (arguments, result.stderr)
+    *before, last = result.stdout.splitlines()
+    return before, json.loads(last)
 
 
 def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch):

@@ -301,7 +301,7 @@ def test_inspect_plans_a_model_of_which_only_the_config_is_there(tmp_path):
 
     code, facts, _, stderr = dvi_command(
         "inspect", CONFIGS / "serve.yaml", f"model.path={tmp_path}", "--dtype", "auto", "--positions", 40000,
-        "--split-layer", 3, "serve.max_rows=512",
+        "--split-layer", 3, "serve.max_rows=512", "model.dtype=float32",
     )
     assert code == 0 and facts["memory"]["prefix_cache"] and facts["split_layer"] == 3 and facts["dtype"] == "float32"
     assert facts["devices"]["141 GB"] is None and "too small" in stderr

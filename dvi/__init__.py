@@ -1,17 +1,35 @@
-"""DVI: Draft, Verify, & Improve - self-speculative decoding whose drafter learns while it serves."""
+"""DVI: Draft, Verify, & Improve - self-speculative decoding whose drafter learns while it serves.
+
+    from dvi import SamplingParams, SelfSpeculator
+    from trainers import OnlineTrainer
+
+    speculator = SelfSpeculator.from_pretrained("path/of/a/model")
+    trainer = OnlineTrainer(speculator)
+    for result in speculator.generate(prompts, SamplingParams(max_new_tokens=128), learner=trainer):
+        print(result.text, result.stats)
+
+SelfSpeculator decodes, and gives for every prompt a GenerationResult, whose `stats` are RoundStats; SamplingParams say
+how a request's tokens are chosen, a DrafterConfig what the drafter is. `trainers.OnlineTrainer` is the Learner that
+teaches it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dvi.records import SamplingParams
+    from dvi.drafter import DrafterConfig
+    from dvi.records import GenerationResult, Learner, RoundStats, SamplingParams
     from dvi.speculator import SelfSpeculator
 
 __version__ = "0.1.0"
-__all__ = ["SamplingParams", "SelfSpeculator", "__version__"]
+__all__ = [
+    "DrafterConfig", "GenerationResult", "Learner", "RoundStats", "SamplingParams", "SelfSpeculator", "__version__",
+]  # fmt: skip
 
-_HOMES = {"SamplingParams": "dvi.records", "SelfSpeculator": "dvi.speculator"}
+_HOMES = dict.fromkeys(("GenerationResult", "Learner", "RoundStats", "SamplingParams"), "dvi.records") | {
+    "DrafterConfig": "dvi.drafter", "SelfSpeculator": "dvi.speculator",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
@@ -21,3 +39,7 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # help(dvi) and completion then know the lazy names

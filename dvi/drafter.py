@@ -241,6 +241,15 @@ class LoraHeadDrafter(nn.Module):
         self.norm = norm
         self.draft_head = draft_head
 
+    def __repr__(self) -> str:
+        """One line; `named_modules` tells the parts."""
+        weights = sum(parameter.numel() for parameter in self.parameters())
+        shape = "" if self.config.kind == "lora_head" else f"hidden {self.config.anchor_hidden}, "
+        return (
+            f"{type(self).__name__}(v{self.version}, {shape}rank {self.config.lora_rank}, {weights:,} weights, "
+            f"drafts {self.draft_head.vocab_size:,} tokens)"
+        )
+
     def begin(self, anchor_BD: Tensor) -> None:
         return None
 
@@ -300,7 +309,7 @@ class AnchoredDrafter(nn.Module):
         inner_NTH = self.from_hidden(unit_NTD) + from_anchor_N1H + self.depth_bias[: hidden_NTD.shape[1]]
         return self.draft_head(self.norm.gained(unit_NTD, hidden_NTD) + self.to_hidden(F.silu(inner_NTH)))
 
-    publish = LoraHeadDrafter.publish
+    publish, __repr__ = LoraHeadDrafter.publish, LoraHeadDrafter.__repr__
 
 
 class RecurrentDrafter(AnchoredDrafter):

@@ -8,13 +8,27 @@ D hidden size, V vocabulary, S cached positions. Names of tensors end in their d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # the front door has records, and does not wait for torch
     from torch import Tensor
 
 GREEDY_TEMPERATURE = 0.0
+SHOWN_CHARS = 40  # of a text in a repr
+
+
+def _repr_with_shapes(record: object) -> str:
+    """The fields that are not at their default, of tensors dtype and shape alone: a look never waits for a device."""
+    shown = []
+    for entry in fields(record):
+        value = getattr(record, entry.name)
+        if entry.default is not MISSING and value is entry.default:
+            continue
+        if hasattr(value, "dtype"):
+            value = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        shown.append(f"{entry.name}={value}")
+    return f"{type(record).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,12 @@ class SamplingParams:
         _check(all(self.stop_strings), "stop_strings", self.stop_strings, "non-empty strings")
         _check(self.coupling in ("rejection", "gumbel"), "coupling", self.coupling, "'rejection' or 'gumbel'")
 
+    def __repr__(self) -> str:
+        always = ("temperature", "max_new_tokens")  # the rest where it is not the default
+        values = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self)}
+        shown = (f"{name}={value!r}" for name, (value, usual) in values.items() if name in always or value != usual)
+        return f"SamplingParams({', '.join(shown)})"
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature == GREEDY_TEMPERATURE
@@ -97,6 +117,8 @@ class Draft:
     drafter_version: int
     clues_BTC: Tensor | None = None
 
+    __repr__ = _repr_with_shapes
+
 
 @dataclass
 class Verdict:
@@ -110,6 +132,8 @@ class Verdict:
     num_accepted_B: Tensor
     next_token_B: Tensor
     num_waived_B: Tensor | None = None
+
+    __repr__ = _repr_with_shapes
 
 
 @dataclass
@@ -146,6 +170,8 @@ class Transitions:
     is_prefill: bool = False
     tenant: str = ""
 
+    __repr__ = _repr_with_shapes
+
     @property
     def is_honest(self) -> bool:
         """False when a lossy rule let one of its drafts pass: usable for KL, never as a reward."""
@@ -181,6 +207,8 @@ class ReplayBatch:
     has_reward_NT: Tensor
     behaviour_log_probs_NT: Tensor
     staleness_N: Tensor
+
+    __repr__ = _repr_with_shapes
 
 
 @dataclass(frozen=True)
@@ -232,6 +260,13 @@ class RoundStats:
     accepted_per_depth: list[int] = field(default_factory=list)
     prefill_s: float = 0.0
     decode_s: float = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"RoundStats({self.new_tokens} tokens in {self.num_rounds} rounds, {self.num_accepted} of "
+            f"{self.num_drafted} drafts accepted, MAT {self.mean_accepted_tokens:.2f}, "
+            f"{self.decode_tokens_per_s:.1f} tokens/s)"
+        )
 
     def count_round(self, *, num_drafted: int, num_accepted: int, num_waived: int = 0) -> None:
         """Adds one round of one row. drafted_per_depth counts depths reached: up to the first rejection."""
@@ -312,6 +347,13 @@ class GenerationResult:
     accept_lengths: list[int] = field(default_factory=list)
     transitions: list[Transitions] = field(default_factory=list)
     error: str | None = None
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= SHOWN_CHARS else self.text[: SHOWN_CHARS - 3] + "..."
+        return (
+            f"GenerationResult({self.index}: {text!r}, {len(self.token_ids)} tokens, {self.finish_reason}, "
+            f"MAT {self.stats.mean_accepted_tokens:.2f}, drafter v{self.drafter_version}, {self.level})"
+        )
 
 
 @dataclass(frozen=True)

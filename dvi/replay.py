@@ -116,6 +116,9 @@ class ReplayBuffer:
         self.num_refused = 0
         self._generator = torch.Generator().manual_seed(seed)
 
+    def __repr__(self) -> str:
+        return f"ReplayBuffer({len(self):,} of {self.capacity:,} positions)"
+
     def __len__(self) -> int:
         return self._num_positions
 

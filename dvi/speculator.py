@@ -115,6 +115,17 @@ class SelfSpeculator:
         self._policies: dict[tuple[str, int], LengthPolicy] = {}  # those that learn, by batch size
         self._request_ids = itertools.count()
 
+    def __repr__(self) -> str:
+        name = Path(self.model.config.name_or_path or type(self.model).__name__).name
+        split, drafter = self.split, self.drafter
+        dtype = str(split.dtype).removeprefix("torch.")
+        lossy = "" if self.rule.is_lossless else f", {self.rule.name} rule"
+        return (
+            f"SelfSpeculator({name}, {split.split_layer} of {split.num_layers} layers draft, {dtype} on "
+            f"{split.device}, {drafter.config.kind} drafter v{drafter.version}, {self.policy} policy, at most "
+            f"{self.num_draft_tokens} drafts, {self.mode} mode{lossy})"
+        )
+
     @classmethod
     @shown_as(lambda cls, name_or_path, **_: f"loading {name_or_path}")
     def from_pretrained(

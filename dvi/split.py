@@ -87,6 +87,13 @@ class SplitModel:
         if self.device.type != "meta":  # a shape has no numbers to compare
             self.self_check()
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"SplitModel({type(self.model).__name__}, {self.split_layer} of {self.num_layers} layers shallow, "
+            f"{self.path}, {dtype} on {self.device})"
+        )
+
     def make_cache(self, rows: int, capacity: int) -> RollbackCache:
         """An empty cache for `rows` sequences of at most `capacity` positions, rejected drafts included."""
         return RollbackCache(rows=rows, capacity=capacity, device=self.device)

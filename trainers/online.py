@@ -123,6 +123,12 @@ class OnlineTrainer:
 
     # Learner protocol
 
+    def __repr__(self) -> str:
+        return (
+            f"OnlineTrainer({self.num_steps} steps in {self.train_s:.1f} s, {self.config.schedule}, lr "
+            f"{self.config.lr:g}, {len(self._replay):,} positions stored, drafter v{self._version})"
+        )
+
     def observe(self, transitions: list[Transitions]) -> None:
         """Stores the experience of one round (or prefill) and follows the acceptance; its time counts as training's."""
         start_s = time.perf_counter()

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from dvi import __version__, terminal
-from dvi.arguments import load_arguments
+from dvi.arguments import check_model, load_arguments
 from dvi.bench.commands import app as bench_app
 from dvi.config import load_config, to_yaml
 from dvi.model_commands import app as model_app
@@ -117,7 +117,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(model_app, name="model")
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A Hugging Face model folder or hub id, or a GGUF file.", show_default=False)
+    str, typer.Argument(help="A model: a folder, a hub name or a .gguf file.", metavar="MODEL", show_default=False)
 ]
 SourceArgument = Annotated[
     str,
@@ -158,7 +158,7 @@ def init(
 @app.command()
 def generate(
     model: ModelArgument,
-    prompts: Annotated[list[str] | None, typer.Argument(help="One text or more.", show_default=False)] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="One text or more.", metavar="PROMPT")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="JSONL rows with turns, prompt or messages.")] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Through the chat template (the default with one), or as it is.")
@@ -194,7 +194,7 @@ def generate(
     device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Prompts that decode together.")] = 8,
 ) -> None:
-    """Decode prompts: one is streamed as it grows, several are printed as they finish."""
+    """Decode prompts. One is streamed as it grows, several are printed as they finish."""
     from dvi.records import RoundStats, SamplingParams
 
     params = SamplingParams(
@@ -314,7 +314,7 @@ def serve(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
     live: Annotated[bool, typer.Option("--live", help="Show the figures here as they change.")] = False,
 ) -> None:
-    """Answer OpenAI's API with a drafter that learns from what it answers."""
+    """Answer OpenAI's API with a drafter that learns meanwhile."""
     settings = load_arguments(
         source, arguments or (), schema=ServeConfig, verb="serve",
         options={"drafter.adapter": adapter and str(adapter), "serve.host": host, "serve.port": port},
@@ -389,7 +389,7 @@ def tune(
         bool, typer.Option("--remeasure", help="Measure this machine even if it is known from an earlier time.")
     ] = False,
 ) -> None:
-    """Find the settings with which a server gives most tokens per second within a latency, for 99 requests of 100."""
+    """Find a server's fastest settings within a latency. For 99 requests of 100, as most tokens per second."""
     for option, value in (("token-latency", max_token_latency_ms), ("first-token", max_first_token_ms)):
         if value is not None and not value > 0:
             raise ValueError(f"--max-{option}-ms must be > 0, got {value}; try 50")
@@ -420,7 +420,7 @@ def tune(
 
 @app.command()
 def route(
-    replicas: Annotated[list[str], typer.Argument(help="URLs of servers, such as http://127.0.0.1:8001.")],
+    replicas: Annotated[list[str], typer.Argument(metavar="URL", help="Of a server, such as http://127.0.0.1:8001.")],
     host: str = RouteSettings.host,
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = RouteSettings.port,
     keys_file: Annotated[Path | None, typer.Option(help="API keys, the same file as the replicas'.")] = None,
@@ -430,7 +430,7 @@ def route(
     ] = False,
     handed: Annotated[int | None, typer.Option("--socket", hidden=True, help="Of a dvi serve that starts it.")] = None,
 ) -> None:
-    """Give several servers one address: least loaded first, conversations stay together."""
+    """Give several servers one address. The least loaded comes first, and conversations stay together."""
     import logging
 
     keys = None if keys_file is None else str(keys_file)
@@ -448,9 +448,9 @@ def route(
 
 @app.command()
 def top(
-    url: Annotated[str, typer.Argument(help="Of a server, such as http://127.0.0.1:8000.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of a server, such as http://127.0.0.1:8000.")],
 ) -> None:
-    """Show a server's figures as they change, until it is gone; its key comes from DVI_API_KEY."""
+    """Show a server's figures as they change. Until it is gone; its key comes from DVI_API_KEY."""
     from dvi.serving.access import API_KEY_VARIABLE
     from dvi.serving.live import fetch_from, show
 
@@ -474,7 +474,7 @@ def verify(
         bool, typer.Option("--against-hf", help="Also compare with the model's own generate.")
     ] = False,
 ) -> None:
-    """Compare greedy tokens with and without drafts, and explain every difference or fail."""
+    """Audit that drafts change no token. A difference from greedy decoding without them is explained, or it fails."""
     import dataclasses
 
     from dvi.audit import PROMPTS, audit, divergence_table
@@ -509,7 +509,7 @@ def verify(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Where to; a new folder. With --server a name among its adapters.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder; with --server a name for it there.")],
     run: Annotated[
         Path | None, typer.Option(help="Folder of a run, or of a server: its drafter, or its newest checkpoint's.")
     ] = None,
@@ -522,10 +522,10 @@ def export(
         bool, typer.Option("--standalone", help="As a draft model that transformers loads by itself; lora_head only.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Take the place of an export that is there, on the server too.")
+        bool, typer.Option("--force", help="Replace an export that is there, or with --server an adapter of that name.")
     ] = False,
 ) -> None:
-    """Write a drafter as an adapter folder, or as a draft model of its own."""
+    """Write a drafter as an adapter, or as a model of its own."""
     num_sources = sum(source is not None for source in (run, server, adapter))
     if num_sources != 1:
         raise ValueError(f"one of --run, --server and --adapter must be given, got {num_sources or 'none'}")
@@ -574,11 +574,11 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            help="An adapter folder, a model folder or hub id, or a YAML file of train or serve.", show_default=False
+            metavar="ADAPTER|MODEL|YAML", help="An adapter, a model, or a file of settings of train or serve."
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as data.batch_size=8.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as data.batch_size=8.")
     ] = None,
     split_layer: SplitLayerOption = None,
     dtype: Annotated[
@@ -595,7 +595,7 @@ def inspect(
         ),
     ] = None,
 ) -> None:
-    """Show what an adapter is, or how a model would be split and what memory it would take."""
+    """Show what an adapter or a model is. How a model would be split, and what memory it would take."""
     from dvi import inspection
 
     console = make_console()
@@ -620,7 +620,7 @@ def inspect(
 
 @app.command()
 def doctor() -> None:
-    """Check this machine: versions, devices, precisions, exact mode, and what is missing."""
+    """Check this machine. Versions, devices, precisions, exact mode, and what is missing."""
     quieten_transformers()
     from dvi.inspection import describe_machine, facts_table
 
@@ -633,6 +633,7 @@ def doctor() -> None:
 
 def _load(model: str, **options: Any) -> SelfSpeculator:
     """The speculator, with the libraries' own progress bars and notes turned off."""
+    check_model(model)
     quieten_transformers()
     from dvi.speculator import SelfSpeculator
 

@@ -39,7 +39,7 @@ def get(
         Path | None, typer.Option(help="Folder of the model; default checkpoints/NAME, or the file's name there.")
     ] = None,
 ) -> None:
-    """Get a model once, as a folder that every verb takes; does nothing where it is there already."""
+    """Get a model once, as a folder that every verb takes. Does nothing where it is there already."""
     from dvi.published_models import MODELS, convert_file, get_model
 
     if name is None and file is None:

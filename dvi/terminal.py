@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from dvi.progress import doing
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """A line for people."""
+    """A line for people; on a terminal it is broken between words, and paths stay whole."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
     print(text, file=sys.stderr)
 
 

@@ -288,7 +288,7 @@ def test_a_frozen_server_imports_nothing_of_the_trainers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "./absent", "hi"], "no model folder at ./absent"),
+        (["generate", "./absent", "hi"], "there is no model at ./absent"),
         (["generate", STORIES], "there must be a prompt, got none"),
         (["generate", STORIES, "hi", "--temperature", "-1"], "temperature must be >= 0"),
         (["generate", STORIES, "hi", "--split-layer", "9"], "split_layer must be in 0..4"),
@@ -353,7 +353,7 @@ def test_an_adapter_of_another_model_is_refused(run_folder):
 def test_debug_shows_the_traceback_of_a_users_error_wherever_it_stands():
     """Catches --debug that hides where an error came from, or that is known before the verb only."""
     for arguments in (("--debug", "generate", "./absent", "hi"), ("generate", "./absent", "hi", "--debug")):
-        with pytest.raises(ValueError, match="no model folder"):
+        with pytest.raises(ValueError, match="there is no model"):
             dvi_command(*arguments)
 
 
@@ -451,3 +451,34 @@ def test_the_json_line_is_for_pipes_and_for_terminals_that_ask(arguments, is_sho
         dvi.cli.app(["init", *arguments])
     assert ended.value.code == 0 and ('"command": "init"' in terminal.getvalue()) == is_shown
     assert (tmp_path / "a.yaml").is_file() != (tmp_path / "--json/serve.yaml").is_file()
+
+
+@pytest.mark.parametrize("group", ["", "bench", "model"])
+def test_the_list_of_verbs_is_whole_at_80_columns(group, monkeypatch):
+    """Catches a verb whose line ends in dots, and a page wider than a terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    help_text = CliRunner().invoke(dvi.cli.app, [*group.split(), "-h"]).stdout
+    assert "..." not in help_text.partition("Commands:")[2] and max(map(len, help_text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "bench spec-bench", "bench paper", "model get"])
+def test_no_help_is_wider_than_80_columns(verb, monkeypatch):
+    """Catches a default or a list of choices that is wrapped by the terminal in the middle of a word."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = CliRunner().invoke(dvi.cli.app, [*verb.split(), "-h"]).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_line_for_people_is_broken_between_words_on_a_terminal_alone(monkeypatch):
+    """Catches a path that is torn apart, and a line for a log that is broken."""
+    from dvi.terminal import say
+
+    text = f"error: {'/a-long-folder' * 6} must be there; " + "try again " * 9
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    say(text)
+    lines = terminal.getvalue().splitlines()
+    assert " ".join(lines) == text.strip() and "/a-long-folder" * 6 in lines and all(len(line) <= 90 for line in lines)
+    monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
+    say(text)
+    assert pipe.getvalue() == text + "\n"

@@ -28,14 +28,16 @@ LENGTH_POLICIES = ("confidence", "goodput", "companion")
 COMPANIONS = ("self", "exit", "model")  # older versions of the drafter need one that learns, and here it is frozen
 
 app = typer.Typer(
-    no_args_is_help=True, help="Find out how fast it is, against whom, and whether learning helps.",
+    no_args_is_help=True, help="Measure how fast it is, against whom, and if learning helps.",
     rich_markup_mode=None, pretty_exceptions_enable=False,
 )
 
 OutputOption = Annotated[Path, typer.Option(help="Folder of the results; a second start in it goes on.")]
-ConfigArgument = Annotated[Path, typer.Argument(help="A YAML file of the run's settings, see configs/bench.")]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="YAML", help="A file of the run's settings, such as those of configs/bench.")
+]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.lr=1e-4 or model.num_threads=1.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.lr=1e-4 or model.num_threads=1.")
 ]
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"],
@@ -52,7 +54,7 @@ TrainingLengthOption = Annotated[
 @app.command("spec-bench")
 def spec_bench(
     output: OutputOption,
-    model: Annotated[str, typer.Option(help="A Hugging Face model folder or hub id.")],
+    model: Annotated[str, typer.Option(help="A folder, a hub name or a .gguf file.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
     modes: Annotated[
         str, typer.Option(help=f"How the drafter runs, a list of {', '.join(MODES)}; online learns across questions.")
@@ -90,7 +92,7 @@ def spec_bench(
     spec_bench_dir: SpecBenchDirOption = None,
     training_length: TrainingLengthOption = None,
 ) -> None:
-    """Spec-Bench's questions in its own format, with plain decoding and rivals in the same process.
+    """Spec-Bench, beside plain decoding and rivals. In its own format, all in one process.
 
     KEY=VALUE: settings of the learner of the online modes, such as train.schedule=kl_only or train.budget=0.2, and of
     a lossy rule, such as verify.margin_theta=0.84.
@@ -121,7 +123,7 @@ def report(
     spec_bench_dir: SpecBenchDirOption = None,
     training_length: TrainingLengthOption = None,
 ) -> None:
-    """Compute the tables and pictures of a finished, or unfinished, run anew."""
+    """Compute a run's tables and pictures anew. Of a finished run of spec-bench, or an unfinished one."""
     quieten_transformers()
     from dvi.bench.session import report_session
 
@@ -134,7 +136,7 @@ def report(
 @app.command()
 def lengths(
     output: OutputOption,
-    model: Annotated[str, typer.Option(help="A Hugging Face model folder or hub id.")],
+    model: Annotated[str, typer.Option(help="A folder, a hub name or a .gguf file.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
     batches: Annotated[str, typer.Option(help="A list of batch sizes.")] = "1,2,4,8,16,32",
     policies: Annotated[
@@ -164,7 +166,7 @@ def lengths(
     device: str = "auto",
     num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
 ) -> None:
-    """How many tokens to draft: plain, fixed length and the rules that choose, against each other at batch sizes."""
+    """How many tokens to draft. None, a fixed number and the rules that choose, at several batch sizes."""
     quieten_transformers()
     from dvi.bench.length_policies import LengthSettings, bench_lengths
 
@@ -182,7 +184,7 @@ def lengths(
 @app.command()
 def margin(
     output: Annotated[Path, typer.Option(help="Folder of the results, without any yet.")],
-    model: Annotated[str, typer.Option(help="A Hugging Face model folder or hub id.")],
+    model: Annotated[str, typer.Option(help="A folder, a hub name or a .gguf file.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
     thetas: Annotated[str, typer.Option(help="A list of margins, an arm each.")] = "0.98,0.95,0.9,0.84,0.75",
     typical: Annotated[bool, typer.Option("--typical", help="Also the typical rule.")] = False,
@@ -196,7 +198,7 @@ def margin(
     repetitions: int = 3,
     num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
 ) -> None:
-    """What lossy verify rules gain and cost: speed, agreement with strict output, perplexity, task score."""
+    """What lossy verify rules gain and cost. Speed, agreement with strict output, perplexity, task score."""
     quieten_transformers()
     from dvi.bench.margin import MarginSettings, bench_margin
 
@@ -220,7 +222,7 @@ def ablation(
     ] = None,
     seeds: Annotated[str, typer.Option(help="A list of seeds.")] = "0,1,2",
 ) -> None:
-    """Does learning help: loss schedules against each other and against learning offline from the same data."""
+    """Whether learning helps. Loss schedules against each other and against learning offline from the same data."""
     quieten_transformers()
     from trainers.experiments.ablation import DEFAULT_ARMS, run_ablation
 
@@ -242,7 +244,7 @@ def drift(
     variants: Annotated[str, typer.Option(help="A list of full, no_reservoir, no_wakeup, full_auto.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of DOMAIN.jsonl files besides the bundled ones.")] = None,
 ) -> None:
-    """When the traffic changes: how soon the drafter follows, and what it forgets."""
+    """When the traffic changes. How soon the drafter follows, and what it forgets."""
     quieten_transformers()
     from trainers.experiments.domain_shift import DEFAULT_STREAMS, VARIANTS, run_drift
 
@@ -264,7 +266,7 @@ def sweep(
     ranks: str = "8,32",
     draft_vocabs: Annotated[str, typer.Option(help="Sizes of the draft vocabulary, 0 is the whole.")] = "0,1024",
 ) -> None:
-    """Which split layer, draft length, rank and draft vocabulary: acceptance, cost and speed against the speed law."""
+    """Which drafter pays. Split layer, draft length, rank and draft vocabulary: acceptance, cost and speed by each."""
     quieten_transformers()
     from trainers.experiments.sweep import run_sweep
 
@@ -278,7 +280,7 @@ def sweep(
 
 @app.command()
 def paper(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Train online from a stream of prompts, export the drafter and run Spec-Bench with it: the paper's experiment."""
+    """The paper's experiment. Train online from a stream of prompts, export the drafter and run Spec-Bench with it."""
     quieten_transformers()
     from dvi.bench.session import bench_paper
     from trainers.paper_run import run_paper

@@ -98,7 +98,7 @@ class CompanionLength(GoodputLength):
             self._has_rule, self._is_burst = True, True
             self._probe_credit = BURST_ROUNDS if self._probe_share else 0.0
         num_rows, length = info.num_rows, super().choose(info)
-        usual = self._standings[num_rows].length
+        usual = self._within(self._standings[num_rows].length, info)
         self._length, self._keeps_all = length, length != usual or not self._has_rule
         slowness = self.costs.round_s(num_rows, length) / self._full_round_s(num_rows, length)
         self._tokens_per_s = num_rows * self._goodput[usual] * slowness
@@ -115,7 +115,8 @@ class CompanionLength(GoodputLength):
             if seconds is not None:
                 seconds /= self._share(num_rows, self._length, sum(outcome.num_drafted), max(outcome.num_drafted))
         num_accepted = [min(pair) for pair in zip(outcome.num_accepted, num_wanted, strict=True)]
-        super().observe(RoundOutcome([self._length] * num_rows, num_accepted, seconds=seconds))
+        drafted = [self._length] * num_rows
+        super().observe(RoundOutcome(drafted, num_accepted, seconds=seconds, limits=outcome.limits))
 
     def _share(self, num_rows: int, length: int, num_drafted: float, depth: float) -> float:
         """Of the table's seconds of a full round, those of one with so many positions drafted, the last at `depth`."""
@@ -138,7 +139,7 @@ class CompanionLength(GoodputLength):
         num_rows = len(sight.is_open_B)
         if sight.depth == 0:
             self._num_wanted, self._survival = [0] * num_rows, [1.0] * num_rows
-        for row in self._worth_their_time(sight.depth, self._reach(sight)):
+        for row in self._worth_their_time(sight, self._reach(sight)):
             self._num_wanted[row] += 1
         if self._keeps_all:
             return sight.is_open_B
@@ -155,10 +156,11 @@ class CompanionLength(GoodputLength):
             return self._survival
         return [s * bins.given_agreement(a) for s, a in zip(self._survival, agreements, strict=True)]
 
-    def _worth_their_time(self, depth: int, reach: list[float]) -> list[int]:
+    def _worth_their_time(self, sight: DraftSight, reach: list[float]) -> list[int]:
         """The open rows that go on at this depth."""
+        depth, is_open = sight.depth, sight.is_open_B.tolist()
         num_rows, num_positions = len(reach), len(reach) + sum(self._num_wanted)
-        open_rows = [row for row, num_wanted in enumerate(self._num_wanted) if num_wanted == depth]
+        open_rows = [row for row, num in enumerate(self._num_wanted) if num == depth and is_open[row]]
         open_rows.sort(key=reach.__getitem__, reverse=True)
         best, num_kept, gain = 0.0, 0, 0.0
         for num_more, row in enumerate(open_rows, start=1):
@@ -177,10 +179,10 @@ def _samples(outcome: RoundOutcome) -> list[tuple[float, float, bool]]:
     """(S, A, accepted) of the positions that were reached: the accepted ones, and the first rejected one."""
     return [
         (*clues[depth], depth < num_accepted)
-        for clues, num_drafted, num_accepted in zip(
-            outcome.clues, outcome.num_drafted, outcome.num_accepted, strict=True
+        for clues, num_reached, num_accepted in zip(
+            outcome.clues, outcome.num_reached, outcome.num_accepted, strict=True
         )
-        for depth in range(min(num_accepted + 1, num_drafted))
+        for depth in range(num_reached)
     ]
 
 

@@ -62,6 +62,11 @@ class Sequence:
     started_s: float = 0.0
 
     @property
+    def room(self) -> int:
+        """Drafts that its next round could keep: the token after them is the last."""
+        return self.max_new_tokens - len(self.token_ids) - 1
+
+    @property
     def text_ids(self) -> list[int]:
         """Prompt and answer so far."""
         return self.prompt_ids + self.token_ids
@@ -84,26 +89,34 @@ class Sequence:
 
 @dataclass(frozen=True)
 class RowOutcome:
-    """One row's round in counts: num_waived of num_accepted of num_drafted; num_kept tokens became text."""
+    """One row's round in counts: num_waived of num_accepted of num_drafted; num_kept tokens became text.
+
+    num_accepted   those that became text. num_committed: what the verdict gave, also behind the text's end.
+    """
 
     sequence: Sequence
     num_drafted: int
     num_accepted: int
     num_waived: int
     num_kept: int
+    num_committed: int
 
     def add_to(self, stats: RoundStats) -> None:
         stats.count_round(
-            num_drafted=self.num_drafted, num_accepted=self.num_accepted, num_waived=self.num_waived
+            num_drafted=self.num_drafted, num_accepted=self.num_accepted, num_waived=self.num_waived,
+            num_kept=self.num_kept, num_committed=self.num_committed,
         )
-        stats.new_tokens += self.num_kept
 
 
 @dataclass
 class RowState:
-    """What the next round of B rows starts from, on the device. Views of fixed buffers."""
+    """What the next round of B rows starts from, on the device. Views of fixed buffers.
+
+    room_B: int64, drafts that each row could keep; further ones never count.
+    """
 
     rows: slice
+    room_B: Tensor
     last_token_B: Tensor
     anchor_BD: Tensor
     sampling: SamplingBatch
@@ -145,6 +158,7 @@ def propose(
             agreements.append(agreement(logits_BV, companion_BV))
             token_ratios.append(token_ratio(logits_BV, companion_BV, head.to_draft_ids(drawn_B)))
         told = token_ratios if may_tell_drawn else token_ratios[:-1]
+        counts_B = counts_B & (depth < state.room_B)
         counts_B = counts_B & policy.keep(DraftSight(depth, counts_B, logits_BV, agreements, told))
         if num_positions is not None:
             num_open = int(counts_B.count_nonzero())
@@ -180,11 +194,11 @@ def _draw(
     """The token each row drafts at this depth and the warped distribution it was drawn from."""
     sampling, lengths_B = state.sampling, cache.lengths_B[state.rows]
     full_B1V = drafter.draft_head.scatter_logits(logits_BV, sampling.vocab_size)[:, None]
-    seen_B1V = None
+    seen = None
     if state.seen is not None:
         drafted_BT = torch.stack(tokens, 1) if tokens else state.last_token_B.new_zeros(len(lengths_B), 0)
-        seen_B1V = state.seen.after_drafts(drafted_BT)
-    probs_B1V = sampling.warp(full_B1V, seen_B1V)
+        seen = state.seen.after_drafts(drafted_BT)
+    probs_B1V = sampling.warp(full_B1V, seen)
     # A drafter gone NaN drafts token 0 with a distribution of NaN: every such draft is rejected, none is harmful.
     if sampling.is_gumbel:
         noise_B1V = hash_gumbel(sampling.seed_B, lengths_B[:, None] + depth + 1, sampling.vocab_size)
@@ -202,15 +216,15 @@ def _log_probs(drafter: Drafter, logits: list[Tensor], token_ids_BT: Tensor) -> 
 def judge(draft: Draft, logits_BUV: Tensor, cache: object, state: RowState, rule: VerifyRule) -> Verdict:
     """The verifier's verdict on a draft from its own logits."""
     sampling, lengths_B = state.sampling, cache.lengths_B[state.rows]
-    seen_BUV = None if state.seen is None else state.seen.with_drafts(draft.token_ids_BT)
+    seen = None if state.seen is None else state.seen.with_drafts(draft.token_ids_BT)
     drafted = draft.token_ids_BT, draft.num_drafted_B
     waived_BT = None
     if not rule.is_lossless:
-        waived_BT = rule.waives(draft.token_ids_BT, sampling.warp_logits(logits_BUV, seen_BUV)[:, :-1])
+        waived_BT = rule.waives(draft.token_ids_BT, sampling.warp_logits(logits_BUV, seen)[:, :-1])
     if sampling.is_all_greedy:
-        return verify_greedy(*drafted, sampling.argmax(logits_BUV, seen_BUV), waived_BT)
+        return verify_greedy(*drafted, sampling.argmax(logits_BUV, seen), waived_BT)
     depth_U = torch.arange(logits_BUV.shape[1], device=logits_BUV.device)
-    target_probs_BUV = sampling.warp(logits_BUV, seen_BUV)
+    target_probs_BUV = sampling.warp(logits_BUV, seen)
     if sampling.is_gumbel:
         noise_BUV = hash_gumbel(sampling.seed_B, lengths_B[:, None] + depth_U + 1, sampling.vocab_size)
         return verify_greedy(*drafted, gumbel_argmax(target_probs_BUV, noise_BUV), waived_BT)
@@ -307,7 +321,8 @@ class DecodingBatch:
         self.sequences: list[Sequence] = []
         self.prefilling: list[Sequence] = []
         self.outcomes: list[RowOutcome] = []
-        self._last_token_B = torch.zeros(max_rows, dtype=torch.int64, device=split.device)
+        self._room_B = torch.zeros(max_rows, dtype=torch.int64, device=split.device)
+        self._last_token_B = torch.zeros_like(self._room_B)
         self._anchor_BD = torch.zeros(max_rows, split.hidden_size, dtype=split.dtype, device=split.device)
         self._state: RowState | None = None
         self._graphs = RoundGraphs() if can_capture(split) else None
@@ -347,6 +362,7 @@ class DecodingBatch:
         sequence.stats.prompt_tokens = len(sequence.prompt_ids)
 
     def _add_rows(self, count: int) -> None:
+        self._room_B = torch.cat([self._room_B, self._room_B.new_zeros(count)])
         self._last_token_B = torch.cat([self._last_token_B, self._last_token_B.new_zeros(count)])
         self._anchor_BD = torch.cat([self._anchor_BD, self._anchor_BD.new_zeros(count, self._split.hidden_size)])
         self._state = None
@@ -412,24 +428,30 @@ class DecodingBatch:
         """
         start_s = time.perf_counter()
         state, cache = self._row_state(), self.cache
-        info = RoundInfo(num_rows=len(self.sequences), drafter_version=self.drafter.version)
+        rooms = [sequence.room for sequence in self.sequences]
+        info = RoundInfo(len(rooms), self.drafter.version, max_draft_tokens=max(rooms))
         num_draft_tokens, num_captures = self.policy.choose(info), len(self._graphs or ())
+        if self._graphs is None:  # elsewhere each length is a graph of its own, and what is too much counts in no row
+            num_draft_tokens = min(num_draft_tokens, info.max_draft_tokens)
         if self.policy.companion is not None:
             self.policy.companion.follow(self.drafter, self.sequences)
         verified = self._on_device(state, num_draft_tokens)
         if state.seen is not None:
-            state.seen.add(*_committed(verified.draft, verified.verdict))
+            state.seen.add_generated(*_committed(verified.draft, verified.verdict))
         state.anchor_BD.copy_(verified.anchor_BD)
         state.last_token_B.copy_(verified.verdict.next_token_B)
+        state.room_B.sub_(verified.verdict.num_accepted_B + 1)
         # The round's one wait for the device: everything the host must know, in one transfer.
         host_rows = verified.for_host_BH.tolist()
         cache.commit([host_row[-2] + 1 for host_row in host_rows], rows=state.rows)
         transitions = self._account(host_rows, verified)
+        ends = [max(sequence.kept_per_round[-1:], default=0) for sequence in self.sequences]
         # A round that captured a graph says nothing of what rounds cost.
         seconds = time.perf_counter() - start_s if len(self._graphs or ()) == num_captures else None
         self.policy.observe(RoundOutcome(
-            [r[-1] for r in host_rows], [r[-2] for r in host_rows], seconds=seconds,
-            clues=None if verified.draft.clues_BTC is None else [_clues(r) for r in host_rows],
+            [r[-1] for r in host_rows], [min(r[-2], end) for r, end in zip(host_rows, ends, strict=True)],
+            seconds=seconds, clues=None if verified.draft.clues_BTC is None else [_clues(r) for r in host_rows],
+            limits=[min(pair) for pair in zip(rooms, ends, strict=True)],
         ))
         return transitions
 
@@ -473,7 +495,10 @@ class DecodingBatch:
             except Exception as error:  # whatever a request brings with it is its own fault, and nobody else's
                 sequence.fail(error)
                 continue
-            outcome = RowOutcome(sequence, num_drafted, num_accepted, num_waived, num_kept)
+            # Past the end everything is for nobody, and which of the accepted were waived the host cannot tell.
+            num_accepted = min(num_accepted, num_kept)
+            num_waived = min(num_waived, num_accepted)
+            outcome = RowOutcome(sequence, num_drafted, num_accepted, num_waived, num_kept, len(committed))
             outcome.add_to(sequence.stats)
             sequence.kept_per_round.append(num_kept)
             self.outcomes.append(outcome)
@@ -495,11 +520,19 @@ class DecodingBatch:
             seen = None
             if sampling.has_penalties:
                 seen = SeenTokens(len(self.sequences), self._split.vocab_size, self._split.device)
-                texts = [torch.tensor(s.text_ids, device=self._split.device) for s in self.sequences]
-                ids_BN = pad_sequence(texts, batch_first=True, padding_value=-1)
-                seen.add(ids_BN.clamp(min=0), ids_BN >= 0)
-            self._state = RowState(rows, self._last_token_B[rows], self._anchor_BD[rows], sampling, seen)
+                seen.add_prompt(*self._padded([s.prompt_ids for s in self.sequences]))
+                seen.add_generated(*self._padded([s.token_ids for s in self.sequences]))
+            self._room_B[rows] = torch.tensor([s.room for s in self.sequences], device=self._split.device)
+            self._state = RowState(
+                rows, self._room_B[rows], self._last_token_B[rows], self._anchor_BD[rows], sampling, seen
+            )
         return self._state
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Lists of ids as one tensor [B, N], and which of its ids are theirs."""
+        tensors = [torch.tensor(ids, dtype=torch.int64, device=self._split.device) for ids in rows]
+        ids_BN = pad_sequence(tensors, batch_first=True, padding_value=-1)
+        return ids_BN.clamp(min=0), ids_BN >= 0
 
     def take_finished(self) -> list[Sequence]:
         """Removes and returns the rows that have ended; other running rows move into the gaps."""

@@ -30,12 +30,14 @@ HOPE = 0.5
 class RoundInfo:
     """What is known before a round drafts.
 
-    num_rows         rows of the batch that take part.
-    drafter_version  of the drafter that will draft; None where versions are not told.
+    num_rows          rows of the batch that take part.
+    drafter_version   of the drafter that will draft; None where versions are not told.
+    max_draft_tokens  drafts that the row with most room could keep; no longer draft can pay.
     """
 
     num_rows: int
     drafter_version: int | None = None
+    max_draft_tokens: int = 2**31
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class RoundOutcome:
     """What one round showed, per row. A row's depths up to num_accepted were reached; later ones say nothing.
 
     num_drafted   0..T, what the verifier was shown.
-    num_accepted  0..num_drafted.
+    num_accepted  0..num_drafted, those behind the end of a text left out.
+    limits        depths that can say something of a row: those that it has room for, before the end of its text. None
+                  where all can.
     seconds       wall time of the whole round; None where it was not measured, or would mislead (a round that captured
                   a graph).
     clues         where a companion drafted along: (S, A) of each of the row's T positions, counted or not.
@@ -53,6 +57,13 @@ class RoundOutcome:
     num_accepted: list[int]
     seconds: float | None = None
     clues: list[list[tuple[float, float]]] | None = None
+    limits: list[int] | None = None
+
+    @property
+    def num_reached(self) -> list[int]:
+        """How many depths of each row were decided on: the accepted ones, and the first rejected one."""
+        limits = self.num_drafted if self.limits is None else self.limits
+        return [min(a + 1, *most) for a, *most in zip(self.num_accepted, self.num_drafted, limits, strict=True)]
 
     @property
     def num_rows(self) -> int:
@@ -96,7 +107,8 @@ class LengthPolicy(Protocol):
     companion: Companion | None
 
     def choose(self, info: RoundInfo) -> int:
-        """T for the coming round, out of `buckets`; called once per round."""
+        """T for the coming round, out of `buckets`; called once per round. Where no row has room for so much, fewer
+        are drafted: a row near the end of its text never counts more than it could keep."""
 
     def keep(self, sight: DraftSight) -> Tensor:
         """bool [B]: whether position `sight.depth` counts as drafted; num_drafted is a row's leading run of True."""
@@ -167,8 +179,8 @@ class AcceptanceEstimate:
             if weight > self._stale_weight:
                 self._reached[depth] *= self._keep
                 self._accepted[depth] *= self._keep
-        for num_drafted, num_accepted in zip(outcome.num_drafted, outcome.num_accepted, strict=True):
-            for depth in range(min(num_accepted + 1, num_drafted)):
+        for num_reached, num_accepted in zip(outcome.num_reached, outcome.num_accepted, strict=True):
+            for depth in range(num_reached):
                 self._reached[depth] += 1
                 self._accepted[depth] += depth < num_accepted
 
@@ -255,7 +267,12 @@ class GoodputLength:
         if is_beaten and self._num_rounds - standing.beaten_since >= self._patience - 1:
             standing.length, standing.beaten_since = best, None
         self._num_rounds += 1
-        return self._probe_or(standing.length, info, goodput[standing.length])
+        current = self._within(standing.length, info)
+        return self._probe_or(current, info, goodput[current])
+
+    def _within(self, length: int, info: RoundInfo) -> int:
+        """The longest draft up to this length that the round has room for."""
+        return max(t for t in self.buckets if t <= min(length, info.max_draft_tokens))
 
     def _probe_or(self, current: int, info: RoundInfo, goodput: float) -> int:
         """The next length to probe, if earlier rounds have earned it; else `current`."""
@@ -263,7 +280,10 @@ class GoodputLength:
             self._is_burst, self._burst_version = True, info.drafter_version
         round_s = {t: self.costs.round_s(info.num_rows, t) for t in self._worth_a_probe(current)}
         # What would lose with every draft accepted is not worth a look.
-        others = [t for t, seconds in round_s.items() if t < current or (t + 1) / seconds > goodput]
+        others = [
+            t for t, seconds in round_s.items()
+            if t <= info.max_draft_tokens and (t < current or (t + 1) / seconds > goodput)
+        ]
         # The first rounds of a process are its slowest: nothing can be compared with them.
         if not others or self._num_rounds <= self._patience:
             return current

@@ -38,8 +38,10 @@ class SamplingParams:
     temperature         0 is greedy (argmax); otherwise logits are divided by it.
     top_k               keep the k most likely tokens, 0 keeps all.
     top_p, min_p        nucleus mass in (0, 1]; minimum probability as a share of the most likely token's, in [0, 1).
-    repetition_penalty  > 0; seen tokens' logits are divided (positive) or multiplied (negative) by it. 1 is off.
-    presence_penalty    subtracted from the logit of every token already generated or in the prompt. 0 is off.
+    repetition_penalty  > 0; logits of tokens in prompt or answer are divided (positive) or multiplied (negative) by it,
+                        as Hugging Face's. 1 is off.
+    presence_penalty    subtracted from the logit of every token that the answer has already; 0 is off. As
+    frequency_penalty   OpenAI's, the prompt counts in neither; this one is subtracted as often as the answer has it.
     seed                fixes every random draw of the request, independent of its batch mates.
     max_new_tokens      hard limit on generated tokens.
     stop_token_ids      end the request; the stop token is kept in `token_ids` but not in `text`.
@@ -55,6 +57,7 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
     max_new_tokens: int = 128
     stop_token_ids: tuple[int, ...] = ()
@@ -71,7 +74,8 @@ class SamplingParams:
             math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
             "repetition_penalty", self.repetition_penalty, "> 0 (1 is off)",
         )
-        _check(math.isfinite(self.presence_penalty), "presence_penalty", self.presence_penalty, "finite (0 is off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "finite (0 is off)")
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, ">= 1")
         _check(0 <= self.seed < 2**62, "seed", self.seed, "in 0..2**62-1")
         _check(all(self.stop_strings), "stop_strings", self.stop_strings, "non-empty strings")
@@ -86,6 +90,11 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == GREEDY_TEMPERATURE
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def _check(is_ok: bool, name: str, value: object, bound: str) -> None:
@@ -148,7 +157,7 @@ class Transitions:
     hidden_WD           h_k, the split layer's output.
     target_hidden_WD    h_L, the verifier's final hidden state after the final norm: the frozen head maps it to logits.
     num_drafted         0 for prefill and for rounds without drafts.
-    num_accepted        0..num_drafted; W == num_accepted + 1 after a round.
+    num_accepted        0..num_drafted; W == num_accepted + 1 after a round, or num_accepted where the text ended there.
     draft_token_ids_W   int64; -1 where nothing was drafted.
     draft_log_probs_W   float32; 0 where nothing was drafted.
     is_prefill          True for prompt text: the verifier read it, nobody generated it.
@@ -244,9 +253,10 @@ class UpdateReport:
 class RoundStats:
     """Raw counts of one request or of a whole run; ratios are properties.
 
-    `new_tokens` counts ids really emitted (a block cut by a stop counts only what was kept), while accepted,
-    drafted and `committed_tokens` count what the verifier decided, so that acceptance is not biased by stops.
-    `num_waived` of the accepted ones were accepted by a lossy rule alone.
+    Accepted and new tokens are those of the answers: what a round accepted behind the end of its text is in neither.
+    `committed_tokens` is the raw count of the verdicts, accepted + 1 each, ends or not. `num_drafted` is all that was
+    drafted. `num_waived` of the accepted ones were accepted by a lossy rule alone; where an end cut a round with some,
+    as many as may be.
     """
 
     num_rounds: int = 0
@@ -268,14 +278,22 @@ class RoundStats:
             f"{self.decode_tokens_per_s:.1f} tokens/s)"
         )
 
-    def count_round(self, *, num_drafted: int, num_accepted: int, num_waived: int = 0) -> None:
-        """Adds one round of one row. drafted_per_depth counts depths reached: up to the first rejection."""
+    def count_round(
+        self, *, num_drafted: int, num_accepted: int, num_waived: int = 0, num_kept: int | None = None,
+        num_committed: int | None = None,
+    ) -> None:
+        """Adds one round of one row. drafted_per_depth counts depths reached: up to the first rejection or the end.
+
+        num_kept: tokens that became text, where the text ended inside what was committed; num_committed: all of that.
+        """
+        num_kept = num_accepted + 1 if num_kept is None else num_kept
         self.num_rounds += 1
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
         self.num_waived += num_waived
-        self.committed_tokens += num_accepted + 1
-        num_reached = min(num_accepted + 1, num_drafted)
+        self.committed_tokens += num_accepted + 1 if num_committed is None else num_committed
+        self.new_tokens += num_kept
+        num_reached = min(num_accepted + 1, num_drafted, num_kept)
         while len(self.drafted_per_depth) < num_reached:
             self.drafted_per_depth.append(0)
             self.accepted_per_depth.append(0)
@@ -296,7 +314,7 @@ class RoundStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """accepted / drafted; 0 when nothing was drafted."""
+        """accepted / drafted, of all that was drafted; 0 when nothing was."""
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
 
     @property
@@ -311,8 +329,13 @@ class RoundStats:
 
     @property
     def mean_accepted_tokens(self) -> float:
-        """MAT: tokens committed per verify pass, with the recovered or bonus token, as Spec-Bench counts it."""
-        return self.committed_tokens / self.num_rounds if self.num_rounds else 0.0
+        """MAT: new tokens per verify pass, with the recovered or bonus token, as Spec-Bench counts it."""
+        return self.new_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def num_accepted_past_end(self) -> int:
+        """Tokens that verdicts gave behind the ends of texts: drafted and verified for nobody."""
+        return self.committed_tokens - self.new_tokens
 
     @property
     def decode_tokens_per_s(self) -> float:

@@ -17,6 +17,7 @@ there the output is a function of the noise and the target alone, whatever the d
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -51,7 +52,7 @@ class SamplingBatch:
         self.vocab_size = vocab_size
         self.is_gumbel = couplings == ["gumbel"]
         self.is_all_greedy = all(p.is_greedy for p in params)
-        self.has_penalties = any(p.repetition_penalty != 1 or p.presence_penalty != 0 for p in params)
+        self.has_penalties = any(p.has_penalties for p in params)
         self._has_ranking = any(_effective_top_k(p, vocab_size) < vocab_size or p.top_p < 1 for p in params)
         self._has_min_p = any(p.min_p > 0 for p in params)
         self.has_filters = self._has_ranking or self._has_min_p
@@ -64,28 +65,29 @@ class SamplingBatch:
         self._temperature_B11 = column([1.0 if p.is_greedy else p.temperature for p in params], torch.float64)
         self._repetition_B11 = column([p.repetition_penalty for p in params], torch.float64)
         self._presence_B11 = column([p.presence_penalty for p in params], torch.float64)
+        self._frequency_B11 = column([p.frequency_penalty for p in params], torch.float64)
         self._top_k_B11 = column([_effective_top_k(p, vocab_size) for p in params], torch.int64)
         self._top_p_B11 = column([p.top_p if p.top_p < 1 else math.inf for p in params], torch.float64)
         self._log_min_p_B11 = column([math.log(p.min_p) if p.min_p else -math.inf for p in params], torch.float64)
 
-    def warp(self, logits_BQV: Tensor, seen_BQV: Tensor | None = None) -> Tensor:
+    def warp(self, logits_BQV: Tensor, seen: Seen | None = None) -> Tensor:
         """The distribution each next token is drawn from, [B, Q, V], float64 for float64 logits and float32 otherwise.
 
         Penalties, then temperature, top-k (ties with the k-th are kept), top-p (the smallest set, most likely first
         and lowest id first among ties, whose mass reaches top_p), min-p, as Hugging Face orders them; renormalised.
         Greedy rows are one-hot at the argmax of the penalised logits, lowest id first among ties.
-        seen_BQV: bool, tokens each position has before it (`SeenTokens`); needed only when has_penalties.
+        seen: the tokens before each position (`SeenTokens`); needed only when has_penalties.
         A row of the result is a distribution or, if its logits hold NaN or +inf, may be NaN throughout.
         """
-        logits_BQV = self._penalise(logits_BQV, seen_BQV)
+        logits_BQV = self._penalise(logits_BQV, seen)
         if self.is_all_greedy:
             return _one_hot_argmax(logits_BQV)
         probs_BQV = self._filter(logits_BQV).softmax(-1)
         return torch.where(self.is_greedy_B[:, None, None], _one_hot_argmax(logits_BQV), probs_BQV)
 
-    def warp_logits(self, logits_BQV: Tensor, seen_BQV: Tensor | None = None) -> Tensor:
+    def warp_logits(self, logits_BQV: Tensor, seen: Seen | None = None) -> Tensor:
         """The logits behind `warp`, [B, Q, V]: -inf where a filter excludes a token. Greedy rows have temperature 1."""
-        return self._filter(self._penalise(logits_BQV, seen_BQV))
+        return self._filter(self._penalise(logits_BQV, seen))
 
     def _filter(self, logits_BQV: Tensor) -> Tensor:
         """Penalised logits after temperature and filters."""
@@ -98,19 +100,23 @@ class SamplingBatch:
             scaled_BQV = scaled_BQV.masked_fill(scaled_BQV < floor_BQ1, -math.inf)
         return scaled_BQV
 
-    def argmax(self, logits_BQV: Tensor, seen_BQV: Tensor | None = None) -> Tensor:
+    def argmax(self, logits_BQV: Tensor, seen: Seen | None = None) -> Tensor:
         """The greedy token ids [B, Q], penalties applied: what `warp` puts all mass on in greedy rows."""
-        return self._penalise(logits_BQV, seen_BQV).argmax(-1)
+        return self._penalise(logits_BQV, seen).argmax(-1)
 
-    def _penalise(self, logits_BQV: Tensor, seen_BQV: Tensor | None) -> Tensor:
+    def _penalise(self, logits_BQV: Tensor, seen: Seen | None) -> Tensor:
         if logits_BQV.dtype != torch.float64:
             logits_BQV = logits_BQV.float()
         if not self.has_penalties:
             return logits_BQV
-        assert seen_BQV is not None, "penalties need the seen tokens"
-        repetition_B11, presence_B11 = (x.to(logits_BQV.dtype) for x in (self._repetition_B11, self._presence_B11))
+        assert seen is not None, "penalties need the seen tokens"
+        repetition_B11, presence_B11, frequency_B11 = (
+            x.to(logits_BQV.dtype) for x in (self._repetition_B11, self._presence_B11, self._frequency_B11)
+        )
         penalised_BQV = torch.where(logits_BQV < 0, logits_BQV * repetition_B11, logits_BQV / repetition_B11)
-        return torch.where(seen_BQV, penalised_BQV - presence_B11, logits_BQV)
+        penalised_BQV = torch.where(seen.anywhere_BQV, penalised_BQV, logits_BQV)
+        penalised_BQV = penalised_BQV - frequency_B11 * seen.times_generated_BQV
+        return torch.where(seen.times_generated_BQV > 0, penalised_BQV - presence_B11, penalised_BQV)
 
     def _ranked_keep(self, logits_BQV: Tensor) -> Tensor:
         """What top-k and then top-p keep, bool [B, Q, V]; at least the most likely token."""
@@ -133,37 +139,67 @@ def _one_hot_argmax(logits_BQV: Tensor) -> Tensor:
     return torch.zeros_like(logits_BQV).scatter(-1, logits_BQV.argmax(-1, keepdim=True), 1.0)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The tokens before each of Q positions, for the penalties.
+
+    anywhere_BQV         bool: in the prompt or in the answer; what the repetition penalty is about.
+    times_generated_BQV  int32: how often in the answer alone; what the presence and frequency penalties are about.
+    """
+
+    anywhere_BQV: Tensor
+    times_generated_BQV: Tensor
+
+
 class SeenTokens:
-    """Which tokens each row's prompt and committed text contain, for the penalties. Fixed addresses, no syncs."""
+    """Which tokens each row's prompt and committed answer contain, for the penalties. Fixed addresses, no syncs.
+
+    Prompt and answer are told apart for good: a request that lost its row tells both again, each as what it is.
+    """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str) -> None:
         # One spare column swallows what is not valid: a scatter with a fixed shape needs somewhere to put it.
-        self._seen_BW = torch.zeros(rows, vocab_size + 1, dtype=torch.bool, device=device)
+        self._anywhere_BW = torch.zeros(rows, vocab_size + 1, dtype=torch.bool, device=device)
+        self._times_generated_BW = torch.zeros(rows, vocab_size + 1, dtype=torch.int32, device=device)
         self.vocab_size = vocab_size
 
-    def add(self, token_ids_BN: Tensor, valid_BN: Tensor) -> None:
-        """Marks each row's valid token ids as seen; ids where valid_BN is False may be anything."""
-        self._seen_BW.scatter_(1, torch.where(valid_BN, token_ids_BN, self.vocab_size), True)
+    def add_prompt(self, token_ids_BN: Tensor, valid_BN: Tensor) -> None:
+        """Marks each row's valid token ids as read; ids where valid_BN is False may be anything."""
+        self._anywhere_BW.scatter_(1, torch.where(valid_BN, token_ids_BN, self.vocab_size), True)
+
+    def add_generated(self, token_ids_BN: Tensor, valid_BN: Tensor) -> None:
+        """Counts each row's valid token ids as generated, every one as often as it comes."""
+        self.add_prompt(token_ids_BN, valid_BN)
+        index_BN = torch.where(valid_BN, token_ids_BN, self.vocab_size)
+        ones_BN = torch.ones_like(index_BN, dtype=torch.int32)
+        self._times_generated_BW.scatter_add_(1, index_BN, ones_BN)
 
     def clear_row(self, row: int) -> None:
         """Forgets one row, for the next request that takes it."""
-        self._seen_BW[row] = False
+        self._anywhere_BW[row] = False
+        self._times_generated_BW[row] = 0
 
-    def with_drafts(self, token_ids_BT: Tensor) -> Tensor:
-        """seen_BUV, bool: column j holds the committed tokens and the drafted tokens before j.
+    def with_drafts(self, token_ids_BT: Tensor) -> Seen:
+        """Of U = T + 1 positions: number j has the committed tokens before it and the drafted tokens before j.
 
         Penalties apply per token, not per block, so each verified position sees its own past. All ids in 0..V-1.
         """
         num_drafts = token_ids_BT.shape[1]
         depth_T = torch.arange(num_drafts, device=token_ids_BT.device)
         is_before_UT = depth_T < torch.arange(num_drafts + 1, device=token_ids_BT.device)[:, None]
-        index_BUT = torch.where(is_before_UT, token_ids_BT[:, None, :], self.vocab_size)
-        seen_BUW = self._seen_BW[:, None, :].expand(-1, num_drafts + 1, -1)
-        return seen_BUW.scatter(2, index_BUT, True)[..., :-1]
+        return self._after(torch.where(is_before_UT, token_ids_BT[:, None, :], self.vocab_size))
 
-    def after_drafts(self, token_ids_BT: Tensor) -> Tensor:
-        """seen_B1V, bool, for the position after all T drafted tokens: what one draft step needs."""
-        return self._seen_BW.scatter(1, token_ids_BT, True)[:, None, :-1]
+    def after_drafts(self, token_ids_BT: Tensor) -> Seen:
+        """Of the one position after all T drafted tokens: what one draft step needs."""
+        return self._after(token_ids_BT[:, None, :])
+
+    def _after(self, index_BQT: Tensor) -> Seen:
+        """Of Q positions, each after the committed tokens and its own T drafted ones."""
+        shape = -1, index_BQT.shape[1], -1
+        anywhere_BQW = self._anywhere_BW[:, None, :].expand(shape).scatter(2, index_BQT, True)
+        ones_BQT = torch.ones_like(index_BQT, dtype=torch.int32)
+        times_BQW = self._times_generated_BW[:, None, :].expand(shape).scatter_add(2, index_BQT, ones_BQT)
+        return Seen(anywhere_BQW[..., :-1], times_BQW[..., :-1])
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

@@ -143,6 +143,7 @@ class RequestSettings:
     min_p: Annotated[float, Ge(0), Lt(1)] = 0.0
     repetition_penalty: Positive = 1.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     max_new_tokens: PositiveCount = 128
     stop_strings: tuple[str, ...] = ()
 

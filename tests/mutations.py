@@ -58,8 +58,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ties_go_to_the_last", SAMPLING,
-        "return self._penalise(logits_BQV, seen_BQV).argmax(-1)",
-        "return self.vocab_size - 1 - self._penalise(logits_BQV, seen_BQV).flip(-1).argmax(-1)",
+        "return self._penalise(logits_BQV, seen).argmax(-1)",
+        "return self.vocab_size - 1 - self._penalise(logits_BQV, seen).flip(-1).argmax(-1)",
         "tests/test_sampling.py",
     ),
     Mutation(
@@ -159,7 +159,7 @@ MUTATIONS = [
     ),
     Mutation(
         "stop_counts_what_nobody_saw", DECODING,
-        "stats.new_tokens += self.num_kept", "stats.new_tokens += self.num_accepted + 1", TEST_DECODING,
+        "num_accepted = min(num_accepted, num_kept)", "num_kept = num_accepted + 1", TEST_DECODING,
     ),
     # The cache and the paths
     Mutation(

@@ -146,6 +146,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
         ("min_p", [-0.1, 0.0, 0.99, 1.0]),
         ("repetition_penalty", [0.0, 0.5, 2.0]),
         ("presence_penalty", [-1.0, 0.0, 3.0]),
+        ("frequency_penalty", [-1.0, 0.0, 3.0]),
         ("seed", [-1, 0, 2**62 - 1, 2**62]),
         ("max_new_tokens", [0, 1]),
     ],

@@ -93,7 +93,7 @@ def test_every_layer_runs_once_per_drafted_or_committed_position(wrong_depths):
     num_prefilled = len(PROMPTS[0]) - 1
     executed = num_prefilled + stats.num_rounds + stats.num_drafted
     assert positions == {layer: executed for layer in range(3)}
-    assert calls == {0: 1 + stats.num_rounds * 5, 1: 1 + stats.num_rounds, 2: 1 + stats.num_rounds}
+    assert calls == {0: 1 + stats.num_rounds + stats.num_drafted, 1: 1 + stats.num_rounds, 2: 1 + stats.num_rounds}
     if wrong_depths:
         assert stats.num_drafted > stats.num_accepted > 0
     else:
@@ -265,9 +265,29 @@ def test_a_stop_inside_an_accepted_block_ends_text_counts_and_experience_there()
     )
     assert result.token_ids == text[: at + 1] and result.finish_reason == "stop"
     assert result.stats.new_tokens == at + 1
-    # What the verifier decided is counted in full, so that stops do not bias the acceptance.
+    # What came behind the end is nobody's token: it is in the raw count of the verdicts and nowhere else.
+    assert result.stats.mean_accepted_tokens == (at + 1) / result.stats.num_rounds
+    assert result.stats.num_accepted == sum(result.stats.accepted_per_depth) <= at + 1
     assert result.stats.committed_tokens == 9 * result.stats.num_rounds > at + 1
+    assert result.stats.num_accepted_past_end == 9 * result.stats.num_rounds - (at + 1)
     assert sum(len(s) for s in recorder.stretches) == len(PROMPTS[2]) + at
+
+
+@pytest.mark.parametrize("policy", [FixedLength(4), ConfidenceStop(4, threshold=0.0)])
+def test_no_row_drafts_more_than_it_can_keep(policy):
+    """Catches drafts behind the last token that a request may have: work, acceptances and speed that nobody gets."""
+    lengths = [1, 2, 3, 7, 12]
+    params = [greedy(length) for length in lengths]
+    prompts = PROMPTS[: len(lengths)]
+    speculator = with_drafter(knowing(prompts, greedy(40)))
+    results = {r.index: r for r in speculator.generate(prompts, params, batch_size=3, policy=policy)}
+    for index, length in enumerate(lengths):
+        stats = results[index].stats
+        assert results[index].token_ids == plain_text(speculator, prompts[index], params[index])[0]
+        # Every draft is right, so a round takes its share of the five at a time, and the last one what is left.
+        assert results[index].accept_lengths == [5] * (length // 5) + ([length % 5] if length % 5 else [])
+        assert stats.num_drafted == stats.num_accepted == length - stats.num_rounds
+        assert stats.committed_tokens == stats.new_tokens == length and stats.num_accepted_past_end == 0
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "opt"])

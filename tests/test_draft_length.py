@@ -427,3 +427,23 @@ def test_a_drafter_that_becomes_bad_is_given_up_within_two_hundred_rounds():
     world = World(CPU, lambda index, _depth: 0.8 if index < 2000 else 0.05)
     served = serve(world, num_rounds=4000)
     assert speed_up(world, served, over=0, start=2200) >= 0.97
+
+
+def test_nothing_is_learnt_of_depths_past_a_rows_room_or_the_end_of_its_text():
+    """Catches a row that could draft only one token, or whose text ended, taken for one that had the rest refused."""
+    informed, limited = AcceptanceEstimate(4), AcceptanceEstimate(4)
+    informed.observe(RoundOutcome([1, 2], [1, 2]))
+    limited.observe(RoundOutcome([4, 4], [1, 2], limits=[1, 2]))
+    assert limited.per_depth() == informed.per_depth()
+    assert RoundOutcome([4, 4, 4], [1, 2, 0], limits=[1, 9, 3]).num_reached == [1, 3, 1]
+
+
+def test_goodput_takes_the_longest_draft_that_the_round_has_room_for():
+    """Catches a length, probes included, of which a part could not be kept."""
+    costs = CostTable(draft_step_s={1: 0.01}, verify_s={1: 1.0, 9: 1.0})
+    policy = GoodputLength((1, 2, 4, 8), costs, prior_acceptance=0.9)
+    for index in range(200):
+        length = policy.choose(RoundInfo(num_rows=1, max_draft_tokens=index % 8))
+        assert length in policy.buckets and length <= index % 8
+        policy.observe(RoundOutcome([length], [length], limits=[length]))
+    assert policy.choose(RoundInfo(num_rows=1, max_draft_tokens=3)) == 2

@@ -161,6 +161,29 @@ def test_a_preempted_sample_goes_on_with_the_draws_it_would_have_had():
     assert preempted.token_ids == undisturbed.token_ids
 
 
+def test_penalties_know_the_answer_from_the_prompt_after_a_preemption_too():
+    """Catches what was generated counting as prompt once it has been prefilled again."""
+    prompts = random_prompts(4, seed=6, longest=30)
+    penalised = greedy(60, presence_penalty=1.5, frequency_penalty=0.5)
+    requests = [request_of(i, prompt, penalised) for i, prompt in enumerate(prompts)]
+    tight, roomy = engine_of(max_positions=180), engine_of()
+    for engine in (tight, roomy):
+        for request in requests:
+            engine.add(request)
+    preempted, undisturbed = Gathered().run(tight), Gathered().run(roomy)
+    assert preempted.num_preempted > 0 and undisturbed.num_preempted == 0
+    assert preempted.token_ids == undisturbed.token_ids
+    by_the_book = {}
+    for index, prompt in enumerate(prompts):
+        by_the_book[index] = []
+        for _ in range(60):
+            with torch.no_grad():
+                logits = speculator_of().model(torch.tensor([prompt + by_the_book[index]])).logits[0, -1].double()
+            counts = torch.bincount(torch.tensor(by_the_book[index], dtype=torch.int64), minlength=len(logits))
+            by_the_book[index].append(int((logits - 1.5 * (counts > 0) - 0.5 * counts).argmax()))
+    assert undisturbed.token_ids == by_the_book
+
+
 def test_the_next_turn_of_a_conversation_finds_its_beginning_and_a_stranger_does_not():
     """Catches a cache that forgets answers, and one that tells tenants what others asked."""
     engine, prompt = engine_of(prefix_positions=1200), random_prompts(1, seed=1)[0] + [5] * PREFIX_CHUNK

@@ -12,7 +12,8 @@ PATHS = ("/v1/completions", "/v1/chat/completions", "/admin/rollback", "/admin/p
 VALID = {
     "/v1/completions": {
         "model": "stories260k", "prompt": "Once", "max_tokens": 2, "n": 1, "stop": ["x"], "temperature": 0.7,
-        "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "presence_penalty": 0.1, "repetition_penalty": 1.1,
+        "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "presence_penalty": 0.1, "frequency_penalty": 0.1,
+        "repetition_penalty": 1.1,
         "logprobs": 1, "stop_token_ids": [3], "ignore_eos": False, "stream": False,
         "stream_options": {"include_usage": True},
         "dvi": {"policy": "fixed", "num_draft_tokens": 1, "train": False, "domain": "a"},

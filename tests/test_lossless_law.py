@@ -26,7 +26,7 @@ from dvi.companion_length import CompanionLength
 from dvi.companions import agreement, token_ratio
 from dvi.draft_length import ConfidenceStop, CostTable, DraftSight, FixedLength, GoodputLength, RoundInfo, RoundOutcome
 from dvi.records import SamplingParams, Verdict
-from dvi.sampling import SamplingBatch, SeenTokens, sample_from
+from dvi.sampling import SamplingBatch, Seen, SeenTokens, sample_from
 from dvi.verification import VerifyRule, acceptance_probs, count_leading, residual_probs, verify_by_rejection
 
 TOLERANCE = 1e-12
@@ -43,17 +43,19 @@ class Instances:
     """Random context-dependent models. *_logits[d]: [N, V**d, V], logits after each drafted prefix of d tokens.
 
     companion_logits: of a third model, whose S and A the length rules are told of; empty where there is none.
+    prompt_NV, generated_NV: bool and int, what the prompt holds and how often the answer so far does.
     """
 
     params: list[SamplingParams]
-    seen_NV: Tensor
+    prompt_NV: Tensor
+    generated_NV: Tensor
     draft_logits: list[Tensor]
     target_logits: list[Tensor]
     companion_logits: list[Tensor] = field(default_factory=list)
 
     @property
     def vocab_size(self) -> int:
-        return self.seen_NV.shape[1]
+        return self.prompt_NV.shape[1]
 
 
 def random_instances(params: list[SamplingParams], *, vocab_size: int, num_draft_tokens: int, seed: int) -> Instances:
@@ -66,7 +68,8 @@ def random_instances(params: list[SamplingParams], *, vocab_size: int, num_draft
 
     return Instances(
         params=params,
-        seen_NV=torch.rand(num, vocab_size, generator=generator) < 0.5,
+        prompt_NV=torch.rand(num, vocab_size, generator=generator) < 0.5,
+        generated_NV=torch.randint(0, 3, (num, vocab_size), generator=torch.Generator().manual_seed(1000 + seed)),
         draft_logits=[logits(depth) for depth in range(num_draft_tokens)],
         target_logits=[logits(depth) for depth in range(num_draft_tokens + 1)],
         companion_logits=[logits(depth) for depth in range(num_draft_tokens)],
@@ -74,7 +77,7 @@ def random_instances(params: list[SamplingParams], *, vocab_size: int, num_draft
 
 
 def all_params() -> list[SamplingParams]:
-    """Every combination of two to four values of each setting, 432 in all, greedy included."""
+    """Every combination of two to four values of each setting, 864 in all, greedy included."""
     choices = {
         "temperature": (0.0, 0.5, 1.0, 1.7),
         "top_k": (0, 1, 2),
@@ -82,6 +85,7 @@ def all_params() -> list[SamplingParams]:
         "min_p": (0.0, 0.1, 0.5),
         "repetition_penalty": (1.0, 1.4),
         "presence_penalty": (0.0, 0.6),
+        "frequency_penalty": (0.0, 0.4),
     }
     return [
         SamplingParams(**dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
@@ -103,8 +107,10 @@ def target_law(instances: Instances, horizon: int) -> tuple[Tensor, list[Tensor]
     batch = SamplingBatch(instances.params, vocab_size=vocab_size, device="cpu")
     law, factors = torch.ones(len(instances.params), 1, dtype=torch.float64), []
     for depth in range(horizon):
-        in_prefix = torch.nn.functional.one_hot(digits(depth, vocab_size), vocab_size).sum(1) > 0
-        factors.append(batch.warp(instances.target_logits[depth], instances.seen_NV[:, None] | in_prefix))
+        in_prefix = torch.nn.functional.one_hot(digits(depth, vocab_size), vocab_size).sum(1)
+        times_generated = instances.generated_NV[:, None] + in_prefix
+        seen = Seen(instances.prompt_NV[:, None] | (times_generated > 0), times_generated)
+        factors.append(batch.warp(instances.target_logits[depth], seen))
         law = (law[..., None] * factors[-1]).flatten(1)
     return law, factors
 
@@ -125,7 +131,9 @@ def measured_law(
     batch = SamplingBatch([p for p in instances.params for _ in range(num_paths)], vocab_size=vocab_size, device="cpu")
     seen = SeenTokens(num * num_paths, vocab_size, "cpu")
     every_id = torch.arange(vocab_size).expand(num * num_paths, vocab_size)
-    seen.add(every_id, instances.seen_NV.repeat_interleave(num_paths, 0))
+    seen.add_prompt(every_id, instances.prompt_NV.repeat_interleave(num_paths, 0))
+    for times in (1, 2):
+        seen.add_generated(every_id, (instances.generated_NV >= times).repeat_interleave(num_paths, 0))
 
     def along_paths(tables: list[Tensor], depth: int) -> Tensor:
         prefix_P = torch.arange(num_paths) // vocab_size ** (depths - depth)
@@ -150,13 +158,13 @@ def measured_law(
     draft_probs_RTV = torch.stack(draft_probs, 1) if depths else no_drafts
     num_drafted_R = count_leading(torch.stack(keeps, 1)) if depths else torch.zeros(num * num_paths, dtype=torch.int64)
     target_logits_RUV = torch.stack([along_paths(instances.target_logits, d) for d in range(depths + 1)], 1)
-    seen_RUV = seen.with_drafts(ids_RT)
-    target_probs_RUV = batch.warp(target_logits_RUV, seen_RUV)
+    seen_before = seen.with_drafts(ids_RT)
+    target_probs_RUV = batch.warp(target_logits_RUV, seen_before)
 
     # Paths that the drafter cannot draw have no verdict to measure.
     live = path_weight_R > 0
     if rule is not None:
-        waived_RT = rule.waives(ids_RT, batch.warp_logits(target_logits_RUV, seen_RUV)[:, :-1])
+        waived_RT = rule.waives(ids_RT, batch.warp_logits(target_logits_RUV, seen_before)[:, :-1])
         verify = functools.partial(verify, waived_BT=waived_RT[live])
     inputs = [x[live] for x in (ids_RT, num_drafted_R, draft_probs_RTV, target_probs_RUV)]
     branch_laws_LUV = torch.zeros(len(live), depths + 1, vocab_size, dtype=torch.float64)
@@ -461,7 +469,8 @@ def test_degenerate_pairs_leave_the_target_law(name):
     draft, target = (torch.tensor(row, dtype=torch.float64) for row in DEGENERATE[name])
     instances = Instances(
         params=[SamplingParams(temperature=1.0)],
-        seen_NV=torch.zeros(1, 3, dtype=torch.bool),
+        prompt_NV=torch.zeros(1, 3, dtype=torch.bool),
+        generated_NV=torch.zeros(1, 3, dtype=torch.int64),
         draft_logits=[draft.expand(1, 3**depth, 3) for depth in range(2)],
         target_logits=[target.expand(1, 3**depth, 3) for depth in range(3)],
     )

@@ -299,13 +299,14 @@ def decode(
     return sorted(results, key=lambda result: result.index)
 
 
-def penalised(logits_V: Tensor, text: list[int], params: SamplingParams) -> list[float]:
+def penalised(logits_V: Tensor, text: list[int], params: SamplingParams, *, prompt_len: int) -> list[float]:
     """The logits after the penalties, token by token."""
     logits = logits_V.tolist()
     for token in set(text):
         z = logits[token]
-        z = z * params.repetition_penalty if z < 0 else z / params.repetition_penalty
-        logits[token] = z - params.presence_penalty
+        logits[token] = z * params.repetition_penalty if z < 0 else z / params.repetition_penalty
+    for token in set(text[prompt_len:]):
+        logits[token] -= params.presence_penalty
     return logits
 
 
@@ -332,7 +333,9 @@ def test_every_draft_of_a_margin_run_is_judged_by_the_book_on_the_text_that_hold
         for stretch in result.transitions:
             if stretch.is_prefill or len(stretch) <= stretch.num_accepted:  # the text's end cut the round
                 continue
-            num_literal = judge_again(stretch, text, logits_SV, params)
+            num_literal = judge_again(
+                stretch, text, logits_SV, params, prompt_len=len(PROMPTS[result.index])
+            )
             assert stretch.is_honest == (stretch.num_waived == 0)
             if params.is_greedy:
                 assert stretch.num_waived == num_literal
@@ -342,12 +345,14 @@ def test_every_draft_of_a_margin_run_is_judged_by_the_book_on_the_text_that_hold
     assert num_waived > 5 and num_honest > 3
 
 
-def judge_again(stretch: Transitions, text: list[int], logits_SV: Tensor, params: SamplingParams) -> int:
+def judge_again(
+    stretch: Transitions, text: list[int], logits_SV: Tensor, params: SamplingParams, *, prompt_len: int
+) -> int:
     """Checks one round's verdict; how many of its accepted drafts the margin alone explains (greedy), or could."""
     num_literal, draft_ids = 0, stretch.draft_token_ids_W.tolist()
     for column in range(min(stretch.num_accepted + 1, stretch.num_drafted)):
         position, token = stretch.start_position + column, draft_ids[column]
-        logits = penalised(logits_SV[position], text[: position + 1], params)
+        logits = penalised(logits_SV[position], text[: position + 1], params, prompt_len=prompt_len)
         is_literal, is_choice = literally_waived(logits, token, THETA), max(logits) == logits[token]
         if column == stretch.num_accepted:
             assert not is_literal  # or it would have been kept

@@ -5,6 +5,7 @@ Statistical tests use fixed seeds, so they never flake; the false-alarm odds say
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -22,7 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from dvi.records import SamplingParams
-from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
+from dvi.sampling import Role, SamplingBatch, Seen, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.verification import verify_by_rejection
 
 FALSE_ALARM = 1e-6
@@ -75,7 +76,7 @@ def test_warping_equals_the_processors_of_hugging_face(params):
     logits_BV = random_logits(40, vocab_size, seed=1)
     ids_BN = torch.randint(0, vocab_size, (40, 12), generator=torch.Generator().manual_seed(2))
     seen = SeenTokens(40, vocab_size, "cpu")
-    seen.add(ids_BN, torch.ones_like(ids_BN, dtype=torch.bool))
+    seen.add_prompt(ids_BN, torch.ones_like(ids_BN, dtype=torch.bool))
     ours = batch_of(*[params] * 40, vocab_size=vocab_size).warp(logits_BV[:, None], seen.with_drafts(ids_BN[:, :0]))
     theirs = probs_of_hugging_face(params, ids_BN, logits_BV)
     assert ((ours[:, 0] > 0) == (theirs > 0)).all()
@@ -86,12 +87,15 @@ def test_a_row_is_warped_the_same_whatever_its_batch_mates_ask_for():
     """Catches a switched-off setting that still changes bits once a batch mate switches it on."""
     plain, greedy = SamplingParams(temperature=0.9), SamplingParams()
     busy = SamplingParams(temperature=2.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.5, presence_penalty=0.3)
+    busy = dataclasses.replace(busy, frequency_penalty=0.2)
     logits_BQV = random_logits(3, 4, 1000, seed=3, dtype=torch.float32)
     logits_BQV[0, 0, 7] = 60  # leaves a tail that no running sum resolves, which top_p = 1 must keep all the same
-    seen_BQV = torch.rand(3, 4, 1000, generator=torch.Generator().manual_seed(4)) < 0.5
-    together = batch_of(plain, greedy, busy, vocab_size=1000).warp(logits_BQV, seen_BQV)
+    times_BQV = torch.randint(0, 3, (3, 4, 1000), generator=torch.Generator().manual_seed(4))
+    seen = Seen(times_BQV > 0, times_BQV)
+    together = batch_of(plain, greedy, busy, vocab_size=1000).warp(logits_BQV, seen)
     for row, params in enumerate((plain, greedy, busy)):
-        alone = batch_of(params, vocab_size=1000).warp(logits_BQV[row, None], seen_BQV[row, None])
+        own = Seen(seen.anywhere_BQV[row, None], times_BQV[row, None])
+        alone = batch_of(params, vocab_size=1000).warp(logits_BQV[row, None], own)
         assert torch.equal(together[row], alone[0])
 
 
@@ -99,10 +103,11 @@ def test_greedy_rows_are_one_hot_at_the_first_of_tied_maxima_after_penalties():
     """Catches an argmax of the unpenalised logits, and a tie split between two tokens or given to the later one."""
     params = [SamplingParams(), SamplingParams(presence_penalty=1.5), SamplingParams(temperature=1.0)]
     logits_BQV = torch.tensor([1.0, 2.0, 2.0, 1.0]).expand(3, 1, 4)
-    seen_BQV = torch.tensor([False, True, True, False]).expand(3, 1, 4)
+    times_BQV = torch.tensor([0, 1, 1, 0]).expand(3, 1, 4)
+    seen = Seen(times_BQV > 0, times_BQV)
     batch = batch_of(*params, vocab_size=4)
-    assert batch.warp(logits_BQV, seen_BQV)[:2, 0].tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
-    assert batch.argmax(logits_BQV, seen_BQV)[:, 0].tolist() == [1, 0, 1]
+    assert batch.warp(logits_BQV, seen)[:2, 0].tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert batch.argmax(logits_BQV, seen)[:, 0].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("top_p, expected", [(0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.876, 4), (1.0, 5)])
@@ -168,29 +173,57 @@ def test_half_precision_logits_are_warped_in_float32():
 def test_each_position_sees_the_committed_tokens_and_the_drafts_before_it():
     """Catches penalties per block: every position seeing all drafts, or none of them, or its own token."""
     seen = SeenTokens(2, 6, "cpu")
-    seen.add(torch.tensor([[0, 5], [1, -7]]), torch.tensor([[True, True], [True, False]]))
+    seen.add_prompt(torch.tensor([[0, 5], [1, -7]]), torch.tensor([[True, True], [True, False]]))
     drafts_BT = torch.tensor([[2, 3, 2], [1, 4, 0]])
-    columns = [[set(torch.nonzero(c).flatten().tolist()) for c in row] for row in seen.with_drafts(drafts_BT)]
+    before = seen.with_drafts(drafts_BT)
+    columns = [[set(torch.nonzero(c).flatten().tolist()) for c in row] for row in before.anywhere_BQV]
     assert columns == [[{0, 5}, {0, 2, 5}, {0, 2, 3, 5}, {0, 2, 3, 5}], [{1}, {1}, {1, 4}, {0, 1, 4}]]
+    counted = [[{v: n for v, n in enumerate(c) if n} for c in row] for row in before.times_generated_BQV.tolist()]
+    assert counted == [[{}, {2: 1}, {2: 1, 3: 1}, {2: 2, 3: 1}], [{}, {1: 1}, {1: 1, 4: 1}, {0: 1, 1: 1, 4: 1}]]
 
 
 def test_one_draft_step_sees_what_its_column_of_the_block_sees():
     """Catches drafter and verifier penalising differently, which would be lawful but waste acceptance."""
     seen = SeenTokens(3, 9, "cpu")
-    seen.add(torch.tensor([[4], [5], [6]]), torch.tensor([[True], [False], [True]]))
+    seen.add_prompt(torch.tensor([[4], [5], [6]]), torch.tensor([[True], [False], [True]]))
+    seen.add_generated(torch.tensor([[4], [5], [6]]), torch.tensor([[True], [True], [False]]))
     drafts_BT = torch.randint(0, 9, (3, 4), generator=torch.Generator().manual_seed(6))
-    block_BUV = seen.with_drafts(drafts_BT)
+    block = seen.with_drafts(drafts_BT)
     for depth in range(5):
-        assert torch.equal(seen.after_drafts(drafts_BT[:, :depth])[:, 0], block_BUV[:, depth])
+        step = seen.after_drafts(drafts_BT[:, :depth])
+        assert torch.equal(step.anywhere_BQV[:, 0], block.anywhere_BQV[:, depth])
+        assert torch.equal(step.times_generated_BQV[:, 0], block.times_generated_BQV[:, depth])
 
 
 def test_a_cleared_row_has_seen_nothing_and_its_neighbours_keep_theirs():
     """Catches a new request that inherits the penalties of the one that had its row."""
     seen = SeenTokens(2, 4, "cpu")
-    seen.add(torch.tensor([[1], [2]]), torch.ones(2, 1, dtype=torch.bool))
+    seen.add_prompt(torch.tensor([[1], [2]]), torch.ones(2, 1, dtype=torch.bool))
+    seen.add_generated(torch.tensor([[0], [2]]), torch.ones(2, 1, dtype=torch.bool))
     seen.clear_row(0)
-    seen_BV = seen.with_drafts(torch.zeros(2, 0, dtype=torch.int64))[:, 0]
-    assert seen_BV.tolist() == [[False] * 4, [False, False, True, False]]
+    left = seen.after_drafts(torch.zeros(2, 0, dtype=torch.int64))
+    assert left.anywhere_BQV[:, 0].tolist() == [[False] * 4, [False, False, True, False]]
+    assert left.times_generated_BQV[:, 0].tolist() == [[0] * 4, [0, 0, 1, 0]]
+
+
+def test_presence_and_frequency_count_the_answer_alone_and_repetition_the_prompt_too():
+    """Catches OpenAI's penalties of tokens that only the prompt has, and one that does not grow with the count."""
+    seen = SeenTokens(1, 4, "cpu")
+    all_valid = torch.ones(1, 2, dtype=torch.bool)
+    seen.add_prompt(torch.tensor([[0, 1]]), all_valid)
+    seen.add_generated(torch.tensor([[1, 2]]), all_valid)
+    seen.add_generated(torch.tensor([[2, 2]]), all_valid)
+    before = seen.after_drafts(torch.zeros(1, 0, dtype=torch.int64))
+    logits_BQV = torch.tensor([[[8.0, 8.0, 8.0, 8.0]]], dtype=torch.float64)
+
+    def penalised(**penalties: float) -> list[float]:
+        batch = batch_of(SamplingParams(temperature=1.0, **penalties), vocab_size=4)
+        return batch.warp_logits(logits_BQV, before).flatten().tolist()
+
+    assert penalised(presence_penalty=0.5) == [8.0, 7.5, 7.5, 8.0]
+    assert penalised(frequency_penalty=0.5) == [8.0, 7.5, 6.5, 8.0]
+    assert penalised(repetition_penalty=2.0) == [4.0, 4.0, 4.0, 8.0]
+    assert penalised(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25) == [4.0, 3.25, 2.75, 8.0]
 
 
 # --- the hash ---------------------------------------------------------------------------------------------------------

@@ -57,7 +57,9 @@ CONFIGS: dict[str, tuple[dict, LengthPolicy]] = {
     "temperature": ({"temperature": 2.5}, FixedLength(1)),
     "top-p": ({"temperature": 2.0, "top_p": 0.9}, FixedLength(2)),
     "top-k, confidence stop": ({"temperature": 2.5, "top_k": 6}, ConfidenceStop(3, threshold=0.3)),
-    "presence penalty, ragged": ({"temperature": 2.0, "presence_penalty": 1.5}, RaggedLength(2, seed=0)),
+    "presence and frequency penalty, ragged": (
+        {"temperature": 2.0, "presence_penalty": 1.0, "frequency_penalty": 0.5}, RaggedLength(2, seed=0),
+    ),
     "temperature, companion": ({"temperature": 2.5}, companion_length()),
 }
 
@@ -70,11 +72,11 @@ def speculator_of() -> SelfSpeculator:
     return speculator
 
 
-def warped(logits_V: Tensor, options: dict, seen: set[int]) -> Tensor:
+def warped(logits_V: Tensor, options: dict, generated: set[int]) -> Tensor:
     """The distribution of the next token, by the book and token by token."""
     logits = logits_V.double().clone()
-    for token in seen:
-        logits[token] -= options.get("presence_penalty", 0.0)
+    for token in generated:
+        logits[token] -= options.get("presence_penalty", 0.0) + options.get("frequency_penalty", 0.0)
     logits /= options["temperature"]
     order = logits.argsort(descending=True)
     kept = order[: options.get("top_k") or VOCAB_SIZE]
@@ -89,10 +91,10 @@ def warped(logits_V: Tensor, options: dict, seen: set[int]) -> Tensor:
 def law_of_pairs(options: dict) -> Tensor:
     """[V, V]: the probability of the first two tokens, from the model's own forward pass."""
     model = speculator_of().model
-    first = warped(model(torch.tensor([PROMPT])).logits[0, -1], options, set(PROMPT))
+    first = warped(model(torch.tensor([PROMPT])).logits[0, -1], options, set())
     ids = torch.tensor([[*PROMPT, token] for token in range(VOCAB_SIZE)])
     logits = model(ids).logits[:, -1]
-    second = [warped(logits[token], options, {*PROMPT, token}) for token in range(VOCAB_SIZE)]
+    second = [warped(logits[token], options, {token}) for token in range(VOCAB_SIZE)]
     return first[:, None] * torch.stack(second)
 
 

@@ -205,17 +205,17 @@ def judge_a_round(batch: SamplingBatch, seen: SeenTokens, start_B, draft_logits_
         keep.append(ConfidenceStop(depths, threshold=0.3).keep(sight))
         drafts_BT = torch.stack(ids, 1)
     num_drafted_B = count_leading(torch.stack(keep, 1))
-    seen_BUV = seen.with_drafts(drafts_BT)
-    target_BUV = batch.warp(target_logits_BUV, seen_BUV)
+    seen_before = seen.with_drafts(drafts_BT)
+    target_BUV = batch.warp(target_logits_BUV, seen_before)
     depth_T = torch.arange(depths, device=start_B.device)
     accept_BT = uniform(batch.seed_B[:, None], start_B[:, None], depth_T, Role.ACCEPT)
     recover_B = uniform(batch.seed_B, start_B, 0, Role.RECOVER)
     rejection = verify_by_rejection(drafts_BT, num_drafted_B, torch.cat(probs, 1), target_BUV, accept_BT, recover_B)
-    greedy = verify_greedy(drafts_BT, num_drafted_B, batch.argmax(target_logits_BUV, seen_BUV))
+    greedy = verify_greedy(drafts_BT, num_drafted_B, batch.argmax(target_logits_BUV, seen_before))
     position_BU = start_B[:, None] + torch.arange(depths + 1, device=start_B.device)
     noise_BUV = hash_gumbel(batch.seed_B, position_BU, batch.vocab_size)
     coupled = verify_greedy(drafts_BT, num_drafted_B, gumbel_argmax(target_BUV, noise_BUV))
-    seen.add(drafts_BT, depth_T < rejection.num_accepted_B[:, None])
+    seen.add_generated(drafts_BT, depth_T < rejection.num_accepted_B[:, None])
     verdicts = [x for v in (rejection, greedy, coupled) for x in (v.num_accepted_B, v.next_token_B)]
     return [drafts_BT, num_drafted_B, *verdicts]
 
@@ -223,7 +223,7 @@ def judge_a_round(batch: SamplingBatch, seen: SeenTokens, start_B, draft_logits_
 def round_on(device: str) -> tuple:
     params = [
         SamplingParams(temperature=1.0, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2, seed=5),
-        SamplingParams(temperature=0.5, presence_penalty=0.5, seed=2**61),
+        SamplingParams(temperature=0.5, presence_penalty=0.5, frequency_penalty=0.25, seed=2**61),
         SamplingParams(),
     ]
     draft, target = torch.randn(2, 3, 5, 40, generator=torch.Generator().manual_seed(4)) * 2

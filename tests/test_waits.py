@@ -63,7 +63,7 @@ def test_a_round_waits_for_the_device_once(monkeypatch):
 
 META_PARAMS = {
     "greedy": {},
-    "penalties": {"repetition_penalty": 1.2},
+    "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.2},
     "sampled": {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.01, "presence_penalty": 0.1},
     "gumbel": {"temperature": 1.0, "coupling": "gumbel"},
 }
@@ -103,7 +103,8 @@ def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, 
     rows = slice(0, 2)
     cache = split.make_cache(2, 16)
     last_token_B = torch.zeros(2, dtype=torch.int64, device="meta")
-    state = RowState(rows, last_token_B, torch.zeros(2, 16, device="meta"), sampling, seen)
+    room_B = torch.zeros(2, dtype=torch.int64, device="meta")
+    state = RowState(rows, room_B, last_token_B, torch.zeros(2, 16, device="meta"), sampling, seen)
     if policy.companion is not None:
         policy.companion.follow(drafter, [])
     with torch.no_grad():

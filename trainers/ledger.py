@@ -38,7 +38,8 @@ class TrafficLedger:
                 continue
             for stats in (self.total, self._window):
                 stats.count_round(
-                    num_drafted=stretch.num_drafted, num_accepted=stretch.num_accepted, num_waived=stretch.num_waived
+                    num_drafted=stretch.num_drafted, num_accepted=stretch.num_accepted, num_waived=stretch.num_waived,
+                    num_kept=len(stretch),
                 )
         if self._window.num_drafted >= WINDOW_DRAFTED:
             self.first, self.newest = self.first or self._window, self._window

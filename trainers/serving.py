@@ -217,7 +217,7 @@ class ServingLearner:
         total, trainer = self.traffic.total, self.trainer
         facts: dict[str, object] = {
             "requests": self.traffic.num_requests, "prompt_tokens": total.prompt_tokens,
-            "tokens": total.committed_tokens, "rounds": total.num_rounds, "drafted": total.num_drafted,
+            "tokens": total.new_tokens, "rounds": total.num_rounds, "drafted": total.num_drafted,
             "accepted": total.num_accepted, "waived": total.num_waived, "schedule": trainer.config.schedule,
             "phase": trainer.schedule.phase(max(trainer.num_steps - 1, 0)), "steps": trainer.num_steps,
             "skipped_steps": trainer.num_skipped, "rollbacks": trainer.num_rollbacks,

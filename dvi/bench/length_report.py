@@ -83,7 +83,7 @@ def _row(batch_size: int, policy: str, mine: list[Line], fixed: list[Line]) -> R
         "tokens_per_s": statistics.median(speeds), "relative": None if relative is None else asdict(relative),
         "num_rounds": total.num_rounds, "num_drafted": total.num_drafted, "num_accepted": total.num_accepted,
         "mean_accepted_tokens": total.mean_accepted_tokens, "num_wasted": num_wasted,
-        "wasted_share": num_wasted / num_verified, "verified_per_token": num_verified / total.committed_tokens,
+        "wasted_share": num_wasted / num_verified, "verified_per_token": num_verified / total.new_tokens,
         "num_compared": sum(line["num_compared"] for line in mine),
         "num_differing": sum(len(line["divergences"]) for line in mine),
         "num_unexplained": _num_unexplained(mine), "is_void": _num_unexplained(mine) + _num_unexplained(fixed) > 0,

@@ -25,12 +25,15 @@ MAX_DRAFT_TOKENS = GOODPUT_BUCKETS[-1]
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below: logits / temperature overflows, and it is greedy all the same
 MAX_PENALTY = 100.0
 SEED_SPAN = 2**62
+SAMPLED_BY = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 # A template is code. One from a client is refused under every name and at every depth.
 _TEMPLATE_FIELDS = {"chat_template", "chat_template_kwargs", "chat_template_args", "jinja_template"}
 # Fields that would change the answer, with the values at which they do not.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
+    "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
     "functions": ([],), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
     "echo": (False,), "suffix": ("",), "best_of": (1,), "modalities": (["text"],), "audio": (), "prediction": (),
     "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (),
@@ -81,6 +84,7 @@ class GenerationBody(_Body):
     top_k: Annotated[int, Field(lt=2**31)] | None = None
     min_p: float | None = None
     presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1 / MAX_PENALTY, le=MAX_PENALTY)] | None = None
     ignore_eos: bool | None = None
     dvi: DviOptions = DviOptions()
@@ -210,7 +214,7 @@ def sampling_params(body: GenerationBody, defaults: RequestSettings, *, max_new_
     num_answers = num_prompts * body.num_answers
     chosen = {
         name: getattr(body, name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+        for name in SAMPLED_BY
         if getattr(body, name) is not None
     }
     stop = defaults.stop_strings if body.stop is None else (body.stop,) if isinstance(body.stop, str) else body.stop

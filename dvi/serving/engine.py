@@ -232,7 +232,7 @@ class Engine:
                 self._fail(lane.by_sequence[batch.newest.request_id].request, error)
         if not transitions and not batch.sequences:
             return []
-        seconds, num_rows, num_committed = time.perf_counter() - start_s, len(batch.sequences), 0
+        seconds, num_rows, num_kept = time.perf_counter() - start_s, len(batch.sequences), 0
         for outcome in batch.outcomes:
             active = lane.by_sequence[outcome.sequence.request_id]
             tallies = [report.rounds]
@@ -240,12 +240,12 @@ class Engine:
                 tallies.append(report.rounds_by_domain.setdefault(active.request.domain, RoundStats()))
             for tally in tallies:
                 outcome.add_to(tally)
-            num_committed += outcome.num_accepted + 1
-            self.scheduler.grew(outcome.sequence.request_id, outcome.num_accepted + 1)
+            num_kept += outcome.num_kept
+            self.scheduler.grew(outcome.sequence.request_id, outcome.num_kept)
         report.num_rows += num_rows
         report.rounds.decode_s += seconds
         costs = batch.policy.costs if isinstance(batch.policy, GoodputLength) else self.costs()
-        report.plain_s += num_committed / num_rows * costs.round_s(num_rows, 0)
+        report.plain_s += num_kept / num_rows * costs.round_s(num_rows, 0)
         for sequence in list(batch.sequences):
             active = lane.by_sequence[sequence.request_id]
             try:

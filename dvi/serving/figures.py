@@ -161,7 +161,7 @@ class Figures:
             rounds = self.rounds
             summary = {
                 "acceptance": ratio(rounds.num_accepted, rounds.num_drafted),
-                "mean_accepted_tokens": ratio(rounds.committed_tokens, rounds.num_rounds),
+                "mean_accepted_tokens": ratio(rounds.new_tokens, rounds.num_rounds),
                 "tokens_per_s": ratio(rounds.new_tokens, seconds),
                 "speed_up": ratio(self.plain_s, self.timed_decode_s),
                 "train_share": ratio(self.train_s, seconds),
@@ -255,7 +255,7 @@ class Split:
             "num_drafted": self.rounds.num_drafted,
             "acceptance": rounded(ratio(self.rounds.num_accepted, self.rounds.num_drafted)),
             "newest_acceptance": rounded(ratio(self.newest_accepted, self.newest_drafted)),
-            "mean_accepted_tokens": rounded(ratio(self.rounds.committed_tokens, self.rounds.num_rounds)),
+            "mean_accepted_tokens": rounded(ratio(self.rounds.new_tokens, self.rounds.num_rounds)),
         }
 
 

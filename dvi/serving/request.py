@@ -101,7 +101,7 @@ class StepReport:
     num_rows         rows that decoded; num_prefill_tokens positions prefilled.
     num_running, num_waiting, num_preempted   after the step; preempted: during it.
     num_cached_positions, num_prefix_positions  positions held by running rows, and by the prefix cache.
-    plain_s          seconds that plain decoding would have taken for the same committed tokens, by measured costs;
+    plain_s          seconds that plain decoding would have taken for the same new tokens, by measured costs;
                      0 where no cost is known. decode_s / plain_s is the inverse of the speed-up.
     drafter_version  of the default drafter.
     level, verify_rule  as of `RequestOutput`.

@@ -255,7 +255,8 @@ def _check_settings(config: TrainConfig, variants: list[str]) -> None:
             "data.prompts and data.dataset must not be given: the streams are read by domain; leave them out, and name "
             "a folder of DOMAIN.jsonl files as data"
         )
-    if config.sampling.temperature or config.sampling.repetition_penalty != 1 or config.sampling.presence_penalty:
+    params = SamplingParams(**dataclasses.asdict(config.sampling))
+    if not params.is_greedy or params.has_penalties:
         raise ValueError("sampling must be greedy and without penalties, for held-out acceptance is replayed exactly")
     if not config.train.enabled:
         raise ValueError("train.enabled must be true: a drafter that does not learn does not drift")

@@ -166,7 +166,8 @@ class FakeLoop:
 def echo(request: Request):
     """One token, and the end."""
     yield RequestOutput(request.request_id, text="yes", token_ids=[5])
-    yield RequestOutput(request.request_id, finish_reason="length", stats=RoundStats(num_rounds=1, committed_tokens=1))
+    stats = RoundStats(num_rounds=1, new_tokens=1, committed_tokens=1)
+    yield RequestOutput(request.request_id, finish_reason="length", stats=stats)
 
 
 def bare_engine(loop: EngineLoop) -> SimpleNamespace:

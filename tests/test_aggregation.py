@@ -9,7 +9,7 @@ from serving_doubles import stories_config
 from dvi.records import RoundStats
 from dvi.serving.aggregation import GAUGES, ServerCounts, combine, expose, numbers, total
 from dvi.serving.monitor import Monitor
-from dvi.serving.request import Request, RequestOutput, StepReport
+from dvi.serving.request import Load, Request, RequestOutput, StepReport
 from trainers.server_job import build_serving
 
 
@@ -24,11 +24,13 @@ class Clock:
 def busy_monitor(*, drafted, accepted, running=0, version=0, seconds=0.1, domain="maths"):
     """A monitor that has seen one step, one request of so many seconds, and one learner's figures."""
     clock = Clock()
-    monitor = Monitor(clock)
-    rounds = RoundStats(num_rounds=3, num_drafted=drafted, num_accepted=accepted, committed_tokens=accepted + 3)
+    load = Load(num_running=running, num_cached_positions=10, drafter_version=version)
+    monitor = Monitor(clock, load=lambda: load)
+    rounds = RoundStats(
+        num_rounds=3, num_drafted=drafted, num_accepted=accepted, new_tokens=accepted + 3, committed_tokens=accepted + 3
+    )
     monitor.on_step(StepReport(
-        seconds=0.5, rounds=rounds, num_running=running, num_cached_positions=10, drafter_version=version,
-        rounds_by_domain={domain: rounds},
+        seconds=0.5, rounds=rounds, num_running=running, drafter_version=version, rounds_by_domain={domain: rounds},
     ))  # fmt: skip
     clock.now_s += seconds
     request = Request(1, prompt_ids=[1, 2], params=None, arrived_s=100.0, domain=domain)

@@ -24,7 +24,7 @@ from dvi.records import LossWeights, RoundStats, SamplingParams, UpdateReport
 from dvi.serving import dashboard
 from dvi.serving.live import fetch_from, show
 from dvi.serving.monitor import Monitor
-from dvi.serving.request import Request, RequestOutput, StepReport
+from dvi.serving.request import Load, Request, RequestOutput, StepReport
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 20.0
@@ -64,6 +64,7 @@ def serve(monitor: Monitor, *, steps: int, num_accepted: int, version: int = 1, 
         by_domain = {domain: stats}
         monitor.on_step(StepReport(0.03, rounds=stats, num_running=2, num_waiting=1, plain_s=0.03,
                                    drafter_version=version, rounds_by_domain=by_domain))  # fmt: skip
+        monitor.load = lambda version=version: Load(num_running=2, num_waiting=1, drafter_version=version)
         losses, weights = {"forward_kl": 2.0, "policy_gradient": -0.1}, LossWeights(forward_kl=0.5)
         monitor.on_update(UpdateReport(number, version, "kl", losses, weights, 1.0, 64, 0.1, False))
         request = Request(number, [1, 2], SamplingParams(), tenant="alice", domain=domain, arrived_s=monitor._clock())

@@ -157,6 +157,22 @@ def test_100_random_disconnects_leak_nothing_and_disturb_nobody():
     assert threading.active_count() == num_threads
 
 
+def test_gauges_follow_cancelled_and_waiting_requests_without_another_step():
+    """Catches an idle server that reports for ever what ran when its last step ended."""
+    engine, client = engine_of(max_rows=2), Client()
+    with running(engine) as loop:
+        requests = some_requests(loop, 5, seed=3, max_new_tokens=60)
+        loop.submit(requests, client)
+        client.wait(lambda: bool(client.token_ids))  # of five, for two rows, most are still to come
+        assert loop.load().num_running > 0
+        loop.cancel([request.request_id for request in requests])
+        client.wait_for_all(requests)
+        loop.call(lambda: None).result(PATIENCE_S)
+        load = loop.monitor.load()
+        assert (load.num_running, load.num_waiting, load.num_cached_positions) == (0, 0, 0)
+        assert "dvi:num_requests_running 0.0" in loop.monitor.exposition().decode()
+
+
 @pytest.mark.parametrize("where", ["observe", "step", "stats"])
 def test_a_learner_that_dies_costs_no_request(where: str):
     """Catches training that takes serving with it, and a death that nobody is told of."""

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dvi.records import LossWeights, RoundStats, SamplingParams, UpdateReport
 from dvi.serving.figures import MAX_LABELS, OTHER, Figures, Histogram, Series
 from dvi.serving.monitor import NEWEST_S, NUM_BINS_SINCE_START, NUM_RECENT_BINS, NUM_VERSIONS, Monitor
-from dvi.serving.request import Request, RequestOutput, StepReport
+from dvi.serving.request import Load, Request, RequestOutput, StepReport
 
 DAY_S = 86400.0
 
@@ -34,7 +34,6 @@ def rounds(*outcomes: tuple[int, int], decode_s: float = 0.0) -> RoundStats:
     stats = RoundStats(decode_s=decode_s)
     for num_drafted, num_accepted in outcomes:
         stats.count_round(num_drafted=num_drafted, num_accepted=num_accepted)
-    stats.new_tokens = stats.committed_tokens
     return stats
 
 
@@ -351,8 +350,8 @@ def test_the_tokens_axis_never_goes_back_where_nothing_was_served():
 
 def test_prometheus_reads_the_names_that_vllm_dashboards_use():
     """Catches a renamed counter: dashboards made for vLLM work with the prefix changed, and only then."""
-    monitor = Monitor()
-    monitor.on_step(step((4, 2), (4, 4), num_running=2, num_waiting=7))
+    monitor = Monitor(load=lambda: Load(num_running=2, num_waiting=7))
+    monitor.on_step(step((4, 2), (4, 4)))
     found = samples(monitor)
     expected = {
         "spec_decode_num_drafts_total": 2, "spec_decode_num_draft_tokens_total": 8,
@@ -364,7 +363,36 @@ def test_prometheus_reads_the_names_that_vllm_dashboards_use():
     per_position = [value(monitor, "spec_decode_num_accepted_tokens_per_pos_total", position=str(i)) for i in range(4)]
     assert per_position == [2, 2, 1, 1]
     # MAT as its help text says.
-    assert monitor.snapshot()["total"]["mean_accepted_tokens"] == 1 + 6 / 2
+    assert monitor.snapshot()["total"]["mean_accepted_tokens"] == 8 / 2
+
+
+def test_gauges_are_what_is_there_when_they_are_read():
+    """Catches requests, positions or a version that stay as the last step left them, when no other step comes."""
+    now = Load(2, 7, 300, 60, 4, "lossy", "margin 0.9")
+    monitor = Monitor(load=lambda: now)
+    monitor.on_step(step((4, 2), num_running=2, num_waiting=7, drafter_version=4))
+    assert value(monitor, "num_requests_running") == 2 and value(monitor, "level", level="lossy") == 1
+    now = Load(drafter_version=5)
+    gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_positions", "prefix_cache_positions")
+    assert [value(monitor, name) for name in gauges] == [0, 0, 0, 0]
+    assert value(monitor, "drafter_version") == 5 and value(monitor, "verify_rule", rule="strict") == 1
+    snapshot = monitor.snapshot()
+    assert (snapshot["running"], snapshot["waiting"], snapshot["cached_positions"]) == (0, 0, 0)
+    assert (snapshot["prefix_positions"], snapshot["drafter_version"], snapshot["level"]) == (0, 5, "fast")
+    assert snapshot["newest"]["max_running"] == 2  # what was is told where it belongs
+
+
+def test_what_came_behind_the_end_of_an_answer_is_in_no_figure_but_its_own():
+    """Catches acceptances, a mean and a speed-up of tokens that nobody got."""
+    stats = RoundStats(decode_s=1.0)
+    stats.count_round(num_drafted=8, num_accepted=1, num_kept=1, num_committed=9)
+    monitor = Monitor()
+    monitor.on_step(StepReport(seconds=1.0, rounds=stats, plain_s=0.5))
+    total = monitor.snapshot()["total"]
+    assert (total["mean_accepted_tokens"], total["acceptance"], total["speed_up"]) == (1, 1 / 8, 0.5)
+    assert value(monitor, "spec_decode_num_accepted_tokens_total") == 1
+    assert value(monitor, "spec_decode_num_tokens_past_end_total") == 8
+    assert stats.accepted_per_depth == stats.drafted_per_depth == [1]
 
 
 def test_histogram_buckets_are_cumulative_and_end_with_all():

@@ -20,7 +20,7 @@ from dvi.drafter import MAX_DEPTH
 from dvi.planning.plans import ServingPlan
 from dvi.records import RoundStats, Transitions
 from dvi.serving.prefix_cache import PrefixCache
-from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice, Request, RequestOutput, StepReport
+from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice, Load, Request, RequestOutput, StepReport
 from dvi.serving.scheduler import Scheduler, SchedulerLimits
 from dvi.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, SelfSpeculator
 from dvi.text import TextStream
@@ -146,7 +146,7 @@ class Engine:
     def step(self) -> StepResult:
         """Schedule, prefill, one round per lane, postprocess. A request that fails, fails alone."""
         start_s = time.perf_counter()
-        report, transitions, self._outputs = self.new_report(), [], []
+        report, transitions, self._outputs = StepReport(seconds=0.0, drafter_version=self._version), [], []
         plan = self.scheduler.schedule(start_s)
         for request, reason in plan.expired:
             self._outputs.append(self._close(request, "timeout", reason))
@@ -170,17 +170,21 @@ class Engine:
                 transitions += self._round(lane, report)
         self._drop_idle_lanes()
         report.num_running, report.num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
-        report.num_cached_positions = self.scheduler.num_positions
-        report.num_prefix_positions = self.prefixes.num_positions
         report.seconds = time.perf_counter() - start_s
         return StepResult(self._outputs, transitions, report)
 
-    def new_report(self) -> StepReport:
-        """Of a step in which nothing has happened yet."""
-        return StepReport(
-            seconds=0.0, drafter_version=self.drafters[DEFAULT_DRAFTER].version, level=self.speculator.level,
-            verify_rule=self.speculator.rule.name,
+    def load(self) -> Load:
+        """What it holds now. Any thread."""
+        scheduler = self.scheduler
+        return Load(
+            num_running=scheduler.num_running, num_waiting=scheduler.num_waiting,
+            num_cached_positions=scheduler.num_positions, num_prefix_positions=self.prefixes.num_positions,
+            drafter_version=self._version, level=self.speculator.level, verify_rule=self.speculator.rule.name,
         )
+
+    @property
+    def _version(self) -> int:
+        return self.drafters[DEFAULT_DRAFTER].version
 
     def _admit(self, request: Request, now_s: float) -> _Active:
         active = self._active.get(request.request_id)

@@ -48,16 +48,20 @@ def _speculation(readings: Readings) -> Iterator[Metric]:
     yield _counter(
         "spec_decode_num_drafts",
         "Rounds: one draft and one verify pass of one request, those that drafted nothing included. Each commits its "
-        "accepted tokens and one recovered or bonus token, so mean accepted tokens (MAT) = 1 + num_accepted_tokens / "
-        "num_drafts, with that token counted.",
+        "accepted tokens and one recovered or bonus token; mean accepted tokens (MAT), with that token counted, is "
+        "generation_tokens / num_drafts.",
         rounds.num_rounds,
     )
     yield _counter("spec_decode_num_draft_tokens", "Drafted tokens.", rounds.num_drafted)
     yield _counter(
         "spec_decode_num_accepted_tokens",
-        "Drafted tokens that the verifier accepted; recovered and bonus tokens are not among them.",
+        "Drafted tokens that the verifier accepted and an answer has; recovered and bonus tokens are not among them.",
         rounds.num_accepted,
     )
+    yield _counter(
+        "spec_decode_num_tokens_past_end", "Tokens that verdicts gave behind the ends of answers; nobody got them.",
+        rounds.num_accepted_past_end,
+    )  # fmt: skip
     yield _counter(
         "spec_decode_num_waived_tokens", "Accepted tokens that a lossy verify rule alone let pass.", rounds.num_waived
     )
@@ -67,7 +71,7 @@ def _speculation(readings: Readings) -> Iterator[Metric]:
     )  # fmt: skip
     yield _counter(
         "spec_decode_num_draft_tokens_per_pos",
-        "Drafted tokens that the verifier came to, by position in the draft: up to the first rejection.",
+        "Drafted tokens that the verifier came to, by position in the draft: up to the first rejection or the end.",
         label="position", by=_by_position(rounds.drafted_per_depth),
     )  # fmt: skip
     yield _counter("spec_decode_decode_seconds", "Seconds of rounds whose plain cost is known.", total.timed_decode_s)
@@ -77,21 +81,21 @@ def _speculation(readings: Readings) -> Iterator[Metric]:
         "spec_decode_decode_seconds it is the speed-up.",
         total.plain_s,
     )
-    yield _gauge("drafter_version", "Version of the default drafter that drafts now.", readings.step.drafter_version)
-    yield _gauge("verify_rule", "1 for the verify rule in force.", label="rule", by={readings.step.verify_rule: 1})
+    yield _gauge("drafter_version", "Version of the default drafter that drafts now.", readings.load.drafter_version)
+    yield _gauge("verify_rule", "1 for the verify rule in force.", label="rule", by={readings.load.verify_rule: 1})
     yield _gauge(
         "level", "1 for what is promised of the tokens: exact, fast or lossy.", label="level",
-        by={readings.step.level: 1},
+        by={readings.load.level: 1},
     )  # fmt: skip
 
 
 def _requests(readings: Readings) -> Iterator[Metric]:
-    total, step = readings.total, readings.step
+    total, load = readings.total, readings.load
     yield _gauge("uptime_seconds", "Seconds since the server's start.", readings.uptime_s)
-    yield _gauge("num_requests_running", "Requests that decode or prefill.", step.num_running)
-    yield _gauge("num_requests_waiting", "Requests in the queue.", step.num_waiting)
-    yield _gauge("kv_cache_positions", "Cached positions of running requests.", step.num_cached_positions)
-    yield _gauge("prefix_cache_positions", "Positions held for reuse.", step.num_prefix_positions)
+    yield _gauge("num_requests_running", "Requests that decode or prefill.", load.num_running)
+    yield _gauge("num_requests_waiting", "Requests in the queue.", load.num_waiting)
+    yield _gauge("kv_cache_positions", "Cached positions of running requests.", load.num_cached_positions)
+    yield _gauge("prefix_cache_positions", "Positions held for reuse.", load.num_prefix_positions)
     yield _counter("num_preemptions", "Requests put back into the queue to make room.", total.num_preempted)
     yield _counter("engine_busy_seconds", "Seconds of engine steps.", total.busy_s)
     yield _counter("prompt_tokens", "Prefilled positions, again after a preemption.", total.num_prefill_tokens)

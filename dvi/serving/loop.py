@@ -6,6 +6,7 @@ after a round, as much as is owed while nobody waits. A learner that raises is p
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import threading
@@ -20,7 +21,7 @@ from dvi.adapter_store import load_drafter
 from dvi.records import DrafterVersion, Learner, Transitions
 from dvi.serving.engine import Engine
 from dvi.serving.monitor import Monitor
-from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, Request, RequestOutput
+from dvi.serving.request import DEFAULT_DRAFTER, Draining, Load, QueueFull, Request, RequestOutput
 
 if TYPE_CHECKING:
     from dvi.planning.controller import PlanController
@@ -47,6 +48,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, *, learner: Learner | None = None, monitor: Monitor | None = None) -> None:
         self.engine, self.learner, self.monitor = engine, learner, monitor or Monitor()
+        self.monitor.load = self.load
         self.learner_error: str | None = None
         self.planner: PlanController | None = None
         self.is_pinned = self.is_draining = False
@@ -66,7 +68,6 @@ class EngineLoop:
     def start(self) -> None:
         """Measures the machine, if nobody has yet, and begins to serve."""
         self.engine.costs()
-        self.monitor.on_step(self.engine.new_report())
         self._thread.start()
 
     def stop(self, *, drain_s: float) -> None:
@@ -86,6 +87,11 @@ class EngineLoop:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def load(self) -> Load:
+        """What the engine holds now, with the requests that it has not taken in yet among the waiting."""
+        load = self.engine.load()
+        return dataclasses.replace(load, num_waiting=load.num_waiting + len(self._inbox))
 
     def next_request_id(self) -> int:
         return next(self._ids)

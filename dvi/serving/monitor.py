@@ -1,7 +1,9 @@
 """Monitor: what the server does, counted while it does it, for the dashboard, for `dvi top` and for Prometheus.
 
 Written to by the engine's thread, read by any. One lock, held for additions and for taking copies, never while text
-is made. Memory does not grow with uptime or with what clients send, and no text of theirs gets in but domain names.
+is made. Counts are added to by events; what is there now (requests, positions, a version) is asked for when somebody
+looks, since no event need come when it changes. Memory does not grow with uptime or with what clients send, and no text
+of theirs gets in but domain names.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from dvi.records import UpdateReport
 from dvi.serving import exposition
 from dvi.serving.figures import Figures, Labels, Series, Split, printable, ratio, rounded
-from dvi.serving.request import Request, RequestOutput, StepReport
+from dvi.serving.request import Load, Request, RequestOutput, StepReport
 
 NEWEST_S = 30.0  # what "now" means in a figure that must be averaged over something
 BIN_S = 2.0
@@ -43,7 +45,7 @@ class Readings:
 
     uptime_s: float
     total: Figures
-    step: StepReport
+    load: Load
     update: UpdateReport | None
     learner: dict[str, float]
     domains: dict[str, Split]
@@ -60,15 +62,19 @@ class Readings:
 
 
 class Monitor:
-    """Counts everything since it was made. clock: seconds that never go back, the one of `Request.arrived_s`."""
+    """Counts everything since it was made.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    clock: seconds that never go back, the one of `Request.arrived_s`. load: tells what the server holds, on any thread.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, load: Callable[[], Load] = Load) -> None:
+        self.load = load
         self._lock = threading.Lock()
         self._clock, self._clock_start_s, self._start_s = clock, clock(), time.time()
         self._total = Figures()
         self._recent = Series(width_s=BIN_S, capacity=NUM_RECENT_BINS, folds=False)
         self._since_start = Series(width_s=BIN_S, capacity=NUM_BINS_SINCE_START, folds=True)
-        self._step = StepReport(seconds=0.0)
+        self._drafter_version = 0  # of the newest step
         self._update: UpdateReport | None = None
         self._learner: dict[str, float] = {}
         self._domain_names, self._tenant_names, self._reasons, self._kinds = Labels(), Labels(), Labels(), Labels()
@@ -86,7 +92,7 @@ class Monitor:
     def on_step(self, report: StepReport) -> None:
         """Counts one engine step."""
         with self._lock:
-            self._step = report
+            self._drafter_version = report.drafter_version
             for figures in self._figures():
                 figures.count_step(report)
             self._version(report.drafter_version).count(report.rounds)
@@ -156,7 +162,7 @@ class Monitor:
         now_s = self._now_s()
         for figures in (self._total, self._recent.at(now_s), self._since_start.at(now_s)):
             figures.tokens_so_far = self._total.rounds.new_tokens
-            figures.drafter_version = self._step.drafter_version
+            figures.drafter_version = self._drafter_version
             yield figures
 
     def _version(self, number: int) -> VersionSplit:
@@ -189,18 +195,18 @@ class Monitor:
         for start_s, figures in readings.recent:
             if start_s >= newest_start_s:
                 newest.add(figures)
-        total, step, update = readings.total, readings.step, readings.update
+        total, load, update = readings.total, readings.load, readings.update
         return {
             "time_s": round(self._start_s + now_s, 1),
             "uptime_s": round(now_s, 1),
             "newest_s": NEWEST_S,
-            "running": step.num_running,
-            "waiting": step.num_waiting,
-            "drafter_version": step.drafter_version,
-            "level": step.level,
-            "verify_rule": step.verify_rule,
-            "cached_positions": step.num_cached_positions,
-            "prefix_positions": step.num_prefix_positions,
+            "running": load.num_running,
+            "waiting": load.num_waiting,
+            "drafter_version": load.drafter_version,
+            "level": load.level,
+            "verify_rule": load.verify_rule,
+            "cached_positions": load.num_cached_positions,
+            "prefix_positions": load.num_prefix_positions,
             "newest": _summary(newest, now_s - newest_start_s),
             "total": _summary(total, now_s)
             | {
@@ -239,9 +245,10 @@ class Monitor:
         }
 
     def _readings(self, *, with_history: bool) -> Readings:
+        load = self.load()
         with self._lock:
             readings = Readings(
-                uptime_s=self._now_s(), total=self._total.copy(), step=self._step, update=self._update,
+                uptime_s=self._now_s(), total=self._total.copy(), load=load, update=self._update,
                 learner=self._learner, rejected=self._rejected.copy(), plan=self._plan, plan_reason=self._plan_reason,
                 replans=self._replans.copy(),
                 domains={name: split.copy() for name, split in self._domains.items()},

@@ -144,6 +144,8 @@ def speculative_decoding(outputs: list[RequestOutput]) -> dict[str, Any]:
     """Raw counts and two ratios of one response's answers together.
 
     num_spec_steps         rounds: verify passes, each with a draft of any length, also none.
+    num_accepted_draft_tokens  of the drafted ones; the answers have them.
+    num_tokens_past_end    what verdicts gave behind the ends of answers: in none of the other numbers.
     num_waived_draft_tokens  of the accepted ones, those that a lossy verify rule alone let pass.
     accepted_per_depth     of drafted_per_depth, which counts the depths that were reached.
     mean_acceptance_length new tokens per verify pass, the recovered or bonus token counted.
@@ -155,7 +157,7 @@ def speculative_decoding(outputs: list[RequestOutput]) -> dict[str, Any]:
     return {
         "num_spec_steps": total.num_rounds, "num_draft_tokens": total.num_drafted,
         "num_accepted_draft_tokens": total.num_accepted, "num_waived_draft_tokens": total.num_waived,
-        "draft_acceptance_rate": total.acceptance_rate,
+        "num_tokens_past_end": total.num_accepted_past_end, "draft_acceptance_rate": total.acceptance_rate,
         "mean_acceptance_length": total.mean_accepted_tokens, "drafted_per_depth": total.drafted_per_depth,
         "accepted_per_depth": total.accepted_per_depth,
         "drafter_version": max((output.drafter_version for output in outputs), default=0),

@@ -93,18 +93,35 @@ class RequestOutput:
     verify_rule: str = "strict"
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a server holds at this moment: the gauges' food, read when somebody asks.
+
+    num_running, num_waiting  requests with a row, and those without one.
+    num_cached_positions, num_prefix_positions  positions held by running rows, and by the prefix cache.
+    drafter_version           of the default drafter.
+    level, verify_rule        as of `RequestOutput`.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_cached_positions: int = 0
+    num_prefix_positions: int = 0
+    drafter_version: int = 0
+    level: str = "fast"
+    verify_rule: str = "strict"
+
+
 @dataclass
 class StepReport:
-    """What one `Engine.step` did, in raw counts: the monitor's food.
+    """What one `Engine.step` did, in raw counts: the monitor's food. What is there now is a `Load`.
 
     rounds           counts of all rounds of this step, all rows together (prefill_s and decode_s are seconds of it).
     num_rows         rows that decoded; num_prefill_tokens positions prefilled.
     num_running, num_waiting, num_preempted   after the step; preempted: during it.
-    num_cached_positions, num_prefix_positions  positions held by running rows, and by the prefix cache.
     plain_s          seconds that plain decoding would have taken for the same new tokens, by measured costs;
                      0 where no cost is known. decode_s / plain_s is the inverse of the speed-up.
     drafter_version  of the default drafter.
-    level, verify_rule  as of `RequestOutput`.
     rounds_by_domain counts split by `Request.domain`, only of labelled requests.
     """
 
@@ -115,12 +132,8 @@ class StepReport:
     num_running: int = 0
     num_waiting: int = 0
     num_preempted: int = 0
-    num_cached_positions: int = 0
-    num_prefix_positions: int = 0
     plain_s: float = 0.0
     drafter_version: int = 0
-    level: str = "fast"
-    verify_rule: str = "strict"
     rounds_by_domain: dict[str, RoundStats] = field(default_factory=dict)
 
 

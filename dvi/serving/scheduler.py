@@ -1,7 +1,7 @@
 """Who runs, who waits, who makes room: admission, chunked prefill, fairness between tenants, preemption, timeouts.
 
 Knows requests, counts of positions and the seconds it is told; knows nothing of tensors, token ids or the cache. One
-thread calls it; `num_waiting`, `num_running` and `retry_after_s` may be read from any.
+thread calls it; `num_waiting`, `num_running`, `num_positions` and `retry_after_s` may be read from any.
 
 Order. Within a tenant first come, first served, always: its running requests are older than its waiting ones. Between
 tenants the next place goes to the one that was served the fewest positions lately (start-time fair queueing, Goyal et
@@ -142,7 +142,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests without a row, preempted ones included."""
-        return len(self._entries) - len(self._running)
+        return max(len(self._entries) - len(self._running), 0)  # another thread may look between two changes
 
     @property
     def num_running(self) -> int:
@@ -156,7 +156,7 @@ class Scheduler:
     @property
     def num_positions(self) -> int:
         """Positions that the running requests hold once prefilled, without headroom."""
-        return sum(entry.num_positions for entry in self._running.values())
+        return sum(entry.num_positions for entry in list(self._running.values()))  # a copy: see above
 
     @property
     def retry_after_s(self) -> float:

@@ -216,7 +216,7 @@ def _huggingface_ids(speculator: SelfSpeculator, prompt: list[int], max_new_toke
     ids_1S = torch.tensor([prompt], device=speculator.split.device)
     output_1S = speculator.model.generate(
         ids_1S, attention_mask=torch.ones_like(ids_1S), do_sample=False, max_new_tokens=max_new_tokens,
-        pad_token_id=next(iter(speculator.eos_token_ids), 0),
+        eos_token_id=sorted(speculator.eos_token_ids) or None, pad_token_id=min(speculator.eos_token_ids, default=0),
     )  # fmt: skip
     return output_1S[0, len(prompt) :].tolist()
 

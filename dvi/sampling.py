@@ -8,9 +8,9 @@ Which draw belongs to what. Rejection-mode draws are keyed by (request seed, com
 depth in the round, role), not by absolute position alone. After a rejection the next round drafts the same absolute
 positions again, and a learner may have trained on the discarded draft in between: drawing with the same number again
 would correlate the drafter's weights with the draw and bias the law. The committed length grows with every round, so
-each draw is used once. For the same reason two requests that one learner serves need different seeds (seed + index will
-do: neighbouring keys draw independently). Gumbel noise is keyed by (request seed, absolute position, token) on purpose:
-there the output is a function of the noise and the target alone, whatever the drafter learnt.
+each draw is used once. For the same reason two requests that one learner serves need different seeds (`dvi.seeds`;
+neighbouring ones will do, keys draw independently). Gumbel noise is keyed by (request seed, absolute position, token)
+on purpose: there the output is a function of the noise and the target alone, whatever the drafter learnt.
 """
 # B rows, Q query positions, T drafted tokens, U = T + 1, V vocabulary.
 

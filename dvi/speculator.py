@@ -25,6 +25,7 @@ from dvi.context import max_positions_of, why_shorter
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
 from dvi.drafter import DrafterConfig, build_drafter
+from dvi.end_tokens import end_token_ids
 from dvi.exact import ExactSplit
 from dvi.placement import (
     NOT_TIMED,
@@ -39,6 +40,7 @@ from dvi.pretrained import read_config, read_tokenizer
 from dvi.progress import shown_as
 from dvi.records import GenerationResult, Learner, SamplingParams
 from dvi.round_costs import CostTable
+from dvi.seeds import AnswerSeeds, Seeds, prompt_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
 from dvi.split import SplitModel
 from dvi.text import TextStream, check_token_ids
@@ -253,17 +255,20 @@ class SelfSpeculator:
         learner: Learner | None = None,
         policy: LengthPolicy | None = None,
         keep_transitions: bool = True,
+        seeds: Seeds | None = None,
     ) -> Iterator[GenerationResult]:
         """Results in the order they finish, each with its prompt's index.
 
         prompts           one prompt or many (an iterable is consumed as rows become free); see `encode`.
-        params            for all prompts, or one per prompt (then prompts must be a list of that length). Given once,
-                          prompt i draws with seed + i: requests that shared a seed would share their draws, and a
-                          learner that saw one of them would be no longer independent of the other's.
+        params            for all prompts, or one per prompt (then prompts must be a list of that length). Draws are
+                          keyed by seed and prompt, so the place in the list changes nothing. Given once, a prompt that
+                          comes again draws as its next answer: requests that shared their draws would be no longer
+                          independent of what a learner has seen.
         batch_size        rows that decode together; a finished row is replaced by the next prompt at once.
         learner           observes every round's transitions and may step and publish between rounds.
         policy            draft-length rule for this call; `PLAIN` decodes without drafts. Default: the speculator's.
         keep_transitions  also collect each request's transitions in its result (only without a learner).
+        seeds             gives each prompt's seed, instead of its params' own.
         A request whose prompt and max_new_tokens exceed the model's context ends at the context, reason "length".
         What goes wrong with one request ends it alone, reason "error"; the result says what. Of a list all prompts are
         checked before anything runs. Raises ValueError for one that cannot be decoded, naming its place.
@@ -280,7 +285,8 @@ class SelfSpeculator:
         else:
             shared = params or SamplingParams()
             representative = [shared]
-            pairs = ((p, dataclasses.replace(shared, seed=shared.seed + i)) for i, p in enumerate(prompts))
+            pairs = ((prompt, shared) for prompt in prompts)
+            seeds = seeds or AnswerSeeds(shared.seed)
         if any(one.stop_strings for one in representative):
             self._need_tokenizer("stop strings")
         if isinstance(prompts, list):
@@ -291,10 +297,11 @@ class SelfSpeculator:
             wants_transitions=learner is not None or keep_transitions,
             prefill_chunk=EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK,
         )
-        return self._run(batch, pairs, learner)
+        return self._run(batch, pairs, learner, seeds)
 
     def _run(
-        self, batch: DecodingBatch, pairs: Iterable[tuple[Prompt, SamplingParams]], learner: Learner | None
+        self, batch: DecodingBatch, pairs: Iterable[tuple[Prompt, SamplingParams]], learner: Learner | None,
+        seeds: Seeds | None,
     ) -> Iterator[GenerationResult]:
         waiting = enumerate(pairs)
         running: dict[int, tuple[int, TextStream | None, list]] = {}
@@ -308,7 +315,10 @@ class SelfSpeculator:
                 index, (prompt, params) = item
                 sequence = None
                 try:
-                    sequence, stream = self.new_sequence(self.encode(prompt), params)
+                    prompt_ids = self.encode(prompt)
+                    if seeds is not None:
+                        params = dataclasses.replace(params, seed=seeds(index, prompt_ids))
+                    sequence, stream = self.new_sequence(prompt_ids, params)
                     experience = batch.admit(sequence)
                 except Exception as error:
                     yield self._failed(error, index, sequence, batch)
@@ -363,6 +373,7 @@ class SelfSpeculator:
     ) -> tuple[Sequence, TextStream | None]:
         """A sequence that ends where the params, the model's own end tokens or its context say, and its text.
 
+        It draws with `prompt_seed`, a function of the params' seed and the prompt, wherever it is decoded.
         options: other fields of `Sequence`. Raises ValueError for stop strings without a tokenizer.
         """
         if params.stop_strings:
@@ -378,13 +389,14 @@ class SelfSpeculator:
             return "stop" if stream is not None and stream.push(token_id) else None
 
         max_new_tokens = min(params.max_new_tokens, self.max_positions - len(prompt_ids))
+        params = dataclasses.replace(params, seed=prompt_seed(params.seed, prompt_ids))
         request_id = next(self._request_ids) if request_id is None else request_id
         return Sequence(request_id, prompt_ids, params, accept_token, max_new_tokens, **options), stream
 
     @property
     def eos_token_ids(self) -> set[int]:
-        eos = self.model.generation_config.eos_token_id
-        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        """The ids that end a text, see `dvi.end_tokens`."""
+        return set(end_token_ids(self.model, self.tokenizer))
 
     def _result(self, sequence: Sequence, index: int, stream: TextStream | None, kept: list) -> GenerationResult:
         if sequence.error is not None:

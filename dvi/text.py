@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
+from dvi.end_tokens import named_in
+
 REPLACEMENT = "\ufffd"
 
 
@@ -35,21 +37,35 @@ class TextStream:
     """The text of one growing list of token ids.
 
     A byte-level token may hold part of a character: such text is held back until the character is complete or the
-    stream is closed. Cost per token does not grow with the text: only the ids since the last emitted piece, and that
-    piece for its context, are decoded.
+    stream is closed. Special tokens are not shown, but a stop string may name one, alone or amid other text, and is
+    found where the token comes. Cost per token does not grow with the text: only the ids since the last emitted piece,
+    and that piece for its context, are decoded.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_strings: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
+        self._named = named_in(stop_strings, tokenizer)
         self._context_ids: list[int] = []
         self._pending_ids: list[int] = []
         self._num_read = 0
-        self.text = ""
+        # With the special tokens that stop strings name as they are written, and (start, length) of each.
+        self._written = ""
+        self._hidden: list[tuple[int, int]] = []
         self.is_stopped = False
+
+    @property
+    def text(self) -> str:
+        """What there is so far, before the stop string that ended it."""
+        return self._shown(self._written)
 
     def push(self, token_id: int) -> bool:
         """Adds one token; True when the text now contains a stop string, which has been cut off with all after it."""
+        if token_id in self._named:
+            word = self._named[token_id]
+            self._hidden.append((len(self._written), len(word)))
+            self._write(word)
+            return self.is_stopped
         self._pending_ids.append(token_id)
         piece = self._decode_pending()
         if piece and not piece.endswith(REPLACEMENT):
@@ -64,11 +80,19 @@ class TextStream:
 
     def read(self, *, is_final: bool = False) -> str:
         """New text since the last read; keeps back what may yet turn out to be the beginning of a stop string."""
-        end = len(self.text)
+        written = self._written
         if not is_final and not self.is_stopped:
-            end -= max((_overlap(self.text, stop) for stop in self._stop_strings), default=0)
-        piece, self._num_read = self.text[self._num_read : end], max(end, self._num_read)
+            num_held = max((_overlap(written, stop) for stop in self._stop_strings), default=0)
+            written = written[: len(written) - num_held]
+        shown = self._shown(written)
+        piece, self._num_read = shown[self._num_read :], max(len(shown), self._num_read)
         return piece
+
+    def _shown(self, written: str) -> str:
+        """The beginning of what is written without its special tokens."""
+        for start, length in reversed(self._hidden):
+            written = written[:start] + written[start + length :]
+        return written
 
     def _decode_pending(self) -> str:
         # Decoded with the previous piece in front: some tokenizers drop the space of a text's first word.
@@ -79,14 +103,17 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _emit(self, piece: str) -> None:
-        longest = max((len(stop) for stop in self._stop_strings), default=0)
-        search_from = max(len(self.text) - longest, 0)
-        self.text += piece
-        found = [self.text.find(stop, search_from) for stop in self._stop_strings]
-        if any(at >= 0 for at in found):
-            self.text = self.text[: min(at for at in found if at >= 0)]
-            self.is_stopped = True
+        self._write(piece)
         self._context_ids, self._pending_ids = self._pending_ids, []
+
+    def _write(self, piece: str) -> None:
+        longest = max((len(stop) for stop in self._stop_strings), default=0)
+        search_from = max(len(self._written) - longest, 0)
+        self._written += piece
+        found = [self._written.find(stop, search_from) for stop in self._stop_strings]
+        if any(at >= 0 for at in found):
+            self._written = self._written[: min(at for at in found if at >= 0)]
+            self.is_stopped = True
 
 
 def _overlap(text: str, stop: str) -> int:

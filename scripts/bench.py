@@ -79,13 +79,16 @@ def ours(speculator: SelfSpeculator, policy: LengthPolicy, max_new_tokens: int, 
     return run
 
 
-def hugging_face(model, max_new_tokens: int, **options: object) -> Callable:
+def hugging_face(speculator: SelfSpeculator, max_new_tokens: int, **options: object) -> Callable:
+    model, end_ids = speculator.model, sorted(speculator.eos_token_ids) or None
+
     def run(ids: list[int]) -> Run:
         clock, start_s = TokenClock(), time.perf_counter()
         with torch.no_grad():
             out = model.generate(
                 torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
-                max_new_tokens=max_new_tokens, stopping_criteria=StoppingCriteriaList([clock]), **options,
+                eos_token_id=end_ids, max_new_tokens=max_new_tokens,
+                stopping_criteria=StoppingCriteriaList([clock]), **options,
             )
         end_s = time.perf_counter()
         return Run(out[0, len(ids):].tolist(), end_s - start_s, end_s - clock.first_s)
@@ -230,7 +233,7 @@ def main() -> None:
     costs = measure_costs(speculator.split, speculator.drafter, buckets=tuple({*GOODPUT_BUCKETS, t}))
     stats = {name: RoundStats() for name in ("plain", "speculative", "goodput")}
     early_exit = hugging_face(
-        speculator.model, args.max_new_tokens, assistant_early_exit=max(speculator.split.split_layer, 1),
+        speculator, args.max_new_tokens, assistant_early_exit=max(speculator.split.split_layer, 1),
     )
     speculator.model.generation_config.num_assistant_tokens = t
     speculator.model.generation_config.num_assistant_tokens_schedule = "constant"
@@ -239,7 +242,7 @@ def main() -> None:
         "plain": ours(speculator, PLAIN, args.max_new_tokens, stats["plain"]),
         "speculative": ours(speculator, FixedLength(t), args.max_new_tokens, stats["speculative"]),
         "goodput": ours(speculator, GoodputLength(GOODPUT_BUCKETS, costs), args.max_new_tokens, stats["goodput"]),
-        "hf_generate": hugging_face(speculator.model, args.max_new_tokens),
+        "hf_generate": hugging_face(speculator, args.max_new_tokens),
         "hf_early_exit": early_exit,
     }
     counts = layer_calls(speculator.model, lambda: early_exit(held_out[0]))

@@ -155,7 +155,8 @@ class Swapper(Recorder):
 class Letters:
     """A tokenizer of sorts: token i is the letter i mod 26, so that stop strings are easy to find and to cross."""
 
-    chat_template = None
+    chat_template = eos_token_id = None
+    added_tokens_decoder, all_special_ids, all_special_tokens = {}, [], []
 
     def decode(self, ids: list[int], **_options: bool) -> str:
         return "".join(chr(ord("a") + i % 26) for i in ids)

@@ -94,7 +94,7 @@ MUTATIONS = [
         TEST_LAW,
     ),
     Mutation(
-        "requests_share_a_seed", "dvi/speculator.py", "seed=shared.seed + i", "seed=shared.seed", TEST_LAW,
+        "requests_share_a_seed", "dvi/seeds.py", "self._times[key] += 1", "self._times[key] = 1", TEST_LAW,
     ),
     Mutation(
         "stale_hidden_state_of_the_last_draft", DECODING,

@@ -99,7 +99,8 @@ def test_an_answer_is_what_the_speculator_says_alone(client, loop):
     assert answer["usage"]["completion_tokens"] == 24 and answer["usage"]["prompt_tokens"] == 5
     assert answer["model"] == "stories260k" and answer["object"] == "text_completion"
     counts = answer["metrics"]["speculative_decoding"]
-    assert counts["num_draft_tokens"] == 4 * counts["num_spec_steps"] > 0
+    assert 0 < counts["num_draft_tokens"] <= 4 * counts["num_spec_steps"]
+    assert counts["mean_acceptance_length"] == 24 / counts["num_spec_steps"]
     assert sum(counts["accepted_per_depth"]) == counts["num_accepted_draft_tokens"]
     assert counts["drafter_version"] == 0 and counts["level"] == "fast"
     assert response.headers["x-dvi-drafter-version"] == "0"
@@ -181,17 +182,25 @@ def test_cached_prompt_tokens_are_counted_once_for_each_prompt(fake):
     assert usage["prompt_tokens_details"]["cached_tokens"] == 6
 
 
-def test_answer_i_draws_with_the_seed_plus_i(client):
-    """Catches n answers that are all the same, or that cannot be repeated one by one."""
+def test_a_seeded_answer_depends_on_seed_prompt_and_number_alone(client):
+    """Catches draws by the place in a list, n answers that are all the same, and seeds that meet by adding."""
     sampled = {"temperature": 1.0, "max_tokens": 16}
-    choices = complete(client, **sampled, seed=5, n=3).json()["choices"]
-    alone = [text_of(complete(client, **sampled, seed=5 + i)) for i in range(3)]
-    assert [choice["text"] for choice in choices] == alone and len(set(alone)) == 3
+
+    def texts(seed: int, **body: object) -> list[str]:
+        return [choice["text"] for choice in complete(client, **sampled, seed=seed, **body).json()["choices"]]
+
+    three = texts(5, prompt="The sea is", n=3)
+    assert len(set(three)) == 3
+    assert texts(5, prompt=["I like", "The sea is"], n=3)[3:] == three
+    assert texts(5, prompt=["The sea is", "I like", "The sea is"])[::2] == [three[0]] * 2
+    assert texts(6, prompt="The sea is") != three[1:2], "answer 1 under seed 5 is not answer 0 under seed 6"
 
 
 def test_without_a_seed_every_answer_is_drawn_afresh(client):
     """Catches a default seed that makes all users' samples the same."""
     assert len({text_of(complete(client, temperature=1.0, max_tokens=24)) for _ in range(3)}) == 3
+    twice = complete(client, prompt=["The sea is"] * 2, temperature=1.0, max_tokens=24).json()["choices"]
+    assert twice[0]["text"] != twice[1]["text"]
 
 
 @pytest.mark.parametrize("stop", [" was", ["zebra", " was"]])
@@ -372,7 +381,7 @@ def test_a_template_in_a_request_is_refused_wherever_it_stands(client, body):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("frequency_penalty", 0.5), ("logit_bias", {"5": 1}), ("tools", [{"type": "function"}]), ("echo", True),
+        ("logit_bias", {"5": 1}), ("tools", [{"type": "function"}]), ("echo", True),
         ("response_format", {"type": "json_object"}), ("best_of", 3), ("suffix", "x"), ("functions", [{}]),
         ("guided_json", {}), ("tool_choice", "required"), ("prompt_logprobs", 1), ("prompt_embeds", "x"),
     ],

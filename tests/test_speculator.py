@@ -43,13 +43,32 @@ def test_accept_lengths_count_every_token_once_and_every_round(speculator):
         assert min(result.accept_lengths) >= 1
 
 
-def test_prompt_i_draws_with_seed_plus_i_in_any_batch(speculator):
-    """Catches requests that share their draws, and draws that depend on the row or on batch mates."""
+def test_draws_depend_on_seed_and_prompt_and_not_on_the_place_in_a_list(speculator):
+    """Catches draws by row, batch mate or place, and prompts that share their draws, which a learner must not see."""
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=5)
+    first, second = (answers(speculator, [prompt], params)[0] for prompt in PROMPTS[:2])
+    for batch_size in (1, 3):
+        assert answers(speculator, PROMPTS[1::-1], params, batch_size=batch_size) == {0: second, 1: first}
+    assert "".join(speculator.stream(PROMPTS[0], params)) == "".join(speculator.stream(PROMPTS[0], params))
+    sequences = [speculator.new_sequence(speculator.encode(prompt), params)[0] for prompt in PROMPTS[:2]]
+    assert len({sequence.params.seed for sequence in sequences}) == 2
+
+
+def test_a_prompt_that_comes_again_is_answered_anew_and_the_same_in_any_batch(speculator):
+    """Catches samples of one prompt that are all the same, and a sequence of them that follows the batch."""
     params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=5)
     together = answers(speculator, [PROMPTS[0]] * 3, params, batch_size=3)
     assert answers(speculator, [PROMPTS[0]] * 3, params, batch_size=1) == together
-    alone = answers(speculator, [PROMPTS[0]], SamplingParams(max_new_tokens=12, temperature=1.0, seed=7))
-    assert alone[0] == together[2] != together[0]
+    assert len({tuple(ids) for ids in together.values()}) == 3
+    mixed = answers(speculator, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], params)
+    assert (mixed[0], mixed[2]) == (together[0], together[1])
+
+
+def test_seeds_given_by_the_caller_are_those_of_his_params(speculator):
+    """Catches a function of seeds that is asked by another place, or not at all."""
+    params = [SamplingParams(max_new_tokens=8, temperature=1.0, seed=100 + i) for i in range(2)]
+    given = speculator.generate(PROMPTS[:2], params[0], seeds=lambda place, _ids: 100 + place)
+    assert {r.index: r.token_ids for r in given} == answers(speculator, PROMPTS[:2], params)
 
 
 def test_the_coarse_form_teaches_the_same_experience_as_the_fine_one(speculator):

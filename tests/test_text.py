@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dvi.end_tokens import end_token_ids
 from dvi.text import REPLACEMENT, TextStream
+from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 TOKENIZERS = {"sentencepiece": ROOT / "tests/stories260k", "byte-level": ROOT / "checkpoints/reference-11m"}
@@ -112,3 +114,41 @@ def test_what_looked_like_a_stop_string_is_shown_once_it_is_not():
     stream = TextStream(tokenizer_of("byte-level"), stop_strings=("upon a star",))
     pieces = pieces_of(stream, ids_of("byte-level", TEXTS[0]))
     assert "".join(pieces) == decoded("byte-level", ids_of("byte-level", TEXTS[0]))
+
+
+@pytest.mark.parametrize("name", list(TOKENIZERS))
+@pytest.mark.parametrize("around", [("", ""), ("Lily", ""), ("", " was"), ("Lily", " was")])
+def test_a_stop_string_may_name_a_special_token_that_no_text_shows(name, around):
+    """Catches a stop string that can never be found since the tokens it names are not shown, and one that leaks."""
+    tokenizer = tokenizer_of(name)
+    before, after = ids_of(name, "There was Lily"), ids_of(name, " was")
+    token_id = tokenizer.eos_token_id
+    shown = decoded(name, before + after)
+    gap = shown[len(decoded(name, before)) :].removesuffix("was")  # where the tokenizer writes a space, and where not
+    stop = around[0] + tokenizer.eos_token + around[1].replace(" ", gap)
+    stream = TextStream(tokenizer, stop_strings=("never", stop))
+    pieces = pieces_of(stream, [*before, token_id, *after])
+    assert stream.is_stopped
+    assert "".join(pieces) == stream.text == decoded(name, before).removesuffix(around[0])
+
+
+@pytest.mark.parametrize("name", list(TOKENIZERS))
+def test_special_tokens_that_a_stop_string_names_are_shown_no_more_than_others(name):
+    """Catches a stop string that makes special tokens visible, and text held back for ever after one."""
+    tokenizer = tokenizer_of(name)
+    ids = ids_of(name, "One day")
+    ids = [*ids, tokenizer.eos_token_id, *ids]
+    stream = TextStream(tokenizer, stop_strings=(tokenizer.eos_token + "never",))
+    assert "".join(pieces_of(stream, ids)) == stream.text == decoded(name, ids)
+    assert not stream.is_stopped
+
+
+def test_everything_that_names_an_end_token_is_believed():
+    """Catches an answer that goes on past the end that its chat template uses, because a config names another."""
+    model = tiny_model("llama", num_layers=1, hidden_size=16)
+    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 6], 7
+    assert end_token_ids(model, None) == [5, 6, 7]
+    tokenizer = tokenizer_of("byte-level")
+    assert end_token_ids(model, tokenizer) == sorted({5, 6, 7, tokenizer.eos_token_id})
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    assert end_token_ids(model, None) == []

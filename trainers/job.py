@@ -31,6 +31,7 @@ from dvi.distributed import SOLO
 from dvi.durable import surviving_folder
 from dvi.precision import dtype_of_run, settle_dtype
 from dvi.records import GenerationResult, SamplingParams
+from dvi.seeds import answer_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.signals import Interrupted, Signals
 from dvi.speculator import SelfSpeculator, build_speculator
@@ -438,8 +439,10 @@ class _ServingJob(Job):
                 admitted.append(self._checked(index, messages))
                 yield admitted[-1].token_ids
 
-        # A resumed run draws with the seeds that it would have come to.
-        params = dataclasses.replace(self.params, seed=self.params.seed + self.position.num_done)
+        def seed_of(place: int, _prompt_ids: list[int]) -> int:
+            """By the request's number in the traffic: a resumed run and every rank draw as one run would."""
+            return answer_seed(self.params.seed, admitted[place].index)
+
         last_s = time.monotonic()
         rule, doing = self.speculator.rule, "serving"
         if not rule.is_lossless:
@@ -448,7 +451,9 @@ class _ServingJob(Job):
         with RunDisplay(
             num_requests=num_requests, num_done=self.position.num_done, doing=doing
         ) as display:
-            for result in self.speculator.generate(waiting(), params, batch_size=batch_size, learner=attendance):
+            for result in self.speculator.generate(
+                waiting(), self.params, batch_size=batch_size, learner=attendance, seeds=seed_of
+            ):
                 self.serving_s += time.monotonic() - last_s
                 request, admitted[result.index] = admitted[result.index], None
                 attendance.end_request(result.request_id)

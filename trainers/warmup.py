@@ -162,8 +162,9 @@ def encode_text(speculator: SelfSpeculator, answered: AnsweredPrompt, *, max_pos
         prompt_ids = speculator.encode(prompt, max_tokens=speculator.max_positions - 1)
         prompt_len = len(prompt_ids)
     ids = prompt_ids + tokenizer(answered.answer, add_special_tokens=not answered.messages)["input_ids"]
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+    ends = speculator.eos_token_ids
+    if ends:
+        ids.append(min(ends) if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
     num_lost = max(len(ids) - max_positions, 0)
     return Text(ids[num_lost:], max(prompt_len - num_lost, 1), is_cut=num_lost > 0)
 

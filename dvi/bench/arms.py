@@ -85,7 +85,7 @@ class OurArm:
         self._policy, self._options = policy, options
 
     def answer(self, prompts: list[list[int]], *, seed: int) -> list[ArmAnswer]:
-        """See `Arm.answer`; prompt i draws with seed + i."""
+        """See `Arm.answer`; each prompt has draws of its own."""
         if self.learner is not None:
             self.learner.restart_clock()
         results = self.speculator.generate(

@@ -27,6 +27,7 @@ from transformers import (
 
 from dvi.bench.arms import ArmOptions, checked_names
 from dvi.bench.records import ArmAnswer, ArmPlan
+from dvi.end_tokens import end_token_ids
 from dvi.views import dissect
 
 RIVAL_ARMS = ("hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle")
@@ -179,9 +180,8 @@ def rival_plans(
 def _settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: ArmOptions
 ) -> GenerationConfig:
-    """Every setting that would otherwise come from the model; its end tokens are the only ones taken over."""
-    eos = model.generation_config.eos_token_id
-    eos_ids = [eos] if isinstance(eos, int) else eos
+    """Every setting that would otherwise come from the model; a text ends where ours does."""
+    eos_ids = end_token_ids(model, tokenizer) or None
     pad_id = None if tokenizer is None else tokenizer.pad_token_id
     sampling = {"temperature": options.temperature, "top_k": 0, "top_p": 1.0} if options.temperature else {}
     return GenerationConfig(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from dvi.records import SamplingParams
+from dvi.seeds import SEED_SPAN, answer_seed
 from dvi.serving.protocol import ApiError, invalid
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice
 from dvi.settings import DraftSettings, RequestSettings, ServeSettings
@@ -24,7 +25,6 @@ from dvi.speculator import GOODPUT_BUCKETS
 MAX_DRAFT_TOKENS = GOODPUT_BUCKETS[-1]
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below: logits / temperature overflows, and it is greedy all the same
 MAX_PENALTY = 100.0
-SEED_SPAN = 2**62
 SAMPLED_BY = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
@@ -204,32 +204,30 @@ def parse_body(content: bytes, schema: type[Body]) -> Body:
 
 
 def sampling_params(body: GenerationBody, defaults: RequestSettings, *, max_new_tokens: int) -> list[SamplingParams]:
-    """The settings of each answer of this body, prompt by prompt: answer i draws with seed + i.
+    """The settings of each answer of this body, prompt by prompt: answer i to a prompt draws with (seed, i).
 
     With a seed, and a temperature, the answer's tokens are a function of seed and prompt whatever the drafter has
     learnt meanwhile (shared Gumbel noise); without one draws are fresh and rejection sampling accepts more.
     max_new_tokens: of these answers, see `new_tokens`. Raises ApiError for what is out of bounds.
     """
     num_prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
-    num_answers = num_prompts * body.num_answers
-    chosen = {
-        name: getattr(body, name)
-        for name in SAMPLED_BY
-        if getattr(body, name) is not None
-    }
+    chosen = {name: getattr(body, name) for name in SAMPLED_BY if getattr(body, name) is not None}
     stop = defaults.stop_strings if body.stop is None else (body.stop,) if isinstance(body.stop, str) else body.stop
     if 0 < (body.temperature or 0) < MIN_TEMPERATURE:
         raise invalid(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}", param="temperature")
-    seed = secrets.randbelow(SEED_SPAN - num_answers) if body.seed is None else body.seed
     try:
         first = SamplingParams(
             **dataclasses.asdict(defaults) | chosen
-            | {"max_new_tokens": max_new_tokens, "stop_strings": tuple(stop), "seed": seed},
+            | {"max_new_tokens": max_new_tokens, "stop_strings": tuple(stop), "seed": body.seed or 0},
             stop_token_ids=tuple(body.stop_token_ids or ()), ignore_eos=bool(body.ignore_eos),
         )
         if body.seed is not None and not first.is_greedy:
             first = dataclasses.replace(first, coupling="gumbel")
-        return [dataclasses.replace(first, seed=seed + i) for i in range(num_answers)]
+        if body.seed is None:
+            seeds = [secrets.randbelow(SEED_SPAN) for _ in range(num_prompts * body.num_answers)]
+        else:
+            seeds = [answer_seed(body.seed, i) for i in range(body.num_answers)] * num_prompts
+        return [dataclasses.replace(first, seed=seed) for seed in seeds]
     except ValueError as error:
         raise invalid(str(error)[:300]) from None
 

@@ -417,7 +417,7 @@ def test_what_does_not_change_the_answer_is_accepted(client):
         ({"temperature": 1e-9}, "temperature"), ({"top_p": 0}, None),
         ({"top_p": 1.5}, None), ({"top_k": -1}, None), ({"top_k": 2**40}, "top_k"), ({"min_p": 1}, None),
         ({"presence_penalty": 1e300}, "presence_penalty"), ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"seed": -1}, None), ({"seed": 2**62}, None), ({"seed": 2**62 - 1, "n": 2}, None), ({"stream": 1}, "stream"),
+        ({"seed": -1}, None), ({"seed": 2**62}, None), ({"stream": 1}, "stream"),
         ({"dvi": {"policy": "fast"}}, "dvi"), ({"dvi": {"num_draft_tokens": 99}}, "dvi"),
         ({"dvi": {"domain": "Maths!"}}, "dvi"), ({"dvi": {"domain": "x" * 33}}, "dvi"), ({"dvi": {"other": 1}}, "dvi"),
         ({"dvi": []}, "dvi"), ({"model": 3}, "model"),

@@ -101,13 +101,15 @@ def law_of_pairs(options: dict) -> Tensor:
 def sampled_pairs(options: dict, policy: LengthPolicy, *, num_samples: int = NUM_SAMPLES) -> tuple[Tensor, int, int]:
     """[V, V] counts of the first two tokens over many seeds, and how many tokens were drafted and accepted."""
     counts = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, dtype=torch.int64)
-    params = SamplingParams(max_new_tokens=2, ignore_eos=True, seed=12345, **options)
+    # As many as a round of this rule may give: near the end of a text rounds draft no more than it can keep.
+    num_tokens = max(policy.buckets) + 1
+    params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True, seed=12345, **options)
     results = speculator_of().generate(
         [PROMPT] * num_samples, params, batch_size=BATCH_SIZE, policy=policy, keep_transitions=False
     )
     num_drafted = num_accepted = 0
     for result in results:
-        counts[tuple(result.token_ids)] += 1
+        counts[tuple(result.token_ids[:2])] += 1
         num_drafted += result.stats.num_drafted
         num_accepted += result.stats.num_accepted
     return counts, num_drafted, num_accepted

@@ -5,6 +5,7 @@ Knows a tokenizer; knows nothing of models or rounds.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,9 @@ class TextStream:
     stream is closed. Special tokens are not shown, but a stop string may name one, alone or amid other text, and is
     found where the token comes. Cost per token does not grow with the text: only the ids since the last emitted piece,
     and that piece for its context, are decoded.
+
+    offsets   where in the text each token begins, in characters; parts of one character all begin where it does. Behind
+              a stop string they are the text's end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_strings: tuple[str, ...] = ()) -> None:
@@ -52,6 +56,8 @@ class TextStream:
         # With the special tokens that stop strings name as they are written, and (start, length) of each.
         self._written = ""
         self._hidden: list[tuple[int, int]] = []
+        self._num_shown = 0
+        self.offsets: list[int] = []
         self.is_stopped = False
 
     @property
@@ -61,9 +67,11 @@ class TextStream:
 
     def push(self, token_id: int) -> bool:
         """Adds one token; True when the text now contains a stop string, which has been cut off with all after it."""
+        self.offsets.append(self._num_shown)
         if token_id in self._named:
             word = self._named[token_id]
             self._hidden.append((len(self._written), len(word)))
+            self._num_shown -= len(word)
             self._write(word)
             return self.is_stopped
         self._pending_ids.append(token_id)
@@ -88,6 +96,11 @@ class TextStream:
         piece, self._num_read = shown[self._num_read :], max(len(shown), self._num_read)
         return piece
 
+    @property
+    def num_told(self) -> int:
+        """How many tokens begin in what was read so far: the others may yet turn out to be a stop string's."""
+        return bisect_left(self.offsets, self._num_read)
+
     def _shown(self, written: str) -> str:
         """The beginning of what is written without its special tokens."""
         for start, length in reversed(self._hidden):
@@ -110,10 +123,13 @@ class TextStream:
         longest = max((len(stop) for stop in self._stop_strings), default=0)
         search_from = max(len(self._written) - longest, 0)
         self._written += piece
+        self._num_shown += len(piece)
         found = [self._written.find(stop, search_from) for stop in self._stop_strings]
         if any(at >= 0 for at in found):
             self._written = self._written[: min(at for at in found if at >= 0)]
             self.is_stopped = True
+            self._num_shown = len(self.text)
+            self.offsets = [min(offset, self._num_shown) for offset in self.offsets]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -14,7 +14,8 @@ ROWS = (
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
     "dvi.arguments dvi.starter",
     "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.packing dvi.round_costs dvi.cuda_graph dvi.traffic "
-    "dvi.prompt_files dvi.context dvi.durable dvi.chat_templates dvi.gguf dvi.measured dvi.bench.machine",
+    "dvi.prompt_files dvi.context dvi.durable dvi.chat_templates dvi.gguf dvi.measured dvi.bench.machine "
+    "dvi.seeds dvi.end_tokens",
     "dvi.pretrained",
     "dvi.placement",
     "dvi.model_conversion",
@@ -42,7 +43,8 @@ ROWS = (
     "dvi.serving.engine dvi.serving.exposition dvi.serving.monitor",
     "dvi.planning.measurement",
     "dvi.planning.controller dvi.planning.tune",
-    "dvi.serving.loop dvi.serving.live dvi.serving.client dvi.serving.prompts dvi.serving.replies dvi.serving.door",
+    "dvi.serving.loop dvi.serving.live dvi.serving.client dvi.serving.prompts "
+    "dvi.serving.token_texts dvi.serving.replies dvi.serving.door",
     "dvi.serving.dashboard dvi.serving.admin_api",
     "dvi.serving.http_api",
     "dvi.serving.server dvi.serving.relay dvi.serving.front_page",

@@ -53,6 +53,7 @@ class _Active:
     admitted_s: float
     has_row: bool = False
     num_sent: int = 0
+    num_logprobs_sent: int = 0
     num_cached: int = 0
     first_token_s: float | None = None
 
@@ -280,9 +281,13 @@ class Engine:
         sent, active.num_sent = active.num_sent, len(sequence.token_ids)
         if is_last and text is not None:
             text.close()
+        piece = "" if text is None else text.read(is_final=is_last)
+        told = slice(active.num_logprobs_sent, None if is_last or text is None else text.num_told)
+        logprobs = sequence.logprobs[told]
+        active.num_logprobs_sent += len(logprobs)
         return RequestOutput(
-            request_id=active.request.request_id, text="" if text is None else text.read(is_final=is_last),
-            token_ids=sequence.token_ids[sent:], logprobs=sequence.logprobs[sent:],
+            request_id=active.request.request_id, text=piece, token_ids=sequence.token_ids[sent:], logprobs=logprobs,
+            text_offsets=text.offsets[told] if logprobs and text is not None else [],
             queue_s=active.admitted_s - active.request.arrived_s, first_token_s=active.first_token_s,
             drafter_version=active.lane.batch.drafter.version,
             level=self.speculator.level, verify_rule=self.speculator.rule.name,

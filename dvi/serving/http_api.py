@@ -37,11 +37,12 @@ from dvi.serving.dashboard import routes as dashboard_routes
 from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.loop import EngineLoop
 from dvi.serving.model_names import ModelNames, last_part
-from dvi.serving.prompts import PromptEncoder, TokenTexts
+from dvi.serving.prompts import PromptEncoder
 from dvi.serving.protocol import ADAPTERS_HEADER, TRAIN_HEADER, ApiError, invalid
 from dvi.serving.replies import Reply
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, RequestOutput, Timeouts
 from dvi.serving.request import Request as EngineRequest
+from dvi.serving.token_texts import TokenTexts
 from dvi.settings import ServeConfig
 
 VERSION_HEADER, LEVEL_HEADER, RULE_HEADER = "X-DVI-Drafter-Version", "X-DVI-Level", "X-DVI-Verify-Rule"
@@ -77,7 +78,7 @@ class _Api:
             speculator.tokenizer, vocab_size=speculator.split.num_input_ids,
             max_tokens=min(config.serve.max_prompt_tokens or self._context, self._context - 1),
         )
-        self._token_text = TokenTexts(speculator.tokenizer).text
+        self._tokens = TokenTexts(speculator.tokenizer)
         self._names = ModelNames(
             config.serve.model_name or last_part(config.model.path), config.model.path, created_s=int(time.time())
         )
@@ -166,7 +167,7 @@ class _Api:
         reply = Reply(
             is_chat=isinstance(body, ChatBody), model=body.model or self._names.served,
             prompt_tokens=[len(ids) for ids in prompts], num_answers=body.num_answers,
-            has_logprobs=body.num_logprobs is not None, token_text=self._token_text,
+            has_logprobs=body.num_logprobs is not None, tokens=self._tokens,
         )
         gone = asyncio.create_task(_cancel_when_gone(request, flight))
         try:

@@ -1,4 +1,4 @@
-"""Between text and token ids, for the server: prompts and chats to ids, single ids to text.
+"""From text to token ids, for the server: prompts and chats.
 
 Knows a tokenizer and its chat template; knows nothing of requests. Chats are rendered by the model's own template, in
 the sandbox of transformers. What users write stays text: `</s>` in a message is five characters and ends nothing.
@@ -7,16 +7,15 @@ the sandbox of transformers. What users write stays text: `</s>` in a message is
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from dvi.end_tokens import special_tokens
 from dvi.text import check_token_ids
 
 # A Unicode noncharacter, which no text for interchange holds: it marks where a message's special tokens are cut apart.
 _CUT = "\ufdd0"
-_REPLACEMENT = "\ufffd"
 
 
 class PromptEncoder:
@@ -29,7 +28,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_tokens: int) -> None:
         self._tokenizer, self._vocab_size, self._max_tokens = tokenizer, vocab_size, max_tokens
         self._max_chars = max_tokens * max(map(len, tokenizer.get_vocab()))
-        special = sorted(set(tokenizer.all_special_tokens) | _added_special(tokenizer))
+        special = sorted(special_tokens(tokenizer).values())
         # After its first character, by lookahead: of overlapping special tokens each is cut.
         self._special = re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in special))
 
@@ -74,24 +73,3 @@ class PromptEncoder:
             raise ValueError(f"a prompt must be 1 to {self._max_tokens} tokens here, got {len(ids)}")
         check_token_ids(ids, num_known=self._vocab_size, tokenizer=self._tokenizer)
         return ids
-
-
-class TokenTexts:
-    """Each token by itself, as text: for log-probabilities, which are of tokens and not of characters."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        # Decoded after another token: some tokenizers drop the space of a text's first word.
-        self._before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        self._skip = len(tokenizer.decode(self._before))
-        self.text = lru_cache(maxsize=65536)(self._text)
-
-    def _text(self, token_id: int) -> str:
-        """Its characters; the vocabulary's own word for it where it is only part of a character."""
-        text = self._tokenizer.decode([*self._before, token_id], clean_up_tokenization_spaces=False)[self._skip :]
-        return self._tokenizer.convert_ids_to_tokens(token_id) if _REPLACEMENT in text else text
-
-
-def _added_special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Special tokens that have no role of their own, such as <|im_start|>."""
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}

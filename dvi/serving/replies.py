@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvi.records import RoundStats
 from dvi.serving.request import RequestOutput, TokenLogprobs
 
-TokenText = Callable[[int], str]
+if TYPE_CHECKING:
+    from dvi.serving.token_texts import TokenTexts
 
 
 @dataclass
 class _Choice:
-    """What has come of one answer. num_logprob_chars: text that the log-probabilities so far stand for."""
+    """What has come of one answer."""
 
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text_offsets: list[int] = field(default_factory=list)
     num_tokens: int = 0
-    num_logprob_chars: int = 0
     last: RequestOutput | None = None
 
 
@@ -33,14 +34,14 @@ class Reply:
     """One response as it grows.
 
     prompt_tokens  of each prompt. num_answers: to each; choice i is answer i % num_answers to prompt i // num_answers.
-    token_text     text of a token id, for log-probabilities; has_logprobs says whether they were asked for.
+    tokens         text and bytes of a token id, for log-probabilities; has_logprobs says whether they were asked for.
     """
 
     def __init__(
         self, *, is_chat: bool, model: str, prompt_tokens: list[int], num_answers: int, has_logprobs: bool,
-        token_text: TokenText,
+        tokens: TokenTexts,
     ) -> None:
-        self._is_chat, self._has_logprobs, self._token_text = is_chat, has_logprobs, token_text
+        self._is_chat, self._has_logprobs, self._tokens = is_chat, has_logprobs, tokens
         self._prompt_tokens, self._num_answers = sum(prompt_tokens), num_answers
         self._choices = [_Choice() for _ in range(len(prompt_tokens) * num_answers)]
         prefix = "chatcmpl" if is_chat else "cmpl"
@@ -51,6 +52,7 @@ class Reply:
         choice = self._choices[index]
         choice.text.append(output.text)
         choice.logprobs += output.logprobs
+        choice.text_offsets += output.text_offsets
         self._count(choice, output)
 
     def whole(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class Reply:
         for index, choice in enumerate(self._choices):
             text = "".join(choice.text)
             content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            logprobs = self._logprobs(choice, choice.logprobs)
+            logprobs = self._logprobs(choice.logprobs, choice.text_offsets)
             choices.append(
                 {"index": index, **content, "logprobs": logprobs, "finish_reason": choice.last.finish_reason}
             )
@@ -81,7 +83,7 @@ class Reply:
         content = output.text
         if self._is_chat:
             content = {"content": output.text} if output.text else {}
-        logprobs = self._logprobs(choice, output.logprobs)
+        logprobs = self._logprobs(output.logprobs, output.text_offsets)
         chunk = self._chunk([self._piece(index, content, logprobs, output.finish_reason)])
         return chunk | {"metrics": self._metrics()} if is_last else chunk
 
@@ -115,27 +117,23 @@ class Reply:
         last = [choice.last for choice in self._choices if choice.last is not None]
         return {"speculative_decoding": speculative_decoding(last)}
 
-    def _logprobs(self, choice: _Choice, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[TokenLogprobs], offsets: list[int]) -> dict[str, Any] | None:
         if not self._has_logprobs:
             return None
         if self._is_chat:
             return {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
-        texts = [self._token_text(token.token_id) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(choice.num_logprob_chars)
-            choice.num_logprob_chars += len(text)
+        texts = [self._tokens.text(token.token_id) for token in tokens]
         # OpenAI's also holds the chosen token, whether or not it is among the likeliest.
         top = [((token.token_id, token.logprob), *token.top) for token in tokens]
         return {
             "tokens": texts, "token_logprobs": [token.logprob for token in tokens], "text_offset": offsets,
-            "top_logprobs": [{self._token_text(i): logprob for i, logprob in pairs} for pairs in top],
+            "top_logprobs": [{self._tokens.text(i): logprob for i, logprob in pairs} for pairs in top],
         }  # fmt: skip
 
     def _chat_logprob(self, token: TokenLogprobs) -> dict[str, Any]:
         def entry(token_id: int, logprob: float) -> dict[str, Any]:
-            text = self._token_text(token_id)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            content = self._tokens.bytes(token_id)
+            return {"token": self._tokens.text(token_id), "logprob": logprob, "bytes": list(content)}
 
         return entry(token.token_id, token.logprob) | {"top_logprobs": [entry(*pair) for pair in token.top]}
 

@@ -66,8 +66,10 @@ class Request:
 class RequestOutput:
     """News of one request after a step; `finish_reason` is set in the last one.
 
-    text, token_ids, logprobs  what is new since the last news. Text that may yet become a stop string or that ends in
+    text, token_ids            what is new since the last news. Text that may yet become a stop string or that ends in
                                half a character is held back; the ids are not, so the two need not match piece by piece.
+    logprobs, text_offsets     of the tokens that begin in the text told so far, of all in the last news; the offsets
+                               count characters of the answer's text.
     finish_reason              "stop", "length", "cancelled", "timeout" or "error".
     error                      what went wrong, in words for the client: with "timeout" and "error" only.
     stats, num_cached_tokens   of the whole request, in the last news: counts, and prompt tokens found in the prefix
@@ -82,6 +84,7 @@ class RequestOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text_offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
     stats: RoundStats | None = None

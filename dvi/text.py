@@ -56,7 +56,7 @@ class TextStream:
         # With the special tokens that stop strings name as they are written, and (start, length) of each.
         self._written = ""
         self._hidden: list[tuple[int, int]] = []
-        self._num_shown = 0
+        self._num_shown = self._num_held = 0  # characters of the text, and whole ones that wait with half a one
         self.offsets: list[int] = []
         self.is_stopped = False
 
@@ -67,7 +67,7 @@ class TextStream:
 
     def push(self, token_id: int) -> bool:
         """Adds one token; True when the text now contains a stop string, which has been cut off with all after it."""
-        self.offsets.append(self._num_shown)
+        self.offsets.append(self._num_shown + self._num_held)
         if token_id in self._named:
             word = self._named[token_id]
             self._hidden.append((len(self._written), len(word)))
@@ -78,6 +78,7 @@ class TextStream:
         piece = self._decode_pending()
         if piece and not piece.endswith(REPLACEMENT):
             self._emit(piece)
+        self._num_held = len(piece.rstrip(REPLACEMENT)) if self._pending_ids else 0
         return self.is_stopped
 
     def close(self) -> None:

@@ -154,18 +154,6 @@ def test_everything_that_names_an_end_token_is_believed():
     assert end_token_ids(model, None) == []
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("name", list(TOKENIZERS))
-def test_offsets_are_where_in_the_text_each_token_begins(name, text):
-    """Catches offsets that count bytes, a vocabulary's own spelling, or a space that the text does not begin with."""
-    ids = ids_of(name, text)
-    stream = TextStream(tokenizer_of(name))
-    pieces_of(stream, ids)
-    complete = [decoded(name, ids[:count]).rstrip(REPLACEMENT) for count in range(len(ids))]
-    assert stream.offsets == [len(piece) for piece in complete]
-    assert all(stream.text.startswith(piece) for piece in complete)
-
-
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_offsets_behind_a_stop_string_are_the_end_and_told_with_their_text(name):
     """Catches offsets outside the text, and a stop string that gets out as tokens before it is complete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import socket
@@ -203,6 +204,36 @@ def test_without_a_seed_every_answer_is_drawn_afresh(client):
     assert twice[0]["text"] != twice[1]["text"]
 
 
+def test_offsets_of_log_probabilities_lie_in_the_text_also_in_a_stream_that_stops(client):
+    """Catches offsets by a vocabulary's spelling, and a stop string that a stream gives away token by token."""
+    body = {"logprobs": 0, "stop": " was", "max_tokens": 24}
+    choice = complete(client, **body).json()["choices"][0]
+    offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
+    assert choice["finish_reason"] == "stop" and offsets[0] == 0 and offsets == sorted(offsets)
+    assert offsets[-1] == len(choice["text"])  # the stop's own tokens
+    for token, (start, end) in zip(tokens, itertools.pairwise([*offsets, offsets[-1]]), strict=True):
+        assert choice["text"][start:end].strip() in (token.strip(), "")
+    text = ""
+    for chunk in events(complete(client, **body, stream=True)):
+        piece = chunk["choices"][0]
+        text += piece["text"]
+        if piece["finish_reason"] is None:
+            assert all(offset < len(text) for offset in piece["logprobs"]["text_offset"])
+    assert text == choice["text"]
+
+
+def test_a_stop_text_that_is_a_special_token_ends_the_answer(client, loop):
+    """Catches a stop text that is accepted and can never be found: special tokens are in no text."""
+    long = {"max_tokens": 200, "ignore_eos": True, "prompt": "Once upon a time"}
+    ends = loop.engine.speculator.tokenizer.eos_token
+    unstopped = complete(client, **long).json()
+    assert unstopped["choices"][0]["finish_reason"] == "length"
+    stopped = complete(client, **long, stop=ends).json()
+    if stopped["usage"]["completion_tokens"] < unstopped["usage"]["completion_tokens"]:
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert ends not in stopped["choices"][0]["text"]
+
+
 @pytest.mark.parametrize("stop", [" was", ["zebra", " was"]])
 def test_a_stop_text_ends_the_answer_before_it(client, stop):
     """Catches a stop string that is ignored, printed, or let through in pieces by a stream."""
@@ -395,9 +426,10 @@ def test_what_would_change_the_answer_and_is_not_supported_is_refused(client, fi
 def test_what_does_not_change_the_answer_is_accepted(client):
     """Catches refusing clients that say who asks, or that send a neutral default."""
     harmless = {
-        "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "frequency_penalty": 0,
+        "user": "u", "metadata": {"a": "b"}, "prompt_cache_key": "k", "safety_identifier": "s",
+        "store": False, "service_tier": "auto", "frequency_penalty": 0,
         "logit_bias": None, "tools": [], "response_format": {"type": "text"}, "echo": False, "logprobs": None,
-        "stop": None, "temperature": None, "unknown_field": [1], "ignore_eos": True, "best_of": 1,
+        "stop": None, "temperature": None, "top_k": -1, "best_of": 1, "unknown": None, "parallel_tool_calls": True,
     }  # fmt: skip
     assert text_of(complete(client, **harmless)) == text_of(complete(client))
 
@@ -406,18 +438,19 @@ def test_what_does_not_change_the_answer_is_accepted(client):
     ("body", "param"),
     [
         ({"n": 0}, "n"), ({"n": 9}, "n"), ({"n": -1}, "n"), ({"n": 10**30}, "n"), ({"n": True}, "n"),
-        ({"stop": ["x"] * 17}, "stop"), ({"stop": "x" * 257}, "stop"), ({"stop": ["", "a"]}, None),
+        ({"stop": ["x"] * 17}, "stop"), ({"stop": "x" * 257}, "stop"), ({"stop": ["", "a"]}, "stop"),
         ({"stop_token_ids": list(range(17))}, "stop_token_ids"), ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"logprobs": 21}, "logprobs"), ({"logprobs": -1}, "logprobs"), ({"prompt": ["x"] * 65}, "prompt"),
-        ({"prompt": []}, "prompt"), ({"prompt": ["x"] * 33, "n": 2}, "n"), ({"prompt": [512]}, None),
-        ({"prompt": [-1]}, "prompt"), ({"prompt": [[]]}, None), ({"prompt": None}, "prompt"),
-        ({"prompt": "x " * 600}, None), ({"prompt": "x" * 100_000}, None), ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": []}, "prompt"), ({"prompt": ["x"] * 33, "n": 2}, "n"), ({"prompt": [512]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": None}, "prompt"),
+        ({"prompt": "x " * 600}, "prompt"), ({"prompt": "x" * 100_000}, "prompt"), ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 508}, "max_tokens"), ({"max_tokens": 10**40}, "max_tokens"),
         ({"temperature": 2.1}, "temperature"), ({"temperature": -1}, "temperature"),
-        ({"temperature": 1e-9}, "temperature"), ({"top_p": 0}, None),
-        ({"top_p": 1.5}, None), ({"top_k": -1}, None), ({"top_k": 2**40}, "top_k"), ({"min_p": 1}, None),
+        ({"temperature": 1e-9}, "temperature"), ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"), ({"top_k": -2}, "top_k"), ({"top_k": 2**40}, "top_k"), ({"min_p": 1}, "min_p"),
         ({"presence_penalty": 1e300}, "presence_penalty"), ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"seed": -1}, None), ({"seed": 2**62}, None), ({"stream": 1}, "stream"),
+        ({"seed": -1}, "seed"), ({"seed": 2**62}, "seed"), ({"stream": 1}, "stream"),
+        ({"stop_token_ids": [1, 512]}, "stop_token_ids"),
         ({"dvi": {"policy": "fast"}}, "dvi"), ({"dvi": {"num_draft_tokens": 99}}, "dvi"),
         ({"dvi": {"domain": "Maths!"}}, "dvi"), ({"dvi": {"domain": "x" * 33}}, "dvi"), ({"dvi": {"other": 1}}, "dvi"),
         ({"dvi": []}, "dvi"), ({"model": 3}, "model"),

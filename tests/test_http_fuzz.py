@@ -13,8 +13,7 @@ VALID = {
     "/v1/completions": {
         "model": "stories260k", "prompt": "Once", "max_tokens": 2, "n": 1, "stop": ["x"], "temperature": 0.7,
         "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "presence_penalty": 0.1, "frequency_penalty": 0.1,
-        "repetition_penalty": 1.1,
-        "logprobs": 1, "stop_token_ids": [3], "ignore_eos": False, "stream": False,
+        "repetition_penalty": 1.1, "logprobs": 1, "stop_token_ids": [3], "ignore_eos": False, "stream": True,
         "stream_options": {"include_usage": True},
         "dvi": {"policy": "fixed", "num_draft_tokens": 1, "train": False, "domain": "a"},
     },
@@ -38,7 +37,7 @@ VALUES = (
     '[{"role": "user"}]', '[{"role": "root", "content": "x"}]', '[{"role": "user", "content": [{}]}]',
 )  # fmt: skip
 UNKNOWN = (
-    "user", "extra", "frequency_penalty", "tools", "chat_template", "x" * 500, "\0", "__class__", "best_of", "echo",
+    "user", "extra", "logit_bias", "tools", "chat_template", "x" * 500, "\0", "__class__", "best_of", "echo",
 )  # fmt: skip
 CONTENT_TYPES = ("application/json", "application/json; charset=utf-8", "text/plain", "", "application/json;charset=x")
 

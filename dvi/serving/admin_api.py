@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Depends, Request
 
 from dvi.serving.access import ADMIN_KEY_VARIABLE, Access, adapter_folder, check_name
-from dvi.serving.api_schema import KeyBody, NameBody, SaveBody, VersionBody, parse_body
+from dvi.serving.api_schema import KeyBody, NameBody, SaveBody, VersionBody
+from dvi.serving.body_reading import parse_body
 from dvi.serving.door import read_body
 from dvi.serving.loop import EngineLoop
 from dvi.serving.protocol import ADMIN_TIMEOUT_S, ApiError, invalid

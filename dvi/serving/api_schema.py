@@ -1,19 +1,18 @@
 """The bodies that clients send, and the settings of requests that follow from them.
 
-Knows the fields of OpenAI's completions API, the server's limits and error words; knows nothing of HTTP connections,
-text or the engine. What changes an answer and is not supported is refused, never passed over; what does not change it
-(`user`, `metadata`, `store` ... and fields nobody knows) is accepted. Whatever a client sent is never repeated whole.
+Knows the fields of OpenAI's completions API that have an effect here, the server's limits and error words; knows
+nothing of HTTP connections, text or the engine. The fields that have none are refused by `body_reading`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import secrets
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field
 
 from dvi.records import SamplingParams
 from dvi.seeds import SEED_SPAN, answer_seed
@@ -28,21 +27,6 @@ MAX_PENALTY = 100.0
 SAMPLED_BY = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
-
-# A template is code. One from a client is refused under every name and at every depth.
-_TEMPLATE_FIELDS = {"chat_template", "chat_template_kwargs", "chat_template_args", "jinja_template"}
-# Fields that would change the answer, with the values at which they do not.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
-    "functions": ([],), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
-    "echo": (False,), "suffix": ("",), "best_of": (1,), "modalities": (["text"],), "audio": (), "prediction": (),
-    "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (),
-    "use_beam_search": (False,), "prompt_logprobs": (), "prompt_embeds": (), "min_tokens": (0,), "bad_words": ([],),
-    "allowed_token_ids": (), "truncate_prompt_tokens": (), "continue_final_message": (False,),
-    "add_generation_prompt": (True,), "documents": ([],), "length_penalty": (1,), "typical_p": (1,),
-    "skip_special_tokens": (True,), "template": (), "reasoning_effort": ("none",), "web_search_options": (),
-}  # fmt: skip
-
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
@@ -81,7 +65,7 @@ class GenerationBody(_Body):
     seed: int | None = None
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_p: float | None = None
-    top_k: Annotated[int, Field(lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: float | None = None
     presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] | None = None
@@ -124,10 +108,12 @@ class TextPart(_Body):
 
 
 class ChatMessage(_Body):
-    """One turn. Other fields than these two do not reach the template."""
+    """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
+        description="a text or a list of {type: text, text}"
+    )
 
     @property
     def text(self) -> str:
@@ -178,31 +164,6 @@ class KeyBody(BaseModel):
     key: str
 
 
-Body = TypeVar("Body", bound=BaseModel)
-
-
-def parse_body(content: bytes, schema: type[Body]) -> Body:
-    """The body that this JSON text holds. Raises ApiError 400 naming the field that is wrong."""
-    try:
-        document = from_json(content, allow_inf_nan=False)
-    except ValueError as error:  # also NaN, lone surrogates, too deep nesting and endless numbers
-        raise invalid(f"the body must be valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise invalid("the body must be a JSON object")
-    if issubclass(schema, GenerationBody):
-        _refuse_unsupported(document)
-    try:
-        return schema.model_validate(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        path = [str(part) for part in first["loc"]]
-        if (field := schema.model_fields.get(path[0])) is not None and field.description is not None:
-            path, problem = path[:1], f"must be {field.description}"  # of several types, each with its own complaint
-        else:
-            problem = first["msg"].replace("Input should be", "must be", 1)
-        raise invalid(f"{'.'.join(path)}: {problem}"[:300], param=path[0]) from None
-
-
 def sampling_params(body: GenerationBody, defaults: RequestSettings, *, max_new_tokens: int) -> list[SamplingParams]:
     """The settings of each answer of this body, prompt by prompt: answer i to a prompt draws with (seed, i).
 
@@ -212,6 +173,7 @@ def sampling_params(body: GenerationBody, defaults: RequestSettings, *, max_new_
     """
     num_prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
     chosen = {name: getattr(body, name) for name in SAMPLED_BY if getattr(body, name) is not None}
+    chosen["top_k"] = max(chosen.get("top_k", defaults.top_k), 0)  # -1 is off, in other servers' words
     stop = defaults.stop_strings if body.stop is None else (body.stop,) if isinstance(body.stop, str) else body.stop
     if 0 < (body.temperature or 0) < MIN_TEMPERATURE:
         raise invalid(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}", param="temperature")
@@ -229,7 +191,14 @@ def sampling_params(body: GenerationBody, defaults: RequestSettings, *, max_new_
             seeds = [answer_seed(body.seed, i) for i in range(body.num_answers)] * num_prompts
         return [dataclasses.replace(first, seed=seed) for seed in seeds]
     except ValueError as error:
-        raise invalid(str(error)[:300]) from None
+        raise refusal(error) from None
+
+
+def refusal(error: ValueError) -> ApiError:
+    """400 with the error's words, which begin with the name of the field."""
+    name = re.match(r"\w*", str(error))[0]
+    is_field = name in CompletionBody.model_fields or name in ChatBody.model_fields
+    return invalid(str(error)[:300], param=name if is_field else None)
 
 
 def draft_choice(
@@ -244,8 +213,11 @@ def draft_choice(
     )
 
 
-def check_limits(body: GenerationBody, limits: ServeSettings) -> None:
-    """Raises ApiError for what is more than the server gives one request; before any text is tokenised."""
+def check_limits(body: GenerationBody, limits: ServeSettings, *, vocab_size: int) -> None:
+    """Raises ApiError for what is more than the server gives one request, or cannot come; before any text is tokenised.
+
+    vocab_size: of the model's tokens.
+    """
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     asked = {
         "n": (body.num_answers, 1, limits.max_n),
@@ -260,8 +232,15 @@ def check_limits(body: GenerationBody, limits: ServeSettings) -> None:
     for name, (number, least, most) in asked.items():
         if not least <= number <= most:
             raise invalid(f"{name}: must be {least} to {most} here, got {_short(number)}", param=name)
-    if any(len(text) > limits.max_stop_chars for text in stop):
-        raise invalid(f"stop: strings must be at most {limits.max_stop_chars} characters long here", param="stop")
+    for index, text in enumerate(stop):
+        if not 1 <= len(text) <= limits.max_stop_chars:
+            name = "stop" if isinstance(body.stop, str) else f"stop[{index}]"
+            bound = f"1 to {limits.max_stop_chars} characters"
+            raise invalid(f"{name}: must be a text of {bound} here, got {len(text)}", param="stop")
+    for index, token_id in enumerate(body.stop_token_ids or ()):
+        if token_id >= vocab_size:
+            bound = f"0 to {vocab_size - 1}, one of the model's tokens"
+            raise invalid(f"stop_token_ids[{index}]: must be {bound}, got {token_id}", param="stop_token_ids")
     num_answers = num_prompts * body.num_answers
     most = limits.max_rows + limits.max_waiting  # more would find no place even in an empty server
     if num_answers > most:
@@ -282,24 +261,6 @@ def new_tokens(body: GenerationBody, defaults: RequestSettings, *, cap: int | No
     if not 1 <= asked <= most:
         raise invalid(f"{name}: must be 1 to {most} for this prompt, got {_short(asked)}", param=name)
     return asked
-
-
-def _refuse_unsupported(document: dict[str, Any]) -> None:
-    for name, harmless in _UNSUPPORTED.items():
-        value = document.get(name)
-        if value is not None and value not in harmless:
-            raise ApiError(400, f"{name} is not supported; leave it out", code="unsupported", param=name)
-    waiting: list[Any] = [document]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            if found := _TEMPLATE_FIELDS & value.keys():
-                name = min(found)
-                message = f"{name} is refused: chats are rendered by the model's own template"
-                raise ApiError(400, message, code="unsupported", param=name)
-            waiting.extend(value.values())
-        elif isinstance(value, list):
-            waiting.extend(item for item in value if isinstance(item, dict | list))
 
 
 def _short(number: int) -> str:

@@ -30,15 +30,16 @@ from dvi.serving.api_schema import (
     check_limits,
     draft_choice,
     new_tokens,
-    parse_body,
+    refusal,
     sampling_params,
 )
+from dvi.serving.body_reading import parse_body
 from dvi.serving.dashboard import routes as dashboard_routes
 from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.loop import EngineLoop
 from dvi.serving.model_names import ModelNames, last_part
 from dvi.serving.prompts import PromptEncoder
-from dvi.serving.protocol import ADAPTERS_HEADER, TRAIN_HEADER, ApiError, invalid
+from dvi.serving.protocol import ADAPTERS_HEADER, TRAIN_HEADER, ApiError
 from dvi.serving.replies import Reply
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, RequestOutput, Timeouts
 from dvi.serving.request import Request as EngineRequest
@@ -73,6 +74,7 @@ class _Api:
         if speculator.tokenizer is None:
             raise ValueError(f"{config.model.path} has no tokenizer; a server needs one")
         limits = loop.engine.scheduler.limits
+        self._vocab_size = speculator.split.vocab_size
         self._context = min(speculator.max_positions, limits.max_positions - limits.headroom)
         self._encoder = PromptEncoder(
             speculator.tokenizer, vocab_size=speculator.split.num_input_ids,
@@ -104,12 +106,12 @@ class _Api:
 
     async def completions(self, request: Request) -> Response:
         body = parse_body(await read_body(request), CompletionBody)
-        check_limits(body, self._config.serve)
-        return await self._answer(request, body, lambda: [self._encoder.encode(prompt) for prompt in body.prompts])
+        check_limits(body, self._config.serve, vocab_size=self._vocab_size)
+        return await self._answer(request, body, lambda: self._encoder.encode_all(body.prompts))
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse_body(await read_body(request), ChatBody)
-        check_limits(body, self._config.serve)
+        check_limits(body, self._config.serve, vocab_size=self._vocab_size)
         chat = [(message.role, message.text) for message in body.messages]
         return await self._answer(request, body, lambda: [self._encoder.encode_chat(chat)])
 
@@ -163,7 +165,7 @@ class _Api:
         except Draining as error:
             raise ApiError(503, str(error), code="draining") from None
         except ValueError as error:
-            raise invalid(str(error)[:300]) from None
+            raise refusal(error) from None
         reply = Reply(
             is_chat=isinstance(body, ChatBody), model=body.model or self._names.served,
             prompt_tokens=[len(ids) for ids in prompts], num_answers=body.num_answers,

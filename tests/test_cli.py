@@ -79,7 +79,8 @@ def test_one_prompt_is_printed_as_text_and_then_counted_in_one_json_line():
     code, facts, text, _ = dvi_command("generate", STORIES, "Once upon a time", *FAST)
     assert code == 0 and text.startswith(", there was a little girl")
     assert facts["command"] == "generate" and facts["new_tokens"] == 12 and facts["prompts"] == 1
-    assert facts["drafted"] == 4 * facts["rounds"] and facts["level"] == "fast" and facts["drafter_version"] == 0
+    assert 0 < facts["drafted"] <= 4 * facts["rounds"] and facts["rounds"] + facts["accepted"] == 12
+    assert facts["level"] == "fast" and facts["drafter_version"] == 0
     assert facts["finish_reasons"] == ["length"]
 
 

@@ -157,7 +157,7 @@ def test_prompts_and_messages_are_named_by_their_places(monkeypatch):
     """Catches "a prompt is too long" where there are sixty."""
     tokenizer = tokenizer_of("byte-level")
     encoder = PromptEncoder(tokenizer, vocab_size=100, max_tokens=5)
-    with pytest.raises(ValueError, match=r"prompt\[1\]: token ids must be in 0\.\.99, got 100"):
+    with pytest.raises(ValueError, match=r"prompt\[1\]: token ids must be integers in 0\.\.99"):
         encoder.encode_all([[1], [100]])
     with pytest.raises(ValueError, match=r"prompt\[2\]: a prompt must be 1 to 5 tokens here, got 6"):
         encoder.encode_all([[1], [2], [3] * 6])

@@ -50,6 +50,7 @@ PEER_LOST = 3
 FOUND_WRONG = 1
 SIGINT = 2
 DEBUG, JSON = "--debug", "--json"
+PROMPTS_HELP = "JSONL rows with prompt, messages, text ..., or a .txt of one prompt a line; also .gz."
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _SAMPLING, _DRAFT, _DRAFTER, _VERIFY = SamplingSettings(), DraftSettings(), DrafterSettings(), VerifySettings()
@@ -159,7 +160,7 @@ def init(
 def generate(
     model: ModelArgument,
     prompts: Annotated[list[str] | None, typer.Argument(help="One text or more.", metavar="PROMPT")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="JSONL rows with turns, prompt or messages.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help=PROMPTS_HELP)] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Through the chat template (the default with one), or as it is.")
     ] = None,
@@ -373,7 +374,7 @@ def tune(
         Path | None, typer.Option(help="JSONL rows with prompt_tokens and new_tokens; default: the prompts' own.")
     ] = None,
     prompts: Annotated[
-        Path, typer.Option(help="JSONL rows with turns, prompt or messages, decoded to measure acceptance and lengths.")
+        Path, typer.Option(help=f"{PROMPTS_HELP} They are decoded to measure acceptance and lengths.")
     ] = Path("configs/demo/prompts.jsonl"),
     acceptance: Annotated[
         Path | None,
@@ -461,7 +462,7 @@ def top(
 def verify(
     model: ModelArgument,
     adapter: AdapterOption = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSONL rows; default: a few built-in ones.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help=f"{PROMPTS_HELP} Default: a few built-in ones.")] = None,
     limit: Annotated[int, typer.Option(help="Prompts to audit, 0 takes all.")] = 0,
     max_new_tokens: int = 64,
     num_draft_tokens: DraftTokensOption = _DRAFT.num_draft_tokens,

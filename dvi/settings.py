@@ -373,7 +373,10 @@ class ServeOutputSettings:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of `dvi train`. Built by hand it checks only what its sections' `__post_init__` say."""
+    """All settings of `dvi train`. Built by hand it checks only what its sections' `__post_init__` say.
+
+    Here learning is what the time is for: its budget is half of it, where a server keeps to a twentieth.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
 
@@ -383,7 +386,7 @@ class TrainConfig:
     verify: VerifySettings = field(default_factory=VerifySettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     data: DataSettings = field(default_factory=DataSettings)
-    train: LearningSettings = field(default_factory=LearningSettings)
+    train: LearningSettings = field(default_factory=lambda: LearningSettings(budget=0.5))
     eval: EvalSettings = field(default_factory=EvalSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
 

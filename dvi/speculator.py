@@ -345,8 +345,8 @@ class SelfSpeculator:
             try:
                 yield self.encode(prompt)
             except ValueError as error:
-                where = "" if len(prompts) == 1 else f"prompts[{index}]: "
-                raise ValueError(f"{where}{error}") from error
+                where = getattr(prompt, "where", "") or (f"prompts[{index}]" if len(prompts) > 1 else "")
+                raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
     def _failed(
         self, error: Exception, index: int, sequence: Sequence | None, batch: DecodingBatch

@@ -95,7 +95,9 @@ def test_a_negative_limit_is_refused():
         ({"question_id": 1, "category": "qa", "turns": []}, "line 3: .*at least one text"),
         ({"question_id": 1, "category": "poetry", "turns": ["x"]}, "line 3: .*got 'poetry'"),
         ({"question_id": 7, "category": "qa", "turns": ["x"]}, "line 3: question_id 7 is there twice"),
-        ('{"question_id": 1, "categ', "line 3: Invalid JSON"),
+        ('{"question_id": 1, "categ', "line 3: not JSON"),
+        ({"question_id": 1, "category": "qa", "turns": ["a \ud83d"]}, r"line 3: .*turns\[0\] holds half"),
+        ("[1]", "line 3: .*dictionary or an instance"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, row, reason):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dvi.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.config import load_config
-from dvi.settings import TrainConfig, WarmupConfig
+from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from tests.drafter_doubles import small_config
 from tests.job_interruptions import after_requests, interrupt
@@ -215,3 +215,8 @@ def test_the_fields_earlier_name_works_with_a_notice(tmp_path, caplog):
     earlier = tmp_path / "config.yaml"
     earlier.write_text("data:\n  text_field: prompt\n", encoding="utf-8")
     assert load_config(earlier).data.field is None, "its default then, which files of rows did not heed"
+
+
+def test_a_run_gives_half_of_its_time_to_learning_and_a_server_a_twentieth():
+    """Catches a training run that makes a tenth of the steps that its prompts would give."""
+    assert [schema().train.budget for schema in (TrainConfig, ServeConfig, WarmupConfig)] == [0.5, 0.05, 1.0]

@@ -153,7 +153,7 @@ def lengths(
     ),
     temperature: Annotated[float, typer.Option(help="0 is greedy, and then outputs are compared.")] = 0.0,
     prompts: Annotated[
-        Path | None, typer.Option(help="JSONL rows, those marked eval if any are; default Spec-Bench's questions.")
+        Path | None, typer.Option(help="Rows or text, those marked eval if any are; default Spec-Bench's questions.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Prompts to take, 0 takes all; they come again and again.")] = 0,
     max_new_tokens: int = 64,

@@ -14,6 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from dvi.chat_templates import VICUNA_STOP, VICUNA_SYSTEM
+from dvi.prompt_files import rows_of
+from dvi.traffic import why_no_text
 
 BUNDLED_QUESTIONS = Path(__file__).with_name("data") / "spec_bench" / "question.jsonl"
 
@@ -39,6 +41,9 @@ class Question:
     def __post_init__(self) -> None:
         if not self.turns or not all(self.turns):
             raise ValueError(f"question {self.question_id}: turns must be at least one text, none empty")
+        for index, turn in enumerate(self.turns):
+            if (reason := why_no_text(turn)) is not None:
+                raise ValueError(f"question {self.question_id}: turns[{index}] {reason}")
         task_of(self.category)
 
 
@@ -52,17 +57,15 @@ def load_questions(path: str | Path | None = None) -> list[Question]:
     """
     path = Path(path or BUNDLED_QUESTIONS)
     questions: dict[int, Question] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for where, row in rows_of(path):
         try:
-            question = _QUESTION.validate_json(line)
+            question = _QUESTION.validate_python(row)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{path}, line {number}: {field + ': ' if field else ''}{first['msg']}") from None
+            raise ValueError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
         if question.question_id in questions:
-            raise ValueError(f"{path}, line {number}: question_id {question.question_id} is there twice")
+            raise ValueError(f"{where}: question_id {question.question_id} is there twice")
         questions[question.question_id] = question
     if not questions:
         raise ValueError(f"{path} must hold at least one question, got none")

@@ -90,7 +90,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
     [
         ("train.lr=-1", "train.lr must be greater than 0, got -1; the default is 0.001"),
         ("train.lr=fast", "train.lr must be a valid number, got 'fast'; the default is 0.001"),
-        ("train.budget=1.5", "train.budget must be less than or equal to 1, got 1.5; the default is 0.05"),
+        ("train.budget=1.5", "train.budget must be less than or equal to 1, got 1.5; the default is 0.5"),
         ("model.split_layer=1.5", "model.split_layer must be a valid integer, got 1.5; the default is None"),
         ("model.split_layer=true", "model.split_layer must be a valid integer, got True; the default is None"),
         ("train.enabled=1", "train.enabled must be a valid boolean, got 1; the default is True"),

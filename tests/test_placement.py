@@ -303,7 +303,7 @@ TENSOR = ModelSettings(placement="tensor")
     [
         (ServeConfig(model=TENSOR), "not be 'tensor' for a server.*vLLM"),
         (TrainConfig(model=TENSOR, draft=DraftSettings(policy="goodput")), "measured time.*draft.policy=fixed"),
-        (TrainConfig(model=TENSOR), "train.budget must be 1 .*got 0.05"),
+        (TrainConfig(model=TENSOR), "train.budget must be 1 .*got 0.5"),
     ],
     ids=["server", "goodput", "budget"],
 )

@@ -6,10 +6,9 @@ Knows files and where they came from; the folder appears whole or not at all.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from dvi import gguf
+from dvi.progress import doing
 
 SOURCE_FILE = "dvi_source.json"
 # Against dequantised float32 weights, SmolLM2 in Q4_1: 720 of 724 greedy tokens of 16 answers are equal, KL 5e-5 nats,
@@ -25,8 +25,6 @@ SOURCE_FILE = "dvi_source.json"
 # itself costs 25 times that (KL 1.2e-3).
 DTYPE = torch.bfloat16
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-
-Report = Callable[[str, int, int], None]  # told what is being done, how much of it is done, of how much
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,6 @@ class ModelSource:
     obtained: str | None = None
 
 
-def sha256_of_file(path: Path, *, report: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256, in hex. report: told the bytes read so far."""
-    digest, done = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-            done += len(piece)
-            report(done)
-    return digest.hexdigest()
-
-
 def read_source(folder: Path) -> ModelSource | None:
     """What a converted folder was made of; None when `convert` did not make it."""
     try:
@@ -65,19 +52,23 @@ def read_source(folder: Path) -> ModelSource | None:
         return None
 
 
-def convert(file: Path, folder: Path, source: ModelSource, *, report: Report) -> None:
+def convert(file: Path, folder: Path, source: ModelSource) -> None:
     """Writes the model in `file` into `folder`, an empty one.
 
     Raises ValueError for a file that cannot be read, OSError when the disk refuses.
     """
-    report("reading the tokenizer", 0, 1)
-    tokenizer = gguf.read_tokenizer(file)
-    report("reading the weights", 0, 1)
-    model = gguf.read_model(file, dtype=DTYPE, report=lambda done, total: report("reading the weights", done, total))
-    report("writing", 0, 1)
+    with doing(f"reading the tokenizer of {file.name}"):
+        tokenizer = gguf.read_tokenizer(file)
+    with doing(f"reading {file.name}", noun="tensors") as stage:
+
+        def tell(done: int, total: int) -> None:
+            stage.total = total
+            stage.advance(done - stage.done)
+
+        model = gguf.read_model(file, dtype=DTYPE, report=tell)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which else warns that it looked
-    with refusing_a_full_disk(folder):
+    with doing("writing safetensors"), refusing_a_full_disk(folder):
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -85,7 +76,6 @@ def convert(file: Path, folder: Path, source: ModelSource, *, report: Report) ->
             raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
         (folder / SOURCE_FILE).write_text(json.dumps(asdict(source), indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(source, num_parameters=model.num_parameters()), encoding="utf-8")
-    report("writing", 1, 1)
 
 
 @contextmanager

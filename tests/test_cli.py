@@ -361,7 +361,7 @@ def test_debug_shows_the_traceback_of_a_users_error_wherever_it_stands():
 def test_a_terminated_job_saves_a_checkpoint_and_says_so(tmp_path):
     """Catches a job that dies at SIGTERM with its work, and an exit code that hides the signal."""
     command = [
-        sys.executable, "-m", "dvi", "train", "configs/demo/demo.yaml", f"model.path={STORIES}",
+        sys.executable, "-m", "dvi", "train", "configs/demo/bundled.yaml", f"model.path={STORIES}",
         f"output.folder={tmp_path}", "eval.limit=1", "output.tensorboard=false", "drafter.anchor_hidden=16",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -32,6 +32,10 @@ def ask_to_save(url: str, name: str, *, overwrite: bool = False) -> dict[str, An
     except urllib.error.HTTPError as error:
         with error:
             answer = error.read().decode("utf-8", "replace")
-        raise ValueError(f"{url} answers {error.code}: {answer[:300]}") from None
+        try:
+            answer = json.loads(answer)["error"]["message"]
+        except (ValueError, LookupError, TypeError):  # somebody else's error
+            answer = answer[:300]
+        raise ValueError(f"{url} answers {error.code}: {answer}") from None
     except urllib.error.URLError as error:
         raise ValueError(f"{url} must be the address of a running server: {error.reason}") from error

@@ -233,12 +233,16 @@ def test_printed_settings_are_a_configuration_file_without_running_anything(tmp_
     assert load_config(tmp_path / "printed.yaml") == load_config(ROOT / "configs/demo/demo.yaml", ["train.lr=1e-5"])
 
 
-def test_the_demo_runs_on_files_that_exist_and_learns_on_traffic_alone():
-    """Catches a demo that names a moved file, or trains on what it is measured on."""
+@pytest.mark.parametrize("name", ["demo", "bundled"])
+def test_the_demo_runs_on_files_that_exist_and_learns_on_traffic_alone(name):
+    """Catches a demo that names a moved file or a model that nobody gets, or trains on what it is measured on."""
     from dvi.config import load_config
+    from dvi.published_models import MODELS
 
-    config = load_config(ROOT / "configs/demo/demo.yaml")
-    assert config.data.split == "traffic" and (ROOT / config.model.path / "config.json").is_file()
+    config = load_config(ROOT / f"configs/demo/{name}.yaml")
+    folder = Path(config.model.path)
+    is_there = folder.name in MODELS if name == "demo" else (ROOT / folder / "config.json").is_file()
+    assert config.data.split == "traffic" and folder.parent == Path("checkpoints") and is_there
     assert all((ROOT / path).is_file() for path in config.data.prompts)
 
 

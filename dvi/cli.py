@@ -196,6 +196,8 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Prompts that decode together.")] = 8,
 ) -> None:
     """Decode prompts. One is streamed as it grows, several are printed as they finish."""
+    check_model(model)
+    quieten_transformers()
     from dvi.records import RoundStats, SamplingParams
 
     params = SamplingParams(
@@ -478,6 +480,8 @@ def verify(
     """Audit that drafts change no token. A difference from greedy decoding without them is explained, or it fails."""
     import dataclasses
 
+    check_model(model)
+    quieten_transformers()
     from dvi.audit import PROMPTS, audit, divergence_table
     from dvi.traffic import read_prompts
 
@@ -597,13 +601,13 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what an adapter or a model is. How a model would be split, and what memory it would take."""
+    quieten_transformers()
     from dvi import inspection
 
     console = make_console()
     if inspection.is_adapter(path):
         facts = inspection.describe_adapter(path)
     else:
-        quieten_transformers()
         overrides = [*(overrides or ()), *([f"model.split_layer={split_layer}"] if split_layer is not None else ())]
         if path.endswith((".yaml", ".yml")):
             settings = inspection.load_settings(path, overrides)
@@ -634,8 +638,6 @@ def doctor() -> None:
 
 def _load(model: str, **options: Any) -> SelfSpeculator:
     """The speculator, with the libraries' own progress bars and notes turned off."""
-    check_model(model)
-    quieten_transformers()
     from dvi.speculator import SelfSpeculator
 
     return SelfSpeculator.from_pretrained(model, **options)

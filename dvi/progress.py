@@ -72,7 +72,9 @@ class Stage:
     @property
     def count(self) -> str:
         """How far it is."""
-        return "" if not self.noun else f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
+        if self.total is None:
+            return f"{self.done:,}" if self.noun else ""
+        return f"{self.done:,}/{self.total:,}"
 
     @property
     def time(self) -> str:

@@ -287,6 +287,7 @@ class Job(ABC):
 
     # Running
 
+    @progress.shown_as("the whole run")  # for what is between its stages
     def run(self) -> dict[str, object]:
         """Measures, works, saves, and if nobody interrupted it measures again and saves the drafter.
 
@@ -364,7 +365,7 @@ class Job(ABC):
             self.console.print(f"picture: {picture}")
         found = None if after is None else headline(self.before, after)
         if found is not None:
-            self.console.print(f"[bold]{Path(self.config.model.path).name}: {found}.[/bold]", highlight=False)
+            self.console.print(f"{Path(self.config.model.path).name}: {found}.", style="bold", soft_wrap=True)
         return {
             "headline": found, "after": metrics, "drafter": str(self.folder / DRAFTER), "reloads_alike": is_alike,
             "picture": picture and str(picture),

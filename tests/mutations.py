@@ -319,7 +319,7 @@ MUTATIONS = [
     ),
     Mutation(
         "failed_round_takes_the_oldest", ENGINE,
-        "lane.by_sequence[batch.sequences[-1].request_id]", "lane.by_sequence[batch.sequences[0].request_id]",
+        "lane.by_sequence[batch.newest.request_id]", "lane.by_sequence[batch.sequences[0].request_id]",
         TEST_ENGINE,
     ),
     Mutation(

@@ -197,8 +197,8 @@ def test_a_launch_that_would_shard_the_drafter_is_refused(tmp_path, monkeypatch)
 
 def test_a_sharded_model_is_refused_where_it_would_have_to_decode(tmp_path):
     """Catches hours of fetching a model for every token."""
-    config = load_config(
-        None, ["model.placement=zero3", f"output.folder={tmp_path / 'run'}"], schema=WarmupConfig
-    )
+    prompts = Path(__file__).parents[1] / "configs/demo/prompts.jsonl"
+    overrides = ["model.placement=zero3", f"data.prompts={prompts}", f"output.folder={tmp_path / 'run'}"]
+    config = load_config(None, overrides, schema=WarmupConfig)
     with pytest.raises(ValueError, match=r"model\.placement must not be 'zero3' where the model decodes"):
         run_warmup(config, console=Console(quiet=True))

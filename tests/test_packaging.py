@@ -50,7 +50,9 @@ def test_the_wheel_has_the_projects_name_and_the_packages_own_version(site):
     found = metadata_of(site)
     assert (found["Name"], found["Version"]) == ("draft-verify-improve", dvi.__version__)
     (folder,) = site.glob("*.dist-info")
-    assert "dvi = dvi.cli:main" in (folder / "entry_points.txt").read_text()
+    command = PROJECT["project"]["scripts"]["dvi"]
+    assert f"dvi = {command}" in (folder / "entry_points.txt").read_text()
+    assert callable(metadata.EntryPoint("dvi", command, "console_scripts").load())
 
 
 def test_the_wheel_holds_every_module_every_configuration_and_the_marks_of_types(site):

@@ -15,7 +15,7 @@ from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from tests.drafter_doubles import small_config
 from tests.job_interruptions import after_requests, interrupt
-from trainers import job as job_module
+from trainers.evaluation import HeldOutRequests
 from trainers.job import run_training
 from trainers.position import LITTLE_TOKENS, read_traffic, what_to_expect
 from trainers.warmup import run_warmup
@@ -100,13 +100,13 @@ def test_a_run_measures_on_what_it_held_out_and_a_resumed_one_on_the_same(settin
     with monkeypatch.context() as patch:
         after_requests(patch, 2, interrupt)
         run(config)
-    held, whole = [], job_module.measure
+    held, whole = [], HeldOutRequests.measure
 
-    def measure(speculator, prompts, *arguments, **options):
-        held.append(prompts)
-        return whole(speculator, prompts, *arguments, **options)
+    def measure(requests: HeldOutRequests, *arguments, **options):
+        held.append(requests.prompts)
+        return whole(requests, *arguments, **options)
 
-    monkeypatch.setattr(job_module, "measure", measure)
+    monkeypatch.setattr(HeldOutRequests, "measure", measure)
     rows = [{"text": text} for text in QUESTIONS[:6]]
     with pytest.raises(ValueError, match=r"eval\.limit must be 24 to resume the run"):
         run(settings(rows, "output.resume=true", "eval.limit=0"))
@@ -166,7 +166,7 @@ def test_a_row_that_the_template_refuses_or_leaves_out_is_told_before_anything_i
 
     module = "trainers.job" if schema is TrainConfig else "trainers.warmup"
     monkeypatch.setattr(f"{module}.build_speculator", build)
-    monkeypatch.setattr(job_module.Job, "_measure", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(HeldOutRequests, "measure", lambda *_: pytest.fail("something was measured"))
     run = run_training if schema is TrainConfig else run_warmup
     asked, spoken = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
     for messages, reason in (

@@ -44,7 +44,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "train_file": ("data.prompts",),
     "data_path": ("data.prompts",),
     "dataset_name": ("data.dataset",),
-    "field": ("data.text_field",),
+    "text_field": ("data.field",),
     "max_tokens": ("sampling.max_new_tokens", "warmup.max_new_tokens"),
     "max_length": ("sampling.max_new_tokens", "warmup.text_positions"),
     "stop": ("sampling.stop_strings",),

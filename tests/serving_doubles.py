@@ -175,5 +175,5 @@ def bare_engine(loop: EngineLoop) -> SimpleNamespace:
     engine = loop.engine
     return SimpleNamespace(
         speculator=engine.speculator, drafters=dict(engine.drafters),
-        scheduler=SimpleNamespace(limits=engine.scheduler.limits),
+        scheduler=SimpleNamespace(limits=engine.scheduler.limits, retry_after_s=3.0),
     )

@@ -36,7 +36,7 @@ ROWS = (
     "dvi.planning.frontier dvi.planning.replan",
     "dvi.zero3",
     "dvi.serving.request dvi.serving.figures dvi.serving.aggregation dvi.serving.protocol dvi.serving.sockets "
-    "dvi.serving.connections dvi.serving.model_names",
+    "dvi.serving.connections dvi.serving.model_names dvi.serving.turns",
     "dvi.serving.replicas",
     "dvi.serving.scheduler dvi.serving.prefix_cache dvi.serving.access dvi.serving.api_schema",
     "dvi.bench.guarded",

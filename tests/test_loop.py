@@ -239,6 +239,28 @@ def test_a_full_queue_refuses_at_once_and_takes_all_or_none():
         assert not {requests[2].request_id, requests[3].request_id} & set(client.token_ids)
 
 
+def test_a_newcomer_finds_a_place_where_another_holds_them_all():
+    """Catches a key that fills the queue and whose every answer is followed by its own next request."""
+    engine, client = engine_of(max_rows=1, max_waiting=2), Client()
+    with running(engine) as loop:
+        release, is_blocked = threading.Event(), threading.Event()
+        blocked = loop.call(lambda: (is_blocked.set(), release.wait(PATIENCE_S)))  # nothing is taken in meanwhile
+        assert is_blocked.wait(PATIENCE_S)
+        requests = some_requests(loop, 5, seed=8)
+        for request, tenant in zip(requests, ("greedy", "greedy", "greedy", "modest", "greedy"), strict=True):
+            request.tenant = tenant
+            if request is requests[-1]:
+                with pytest.raises(QueueFull):
+                    loop.submit([request], client)
+            else:
+                loop.submit([request], client)
+        release.set()
+        blocked.result(PATIENCE_S)
+        client.wait_for_all(requests[:4])
+    reasons = [client.last[request.request_id].finish_reason for request in requests[:4]]
+    assert reasons == ["length", "length", "displaced", "length"]
+
+
 def test_stopping_lets_running_requests_end_and_gives_the_rest_up():
     """Catches a shutdown that cuts answers it had time for, or that waits for ever."""
     client, loop = Client(), EngineLoop(engine_of())

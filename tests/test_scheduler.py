@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import sys
 from collections import Counter
@@ -22,12 +23,12 @@ ROOMY = SchedulerLimits(max_rows=2, max_positions=10_000, max_waiting=1000, pref
 
 def make_request(
     request_id: int, *, tenant: str = "", prompt: int = 10, new: int = 10, timeouts: Timeouts | None = None,
-    arrived_s: float = 0.0,
+    arrived_s: float = 0.0, call_id: int = -1,
 ) -> Request:
     """prompt, new: numbers of tokens. Every token id says whose it is."""
     return Request(
         request_id, [1000 * request_id + i for i in range(prompt)], SamplingParams(max_new_tokens=new), tenant=tenant,
-        timeouts=timeouts or Timeouts(), arrived_s=arrived_s,
+        timeouts=timeouts or Timeouts(), arrived_s=arrived_s, call_id=call_id,
     )
 
 
@@ -46,11 +47,21 @@ class FakeEngine:
         self.served: Counter[str] = Counter()
         self.num_preempted, self.num_steps_since_admission, self.num_rounds_since_prefill = 0, 0, 0
 
-    def add(self, *requests: Request) -> None:
-        self.scheduler.add_all(requests)
+    def add(self, *requests: Request) -> list[Request]:
+        held = Counter(request.tenant for request in self.requests.values())
+        displaced = self.scheduler.add_all(requests)
+        for _, call in itertools.groupby(displaced, key=lambda request: request.call_id):
+            ids = [request.request_id for request in call]
+            tenant = self.requests[ids[0]].tenant
+            assert held[tenant] > held[requests[0].tenant] + len(requests), "fairness is not turned round"
+            assert not set(ids) & set(self.admitted), "whoever has begun stays"
+            held[tenant] -= len(ids)
+            for request_id in ids:
+                self.drop(request_id)
         for request in requests:
             self.requests[request.request_id] = request
             self.texts[request.request_id] = list(request.prompt_ids)
+        return displaced
 
     def change(self, **limits: int) -> None:
         """Other limits from the next step on, with as many places as before."""
@@ -214,6 +225,32 @@ def test_a_full_queue_refuses_all_choices_of_a_request_or_none():
         scheduler.add_all([make_request(2), make_request(3)])
     assert scheduler.num_waiting == 2
     scheduler.add(make_request(2))
+
+
+def test_in_a_full_queue_the_newest_request_of_whoever_holds_most_gives_way():
+    """Catches a key that keeps all others out by asking for everything."""
+    engine = FakeEngine(SchedulerLimits(max_rows=1, max_waiting=4), growth=1)
+    engine.add(*(make_request(i, tenant="greedy") for i in range(3)))
+    engine.step()
+    engine.add(make_request(3, tenant="modest"), make_request(4, tenant="modest", call_id=3))
+    with pytest.raises(QueueFull):  # as many as the other holds: no better claim
+        engine.add(make_request(5, tenant="modest"))
+    with pytest.raises(QueueFull):
+        engine.add(make_request(6, tenant="greedy"))
+    assert [request.request_id for request in engine.add(make_request(7, tenant="new"))] == [2]
+    assert [request.request_id for request in engine.scheduler.schedule(0).admit] == [], "the row is taken"
+
+
+def test_a_call_gives_way_whole_or_not_at_all():
+    """Catches n answers of which one is refused while the others are being streamed."""
+    engine = FakeEngine(SchedulerLimits(max_rows=1, max_waiting=5), growth=1)
+    engine.add(*(make_request(i, tenant="greedy", call_id=0) for i in range(3)))
+    engine.step()  # the first of the three has a row
+    engine.add(*(make_request(i, tenant="greedy", call_id=3) for i in range(3, 6)))
+    assert {request.request_id for request in engine.add(make_request(6, tenant="new"))} == {3, 4, 5}
+    engine.add(make_request(7, tenant="other"), make_request(8, tenant="other"))
+    with pytest.raises(QueueFull):  # what the greedy one still has is begun
+        engine.add(make_request(9, tenant="third"))
 
 
 def test_the_wait_advised_follows_the_pace_of_late_finishes():
@@ -460,6 +497,7 @@ class Simulation(RuleBasedStateMachine):
         requests = [
             make_request(
                 first + i, tenant=tenant, prompt=prompt, new=new, timeouts=Timeouts(*limits_s), arrived_s=self.now_s,
+                call_id=first,
             )
             for i, (prompt, new) in enumerate(sizes)
         ]

@@ -42,11 +42,17 @@ _UNSUPPORTED_OF_STREAMS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 _SHOWN_CHARS = 40  # of a client's own words in an error
 
+SPARE_CONTAINERS, CONTAINERS_PER_ITEM = 1000, 4  # how many objects and lists a body may hold
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def parse_body(content: bytes, schema: type[Body]) -> Body:
-    """The body that this JSON text holds. Raises ApiError 400 naming the place that is wrong."""
+def parse_body(content: bytes, schema: type[Body], *, max_items: int = 100) -> Body:
+    """The body that this JSON text holds. Raises ApiError 400 naming the place that is wrong.
+
+    max_items: of a list, such as messages or token ids. A longer one is refused before anything is made of it: a body
+    within the limit of bytes may hold a million items, and everybody waits while they are looked at.
+    """
     try:
         document = from_json(content, allow_inf_nan=False)
     except ValueError as error:  # also NaN, lone surrogates, too deep nesting and endless numbers
@@ -54,12 +60,27 @@ def parse_body(content: bytes, schema: type[Body]) -> Body:
     if not isinstance(document, dict):
         raise invalid("the body must be a JSON object")
     if issubclass(schema, GenerationBody):
+        _check_size(document, max_items)
         _refuse_templates(document)
         document = _without_neutral(document, schema)
     try:
         return schema.model_validate(document)
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False, include_input=False, include_context=False), schema) from None
+
+
+def _check_size(document: dict[str, Any], max_items: int) -> None:
+    num_left = SPARE_CONTAINERS + CONTAINERS_PER_ITEM * max_items
+    for name, field in document.items():
+        waiting, param = [field] if isinstance(field, dict | list) else [], _shown(name)
+        while waiting:
+            value, num_left = waiting.pop(), num_left - 1
+            if isinstance(value, list) and len(value) > max_items:
+                raise invalid(f"{param}: lists must hold at most {max_items} items here, got {len(value)}", param=param)
+            if num_left < 0:
+                raise invalid(f"{param}: there are too many objects and lists in this body", param=param)
+            items = value if isinstance(value, list) else value.values()
+            waiting += [item for item in items if isinstance(item, dict | list)]
 
 
 def _refuse_templates(document: dict[str, Any]) -> None:

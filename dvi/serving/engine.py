@@ -114,11 +114,17 @@ class Engine:
             raise ValueError(f"no drafter {request.draft.drafter!r}; there are {', '.join(sorted(self.drafters))}")
         self.scheduler.limits.check(request)
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises what `check` raises, and QueueFull."""
-        self.check(request)
-        self.scheduler.add(request)
-        self._requests[request.request_id] = request
+    def add(self, request: Request) -> list[RequestOutput]:
+        """Queues a request. Raises what `check` raises, and QueueFull. See `add_all`."""
+        return self.add_all([request])
+
+    def add_all(self, requests: list[Request]) -> list[RequestOutput]:
+        """Queues all of one tenant's requests or none; the last news of those that gave way to them."""
+        for request in requests:
+            self.check(request)
+        displaced = self.scheduler.add_all(requests)
+        self._requests |= {request.request_id: request for request in requests}
+        return [self._close(request, "displaced", None) for request in displaced]
 
     def cancel(self, request_id: int) -> RequestOutput | None:
         """Gives a request up, wherever it stands; its last news, or None for an unknown one."""

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import random
 import time
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dvi import __version__
 from dvi.serving.access import Access, ApiKey
@@ -44,7 +45,11 @@ from dvi.serving.replies import Reply
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, QueueFull, RequestOutput, Timeouts
 from dvi.serving.request import Request as EngineRequest
 from dvi.serving.token_texts import TokenTexts
+from dvi.serving.turns import Turns
 from dvi.settings import ServeConfig
+
+T = TypeVar("T")
+Encoder = Callable[[], list[int]]
 
 VERSION_HEADER, LEVEL_HEADER, RULE_HEADER = "X-DVI-Drafter-Version", "X-DVI-Level", "X-DVI-Verify-Rule"
 POLL_S = 1.0  # how late a dead or hanging engine may be noticed
@@ -52,7 +57,7 @@ GRACE_S = 5.0  # the engine ends late requests itself; where it hangs, the door 
 
 
 def build_app(loop: EngineLoop, config: ServeConfig, access: Access) -> FastAPI:
-    """The application over a started loop. Closing it is the loop's owner's business.
+    """The application over a started loop. Closing that is its owner's business, and so is `app.state.tokenising`.
 
     Raises ValueError where the model has no tokenizer.
     """
@@ -61,6 +66,7 @@ def build_app(loop: EngineLoop, config: ServeConfig, access: Access) -> FastAPI:
     app.add_middleware(Door, access=access, max_body_bytes=config.serve.max_body_bytes, on_rejected=api.on_rejected)
     app.add_exception_handler(ApiError, error_response)
     app.add_exception_handler(HTTPException, routing_error)
+    app.state.tokenising = api.tokenising
     app.include_router(api.routes())
     app.include_router(admin_routes(loop, config, access))
     app.include_router(dashboard_routes(loop))
@@ -76,16 +82,19 @@ class _Api:
         limits = loop.engine.scheduler.limits
         self._vocab_size = speculator.split.vocab_size
         self._context = min(speculator.max_positions, limits.max_positions - limits.headroom)
+        max_tokens = min(config.serve.max_prompt_tokens or self._context, self._context - 1)
         self._encoder = PromptEncoder(
-            speculator.tokenizer, vocab_size=speculator.split.num_input_ids,
-            max_tokens=min(config.serve.max_prompt_tokens or self._context, self._context - 1),
+            speculator.tokenizer, vocab_size=speculator.split.num_input_ids, max_tokens=max_tokens
         )
+        # A message is a token at least. What is a little too long is refused with better words later.
+        self._max_items = max(max_tokens, config.serve.max_prompts) + 100
         self._tokens = TokenTexts(speculator.tokenizer)
         self._names = ModelNames(
             config.serve.model_name or last_part(config.model.path), config.model.path, created_s=int(time.time())
         )
-        # One thread: text is tokenised beside the event loop, and a flood of long prompts takes one core at most.
-        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        # One thread: text is tokenised beside the event loop, and a flood of long prompts takes one core at most. More
+        # pieces than the engine has places would find none there either.
+        self.tokenising = Turns("tokenise", max_waiting=limits.max_rows + limits.max_waiting)
 
     def on_rejected(self, code: str) -> None:
         if code != "cancelled":  # its client has left, or the server stops: it was let in
@@ -105,15 +114,18 @@ class _Api:
     # Endpoints
 
     async def completions(self, request: Request) -> Response:
-        body = parse_body(await read_body(request), CompletionBody)
+        content, arrived_s = await read_body(request), time.perf_counter()
+        body = parse_body(content, CompletionBody, max_items=self._max_items)
         check_limits(body, self._config.serve, vocab_size=self._vocab_size)
-        return await self._answer(request, body, lambda: self._encoder.encode_all(body.prompts))
+        encoders = [functools.partial(self._encoder.encode_at, body.prompts, i) for i in range(len(body.prompts))]
+        return await self._answer(request, body, encoders, arrived_s)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = parse_body(await read_body(request), ChatBody)
+        content, arrived_s = await read_body(request), time.perf_counter()
+        body = parse_body(content, ChatBody, max_items=self._max_items)
         check_limits(body, self._config.serve, vocab_size=self._vocab_size)
         chat = [(message.role, message.text) for message in body.messages]
-        return await self._answer(request, body, lambda: [self._encoder.encode_chat(chat)])
+        return await self._answer(request, body, [functools.partial(self._encoder.encode_chat, chat)], arrived_s)
 
     async def models(self, request: Request) -> dict[str, Any]:
         return {"object": "list", "data": self._names.listing(self._adapters(request))}
@@ -150,28 +162,34 @@ class _Api:
 
     # From a body to an answer
 
-    async def _answer(self, request: Request, body: GenerationBody, encode: Any) -> Response:
+    async def _answer(
+        self, request: Request, body: GenerationBody, encoders: list[Encoder], arrived_s: float
+    ) -> Response:
+        """encoders: of each prompt. arrived_s: when the body was here; all limits of time count from then."""
         try:
             drafter = self._names.find(body.model or None, self._adapters(request))
         except ValueError as error:
             raise _no_model(error) from None
+        gone = asyncio.create_task(_disconnect(request))
         try:
-            prompts = await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
-            requests = self._requests(request, body, prompts, drafter)
+            prompts = await _unless(gone, self._encode(request, encoders, arrived_s))
+            requests = self._requests(request, body, prompts, drafter, arrived_s)
             flight = Flight(self._loop, requests)
-        except QueueFull as error:
-            seconds = max(1, round(error.retry_after_s))
-            raise ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(seconds)}) from None
-        except Draining as error:
-            raise ApiError(503, str(error), code="draining") from None
-        except ValueError as error:
-            raise refusal(error) from None
+        except BaseException as error:
+            gone.cancel()
+            if isinstance(error, QueueFull):
+                raise _queue_full(error) from None
+            if isinstance(error, Draining):
+                raise ApiError(503, str(error), code="draining") from None
+            if isinstance(error, ValueError):
+                raise refusal(error) from None
+            raise
+        gone.add_done_callback(lambda task: task.cancelled() or flight.cancel())
         reply = Reply(
             is_chat=isinstance(body, ChatBody), model=body.model or self._names.served,
             prompt_tokens=[len(ids) for ids in prompts], num_answers=body.num_answers,
             has_logprobs=body.num_logprobs is not None, tokens=self._tokens,
         )
-        gone = asyncio.create_task(_cancel_when_gone(request, flight))
         try:
             first = await anext(flight)  # before the status line: a request that got no token in time gets a 504
             if body.stream:
@@ -188,21 +206,31 @@ class _Api:
         content = reply.whole()
         return JSONResponse(content, headers=_stamps(content["metrics"]["speculative_decoding"]))
 
+    async def _encode(self, request: Request, encoders: list[Encoder], arrived_s: float) -> list[list[int]]:
+        """Token ids of each prompt, a turn for each."""
+        tenant, limit_s = request.scope["state"]["key"].name, self._config.serve.queue_timeout_s
+        try:
+            async with asyncio.timeout(limit_s - (time.perf_counter() - arrived_s)):
+                return [await self.tokenising.run(tenant, encode) for encode in encoders]
+        except TimeoutError:
+            raise ApiError(504, f"still queued after {limit_s:g} s, which is the limit", code="timeout") from None
+
     def _requests(
-        self, request: Request, body: GenerationBody, prompts: list[list[int]], drafter: str
+        self, request: Request, body: GenerationBody, prompts: list[list[int]], drafter: str, arrived_s: float
     ) -> list[EngineRequest]:
-        limits, key, now_s = self._config.serve, request.scope["state"]["key"], time.perf_counter()
+        limits, key = self._config.serve, request.scope["state"]["key"]
         room = self._context - max(map(len, prompts))
         max_new_tokens = new_tokens(body, self._config.sampling, cap=limits.max_new_tokens, room=room)
         params = sampling_params(body, self._config.sampling, max_new_tokens=max_new_tokens)
         choice = draft_choice(body, self._config.draft, drafter=drafter, has_plan=limits.has_bound)
         may_train = self._may_train(request, body, key)
         timeouts = Timeouts(limits.queue_timeout_s, limits.first_token_timeout_s, limits.total_timeout_s)
+        ids = [self._loop.next_request_id() for _ in params]
         return [
             EngineRequest(
-                request_id=self._loop.next_request_id(), prompt_ids=prompts[index // body.num_answers], params=one,
+                request_id=ids[index], call_id=ids[0], prompt_ids=prompts[index // body.num_answers], params=one,
                 tenant=key.name, draft=choice, num_logprobs=body.num_logprobs, may_train=may_train,
-                domain=body.dvi.domain, timeouts=timeouts, arrived_s=now_s,
+                domain=body.dvi.domain, timeouts=timeouts, arrived_s=arrived_s,
             )
             for index, one in enumerate(params)
         ]
@@ -223,6 +251,11 @@ class _Api:
 
     def _drafter_version(self) -> int:
         return self._loop.engine.drafters[DEFAULT_DRAFTER].version
+
+
+def _queue_full(error: QueueFull) -> ApiError:
+    seconds = max(1, round(error.retry_after_s))
+    return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(seconds)})
 
 
 def _no_model(error: ValueError) -> ApiError:
@@ -264,6 +297,8 @@ class Flight:
             del self._open[output.request_id]
         if output.finish_reason == "timeout":
             raise ApiError(504, output.error or "the request took too long", code="timeout")
+        if output.finish_reason == "displaced":
+            raise _queue_full(QueueFull(self._engine_loop.engine.scheduler.retry_after_s))
         if output.finish_reason == "error":
             raise ApiError(500, output.error or "the server failed; try again", code="engine_error")
         if output.finish_reason == "cancelled":
@@ -335,7 +370,19 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def _cancel_when_gone(request: Request, flight: Flight) -> None:
+async def _disconnect(request: Request) -> None:
+    """Returns when the client has gone, or has its answer."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    flight.cancel()
+
+
+async def _unless(gone: asyncio.Task[None], work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives. Once the client is gone it is given up, and this raises ClientDisconnect."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()

@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,6 +22,7 @@ from dvi.records import DrafterVersion, Learner, Transitions
 from dvi.serving.engine import Engine
 from dvi.serving.monitor import Monitor
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, Load, QueueFull, Request, RequestOutput
+from dvi.serving.turns import who_gives_way
 
 if TYPE_CHECKING:
     from dvi.planning.controller import PlanController
@@ -54,7 +55,7 @@ class EngineLoop:
         self.is_pinned = self.is_draining = False
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
-        self._inbox: deque[Request] = deque()
+        self._inbox: deque[list[Request]] = deque()
         self._cancelled: deque[int] = deque()
         self._actions: deque[tuple[Callable[[], object], Future]] = deque()
         self._on_output: dict[int, tuple[Request, OnOutput]] = {}
@@ -91,28 +92,39 @@ class EngineLoop:
     def load(self) -> Load:
         """What the engine holds now, with the requests that it has not taken in yet among the waiting."""
         load = self.engine.load()
-        return dataclasses.replace(load, num_waiting=load.num_waiting + len(self._inbox))
+        return dataclasses.replace(load, num_waiting=load.num_waiting + sum(map(len, list(self._inbox))))
 
     def next_request_id(self) -> int:
         return next(self._ids)
 
     def submit(self, requests: list[Request], on_output: OnOutput) -> None:
-        """Queues all of the requests or none. on_output is called on the engine's thread: it must be quick.
+        """Queues all of the requests, which are one tenant's, or none. on_output is called on the engine's thread: it
+        must be quick.
 
         Raises ValueError for a request that could never run, QueueFull, and Draining (also when the engine is dead).
+        Where all places are taken by others, who hold more, those give some up; see `Scheduler.add_all`.
         """
         for request in requests:
             self.engine.check(request)
         with self._wake:
             if self.is_draining or not self.is_alive:
                 raise Draining("the server is stopping and takes no more requests")
-            scheduler = self.engine.scheduler
-            if len(self._inbox) + len(requests) > scheduler.num_places:
-                raise QueueFull(scheduler.retry_after_s)
+            self._check_place(requests)
             for request in requests:
                 self._on_output[request.request_id] = (request, on_output)
-            self._inbox.extend(requests)
+            self._inbox.append(requests)
             self._wake.notify()
+
+    def _check_place(self, requests: list[Request]) -> None:
+        """Raises QueueFull where no place is free and this tenant is the one to give some up.
+
+        Another's requests are the engine's to choose, when it takes these in.
+        """
+        scheduler, tenant = self.engine.scheduler, requests[0].tenant
+        if sum(map(len, self._inbox)) + len(requests) > scheduler.num_places:
+            held = Counter(request.tenant for request, _ in list(self._on_output.values()))
+            if who_gives_way(held, tenant, len(requests)) == tenant:
+                raise QueueFull(scheduler.retry_after_s)
 
     def cancel(self, request_ids: list[int]) -> None:
         """Gives requests up before the next round; unknown ones are ignored."""
@@ -273,15 +285,19 @@ class EngineLoop:
             arrived, self._inbox = self._inbox, deque()
             cancelled, self._cancelled = self._cancelled, deque()
             actions, self._actions = self._actions, deque()
-        for request in arrived:
+        for requests in arrived:
             try:
-                self.engine.add(request)
-            except (ValueError, QueueFull) as error:  # an adapter unloaded meanwhile
-                self._deliver(RequestOutput(request.request_id, finish_reason="error", error=str(error)))
+                outputs = self.engine.add_all(requests)
+            except QueueFull:
+                outputs = [RequestOutput(request.request_id, finish_reason="displaced") for request in requests]
+            except ValueError as error:  # an adapter unloaded meanwhile
+                outputs = [RequestOutput(r.request_id, finish_reason="error", error=str(error)) for r in requests]
             except Exception:
-                log.exception("request %d could not be queued", request.request_id)
-                error = "the server could not take this request; try again"
-                self._deliver(RequestOutput(request.request_id, finish_reason="error", error=error))
+                log.exception("requests %s could not be queued", [request.request_id for request in requests])
+                words = "the server could not take this request; try again"
+                outputs = [RequestOutput(r.request_id, finish_reason="error", error=words) for r in requests]
+            for output in outputs:
+                self._deliver(output)
         for request_id in cancelled:
             output = self.engine.cancel(request_id)
             if output is not None:

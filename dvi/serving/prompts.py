@@ -39,13 +39,14 @@ class PromptEncoder:
 
     def encode_all(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
         """Ids of each, see `encode`; the error also names its place, as `prompt[1]: ...`."""
-        encoded = []
-        for index, prompt in enumerate(prompts):
-            try:
-                encoded.append(self.encode(prompt))
-            except ValueError as error:
-                raise ValueError(f"prompt{f'[{index}]' if len(prompts) > 1 else ''}: {error}") from None
-        return encoded
+        return [self.encode_at(prompts, index) for index in range(len(prompts))]
+
+    def encode_at(self, prompts: list[str] | list[list[int]], index: int) -> list[int]:
+        """Ids of one of them, for the same words."""
+        try:
+            return self.encode(prompts[index])
+        except ValueError as error:
+            raise ValueError(f"prompt{f'[{index}]' if len(prompts) > 1 else ''}: {error}") from None
 
     def encode(self, prompt: str | list[int]) -> list[int]:
         """Ids of a text as it is (special tokens in it count as such: it may be a rendered template), or the ids.
@@ -65,6 +66,10 @@ class PromptEncoder:
         """
         if self._tokenizer.chat_template is None:
             raise ValueError("messages: this model has no chat template; use /v1/completions")
+        if len(messages) > self._max_tokens:
+            raise ValueError(
+                f"messages: a chat must have at most {self._max_tokens} messages here, got {len(messages)}"
+            )
         self._check_chars(sum(len(text) for _, text in messages))
         for index, (_, text) in enumerate(messages):
             if _CUT in text:

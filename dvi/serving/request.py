@@ -48,6 +48,7 @@ class Request:
     may_train      False: none of its tokens reaches the learner.
     domain         a label for the split of the figures, or "".
     arrived_s      time.perf_counter() when it came.
+    call_id        the request_id of the first of those that are answered together; its own where it is alone.
     """
 
     request_id: int
@@ -60,6 +61,11 @@ class Request:
     domain: str = ""
     timeouts: Timeouts = Timeouts()
     arrived_s: float = 0.0
+    call_id: int = -1
+
+    def __post_init__(self) -> None:
+        if self.call_id < 0:
+            self.call_id = self.request_id
 
 
 @dataclass
@@ -70,7 +76,8 @@ class RequestOutput:
                                half a character is held back; the ids are not, so the two need not match piece by piece.
     logprobs, text_offsets     of the tokens that begin in the text told so far, of all in the last news; the offsets
                                count characters of the answer's text.
-    finish_reason              "stop", "length", "cancelled", "timeout" or "error".
+    finish_reason              "stop", "length", "cancelled", "timeout", "error"; or "displaced": it had no row yet and
+                               gave its place in a full queue to a tenant that holds fewer.
     error                      what went wrong, in words for the client: with "timeout" and "error" only.
     stats, num_cached_tokens   of the whole request, in the last news: counts, and prompt tokens found in the prefix
                                cache.

@@ -20,6 +20,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dvi.serving.request import QueueFull, Request
+from dvi.serving.turns import who_gives_way
 
 # A newcomer must leave every row room for so many full rounds, or it would be preempted as soon as it is prefilled.
 ROUNDS_OF_ROOM = 4
@@ -164,18 +165,44 @@ class Scheduler:
         low, high = RETRY_AFTER_RANGE_S
         return min(max(self.num_waiting * self._finish_interval_s, low), high)
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError if it can never fit, QueueFull if too many wait."""
-        self.add_all([request])
+    def add(self, request: Request) -> list[Request]:
+        """Queues a request. Raises ValueError if it can never fit, QueueFull if too many wait. See `add_all`."""
+        return self.add_all([request])
 
-    def add_all(self, requests: Sequence[Request]) -> None:
-        """Queues all of them, or raises as `add` does and queues none."""
+    def add_all(self, requests: Sequence[Request]) -> list[Request]:
+        """Queues all of them, or raises as `add` does and queues none. They are one tenant's.
+
+        Where too few places are free, the newest that wait of whoever holds the most give theirs up: those are
+        forgotten and returned, with what belongs to the same calls. A call that has had a row keeps its places.
+        """
         for request in requests:
             self.limits.check(request)
-        if len(requests) > self.num_places:
-            raise QueueFull(self.retry_after_s)
+        displaced = [] if len(requests) <= self.num_places else self._displace(requests)
         for request in requests:
             self._enqueue(request)
+        return displaced
+
+    def _displace(self, requests: Sequence[Request]) -> list[Request]:
+        """Makes room for these, or raises QueueFull and changes nothing."""
+        newcomer, num_new = requests[0].tenant, len(requests)
+        held = Counter(entry.request.tenant for entry in self._entries.values())
+        begun = {entry.request.call_id for entry in self._entries.values() if entry.was_admitted}
+        chosen: dict[int, _Entry] = {}
+        while num_new - len(chosen) > self.num_places:
+            holder = who_gives_way(held, newcomer, num_new)
+            waiting = [
+                entry for request_id, entry in self._waiting.get(holder, {}).items()
+                if entry.request.call_id not in begun and request_id not in chosen
+            ]  # fmt: skip
+            if holder == newcomer or not waiting:
+                raise QueueFull(self.retry_after_s)
+            call_id = max(waiting, key=lambda entry: entry.order).request.call_id
+            call = {entry.request.request_id: entry for entry in waiting if entry.request.call_id == call_id}
+            chosen |= call
+            held[holder] -= len(call)
+        for entry in chosen.values():
+            self._forget(entry)
+        return [entry.request for entry in chosen.values()]
 
     def _enqueue(self, request: Request) -> None:
         assert request.request_id not in self._entries, f"request {request.request_id} is known already"

@@ -25,6 +25,7 @@ from dvi.serving.http_api import build_app
 from dvi.serving.loop import EngineLoop
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.serving.sockets import KEEP_ALIVE_S, MAX_HEADER_BYTES
+from dvi.serving.turns import Turns
 from dvi.settings import ServeConfig
 from dvi.signals import SIGNAL_BASE
 from dvi.speculator import SelfSpeculator
@@ -76,12 +77,14 @@ class Server(BoundedServer):
 
     def __init__(self, config: ServeConfig, loop: EngineLoop, access: Access) -> None:
         serve = config.serve
+        app = build_app(loop, config, access)
         super().__init__(uvicorn.Config(
-            build_app(loop, config, access), ws="none", lifespan="off", log_config=None, access_log=False,
+            app, ws="none", lifespan="off", log_config=None, access_log=False,
             server_header=False, timeout_keep_alive=KEEP_ALIVE_S, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=FLUSH_S, **http_options(serve.max_connections),
         ))  # fmt: skip
         self._loop, self._drain_s = loop, serve.drain_s
+        self._tokenising: Turns = app.state.tokenising
         self._draining: threading.Thread | None = None
         self._has_signal = False
         self.on_listening: Callable[[], None] = lambda: None
@@ -92,6 +95,11 @@ class Server(BoundedServer):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.on_listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._tokenising.close()  # whoever waits there is told so, and nobody waits for work that nobody wants
+        await super().shutdown(sockets)
+        self._tokenising.join(FLUSH_S)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._has_signal:

@@ -411,3 +411,31 @@ def test_keep_below_one_is_refused(tmp_path: Path) -> None:
     """Would catch a store that removes the checkpoint it has just written."""
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
         CheckpointStore(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_folder_that_was_removed_or_replaced_is_made_again_and_locked(tmp_path, caplog, is_replaced):
+    """Catches a server that can save nothing until its restart because somebody tidied up."""
+    folder = tmp_path / "run" / "checkpoints"
+    with CheckpointStore(folder) as store:
+        store.save(state_of(1), 1)
+        (tmp_path / "run").rename(tmp_path / "moved")
+        if is_replaced:
+            folder.mkdir(parents=True)
+        assert store.renew() and not store.renew()
+        store.save(state_of(2), store.next_step)
+        store.save(state_of(3), store.next_step)
+        assert sum("was removed or replaced" in record.message for record in caplog.records) == 1
+        with pytest.raises(ValueError, match="locked by another run"):
+            CheckpointStore(folder)
+    with CheckpointStore(folder) as store:
+        assert_equal(store.load_latest()[0], state_of(3))
+
+
+def test_a_folder_that_another_run_has_taken_is_a_refusing_disk(tmp_path):
+    """Catches two runs that write to one folder, and a learner that dies of it."""
+    folder = tmp_path / "checkpoints"
+    with CheckpointStore(folder) as store:
+        folder.rename(tmp_path / "moved")
+        with CheckpointStore(folder), pytest.raises(OSError, match="locked by another run"):
+            store.save(state_of(1), 1)

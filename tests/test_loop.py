@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -259,6 +260,28 @@ def test_a_newcomer_finds_a_place_where_another_holds_them_all():
         client.wait_for_all(requests[:4])
     reasons = [client.last[request.request_id].finish_reason for request in requests[:4]]
     assert reasons == ["length", "length", "displaced", "length"]
+
+
+def test_an_adapter_is_read_beside_the_rounds(monkeypatch):
+    """Catches a gigabyte that is hashed on the engine's thread while everybody waits."""
+    engine, client, may_end, threads = engine_of(), Client(), threading.Event(), []
+
+    def slow(folder, split):
+        threads.append(threading.current_thread().name)
+        assert may_end.wait(PATIENCE_S)
+        return engine.drafters[DEFAULT_DRAFTER]
+
+    monkeypatch.setattr("dvi.serving.loop.load_drafter", slow)
+    with running(engine) as loop:
+        loaded = loop.load_adapter("large", Path("large"))
+        requests = some_requests(loop, 2, seed=3)
+        loop.submit(requests, client)
+        client.wait_for_all(requests)
+        assert not loaded.done() and "large" not in engine.drafters
+        may_end.set()
+        loaded.result(PATIENCE_S)
+        assert "large" in engine.drafters and threads == ["load large"]
+        del engine.drafters["large"]
 
 
 def test_stopping_lets_running_requests_end_and_gives_the_rest_up():

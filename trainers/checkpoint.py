@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from dvi.durable import ANYONE, OWNER_ONLY, staged_folder, write_tensors
 from dvi.whole_files import sync
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "tensors.safetensors"
@@ -60,6 +63,27 @@ class CheckpointStore:
         """Lets another store have the folder."""
         self._lock.close()
 
+    def renew(self) -> bool:
+        """Makes the folder again, and locks it, where it was removed or replaced meanwhile; whether it was.
+
+        Raises OSError when the disk refuses, or when another run holds the folder that is there now.
+        """
+        try:
+            now, held = os.stat(self.folder / LOCK_FILE), os.fstat(self._lock.fileno())
+            if (now.st_dev, now.st_ino) == (held.st_dev, held.st_ino):
+                return False
+        except FileNotFoundError:
+            pass
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _lock(self.folder)
+        except ValueError as error:
+            raise OSError(str(error)) from None
+        self._lock.close()
+        self._lock = lock
+        log.warning("%s was removed or replaced while in use; checkpoints are now written to a new one", self.folder)
+        return True
+
     @property
     def next_step(self) -> int:
         """A step that `save` takes and that is newer than all others, for runs that have no number of their own."""
@@ -76,6 +100,7 @@ class CheckpointStore:
         refuses, and then the checkpoints already there stay.
         """
         assert step >= 0
+        self.renew()
         later = [other for other in self._steps() if other > step and other not in self._damaged]
         if later:
             raise ValueError(

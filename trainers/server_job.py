@@ -73,9 +73,10 @@ def _obsolete(folder: Path, saved: SavedRun | None, peers: Peers) -> list[Path]:
 
 
 def _drafter_settings(config: ServeConfig) -> dict[str, object]:
-    """What must stay the same for a drafter to go on, by its key."""
+    """What must stay the same for a drafter to go on, by its key; not what it once started from."""
     settings = {f"model.{name}": getattr(config.model, name) for name in ("path", "split_layer", "dtype")}
-    return settings | {f"drafter.{name}": value for name, value in dataclasses.asdict(config.drafter).items()}
+    shape = {f"drafter.{name}": value for name, value in dataclasses.asdict(config.drafter).items()}
+    return settings | {name: value for name, value in shape.items() if name != "drafter.adapter"}
 
 
 def _check_same_drafter(now: dict[str, object], then: dict[str, object] | None, folder: Path) -> None:

@@ -235,6 +235,7 @@ class ServingLearner:
     def _write(self, write: Future[Path], state: dict[str, object], is_purge: bool, step: int | None) -> None:
         """On the writer's thread, the only one that uses the store."""
         try:
+            self._store.renew()
             step = self._store.next_step if step is None else step
             folder = self._store.save(state, step, is_private=self._save_replay)
             if is_purge:

@@ -190,18 +190,35 @@ class EngineLoop:
         return self.call(forget)
 
     def load_adapter(self, name: str, folder: Path) -> Future[None]:
-        """Makes a saved drafter available as `name`. ValueError when the name is taken or the folder does not fit."""
+        """Makes a saved drafter available as `name`. ValueError when the name is taken or the folder does not fit.
+
+        It is read and checked on a thread of its own, which for a gigabyte takes seconds; nobody's round waits for it.
+        """
+        loaded: Future[None] = Future()
+
+        def check_name() -> None:
+            if name in self.engine.drafters:
+                raise ValueError(f"an adapter {name!r} is loaded already; unload it first or choose another name")
 
         def load() -> None:
-            drafters = self.engine.drafters
-            if name in drafters:
-                raise ValueError(f"an adapter {name!r} is loaded already; unload it first or choose another name")
-            drafter = load_drafter(folder, self.engine.speculator.split)
-            drafter.requires_grad_(False)
-            drafters[name] = drafter
-            self.monitor.on_event("load", name, version=drafter.version)
+            try:
+                check_name()
+                drafter = load_drafter(folder, self.engine.speculator.split)
+                drafter.requires_grad_(False)
 
-        return self.call(load)
+                def publish() -> None:
+                    check_name()  # again: another may have come meanwhile
+                    self.engine.drafters[name] = drafter
+                    self.monitor.on_event("load", name, version=drafter.version)
+
+                self.call(publish).result()
+            except BaseException as error:
+                loaded.set_exception(error)
+            else:
+                loaded.set_result(None)
+
+        threading.Thread(target=load, name=f"load {name}", daemon=True).start()
+        return loaded
 
     def unload_adapter(self, name: str) -> Future[None]:
         def unload() -> None:

@@ -43,7 +43,8 @@ ROWS = (
     "dvi.serving.engine dvi.serving.exposition dvi.serving.monitor",
     "dvi.planning.measurement",
     "dvi.planning.controller dvi.planning.tune",
-    "dvi.serving.loop dvi.serving.live dvi.serving.client dvi.serving.body_reading dvi.serving.prompts "
+    "dvi.serving.headline dvi.serving.loop dvi.serving.live dvi.serving.client dvi.serving.body_reading "
+    "dvi.serving.prompts "
     "dvi.serving.token_texts dvi.serving.replies dvi.serving.door",
     "dvi.serving.dashboard dvi.serving.admin_api",
     "dvi.serving.http_api",

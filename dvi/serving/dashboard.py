@@ -15,6 +15,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from dvi.serving.figures import printable
+from dvi.serving.headline import headline
 
 if TYPE_CHECKING:
     from dvi.serving.loop import EngineLoop
@@ -39,10 +40,14 @@ def routes(loop: EngineLoop) -> APIRouter:
 
 
 def status(loop: EngineLoop) -> dict:
-    """The monitor's snapshot and "state": how the server is, as "level" ("good", "warn" or "bad") and "text"."""
+    """The monitor's snapshot, its "headline", and "state": how the server is, as "level" ("good", "warn" or "bad") and
+    "text".
+    """
     snapshot = loop.monitor.snapshot()
     level, text = _state(loop, snapshot)
-    return snapshot | {"state": {"level": level, "text": printable(text, max_length=200)}}
+    return snapshot | {
+        "headline": headline(snapshot), "state": {"level": level, "text": printable(text, max_length=200)}
+    }  # fmt: skip
 
 
 def _state(loop: EngineLoop, snapshot: dict) -> tuple[str, str]:

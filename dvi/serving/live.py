@@ -112,7 +112,8 @@ class _Asking:
 def _line(snapshot: dict | None, error: str) -> Text:
     if snapshot is None:
         return Text(f"server unreachable, asking again: {error}")
-    parts = [f"{name} {value}" for name, value, _ in _numbers(snapshot)]
+    parts = [snapshot.get("headline", "").rstrip(".")] if snapshot.get("headline") else []
+    parts += [f"{name} {value}" for name, value, _ in _numbers(snapshot)]
     parts += [f"{snapshot['running']} running", f"{snapshot['waiting']} waiting"]
     parts += [f"drafter v{snapshot['drafter_version']}", snapshot["state"]["text"]]
     if snapshot["level"] == "lossy":
@@ -132,10 +133,11 @@ def _view(snapshot: dict | None, error: str) -> RenderableType:
          for name, now, start in _numbers(snapshot)],
         equal=True, expand=True,
     )  # fmt: skip
-    blocks = [heading, numbers, _sparkline(snapshot), _facts(snapshot)]
+    opening = Text(snapshot.get("headline", ""), style="bold")
+    blocks = [opening, heading, numbers, _sparkline(snapshot), _facts(snapshot)]
     if snapshot["level"] == "lossy":
         text = f"LOSSY: verify rule {snapshot['verify_rule']}, {_waived(snapshot)}"
-        blocks.insert(1, Text(text, style=STYLES["warn"]))
+        blocks.insert(2, Text(text, style=STYLES["warn"]))
     for name in ("domains", "tenants"):
         if any(split["name"] for split in snapshot[name]):
             blocks.append(_splits(name, snapshot[name]))

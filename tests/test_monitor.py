@@ -458,3 +458,23 @@ def test_readers_on_other_threads_see_whole_steps_and_disturb_no_count():
         reader.join()
     assert not failures
     assert monitor.snapshot()["total"]["num_rounds"] == 1200
+
+
+def test_no_stretch_of_time_is_more_than_wholly_spent():
+    """Catches a long step counted in the bin in which it ended: "time spent" of 250 %."""
+    clock = Clock()
+    monitor = Monitor(clock)
+    monitor.on_learner_stats({"train_s": 0.0})
+    for seconds, train_s in ((7.0, 4.0), (1.0, 0.5), (11.0, 3.0), (0.2, 2.7)):
+        clock.now_s += seconds
+        monitor.on_step(StepReport(seconds=seconds))
+        clock.now_s += train_s
+        monitor.on_learner_stats({"train_s": monitor._learner["train_s"] + train_s})
+    clock.now_s += 4.0
+    snapshot = monitor.snapshot()
+    for name in ("recent", "since_start"):
+        columns = snapshot[name]
+        assert max(columns["busy_share"]) <= 1 and max(columns["train_share"]) <= 1
+        assert len(columns["time_s"]) > 10 and columns["time_s"] == sorted(columns["time_s"])
+        assert sum(columns["busy_share"]) * columns["bin_s"] == pytest.approx(19.2, rel=0.01)
+        assert sum(columns["train_share"]) * columns["bin_s"] == pytest.approx(10.2, rel=0.01)

@@ -60,7 +60,7 @@ class Histogram:
 class Figures:
     """Raw counts of one stretch of time.
 
-    busy_s                  seconds of engine steps; train_s of the learner.
+    busy_s                  seconds of engine steps; train_s of the learner. `Monitor` puts them where they were spent.
     timed_decode_s, plain_s seconds of decoding whose cost by plain decoding is known, and that cost.
     max_running, max_waiting the most after any step.
     num_prompt_tokens, num_cached_tokens  of requests that were admitted and ended; those found in the prefix cache.
@@ -97,7 +97,6 @@ class Figures:
 
     def count_step(self, report: StepReport) -> None:
         self.rounds.add(report.rounds)
-        self.busy_s += report.seconds
         if report.plain_s > 0:
             self.timed_decode_s += report.rounds.decode_s
             self.plain_s += report.plain_s
@@ -205,6 +204,36 @@ class Series:
             while len(self._bins) > self._capacity:
                 self._fold() if self._folds else self._bins.popleft()
         return self._bins[-1][1]
+
+    def spread(self, seconds: float, end_s: float) -> list[tuple[Figures, float]]:
+        """The bins in which these seconds up to end_s were spent, each with its part of them.
+
+        A step may be longer than a bin: counted where it ended, it would fill that bin more than wholly.
+        """
+        parts, newest = [], self.at(end_s)
+        index = int(end_s / self.width_s)
+        part = min(seconds, end_s - index * self.width_s)
+        while (seconds := seconds - part) > 0 and index > 0:
+            parts.append((index, part))
+            index, part = index - 1, min(seconds, self.width_s)
+        parts.append((index, part + max(seconds, 0.0)))
+        return [(newest if number == 0 else self._reopened(index), part) for number, (index, part) in enumerate(parts)]
+
+    def _reopened(self, index: int) -> Figures:
+        """A bin of the past to add to: a copy in its place, as a reader may hold the old one, or a new one."""
+        at = next((at for at in reversed(range(len(self._bins))) if self._bins[at][0] <= index), -1)
+        if at >= 0 and self._bins[at][0] == index:
+            figures = self._bins[at][1].copy()
+            self._bins[at] = (index, figures)
+            return figures
+        figures = Figures()
+        if at >= 0:
+            before = self._bins[at][1]
+            figures.phase, figures.drafter_version = before.phase, before.drafter_version
+            figures.tokens_so_far = before.tokens_so_far
+        if at >= 0 or self._folds or len(self._bins) < self._capacity:  # else it is older than all that is kept
+            self._bins.insert(at + 1, (index, figures))
+        return figures
 
     def _fold(self) -> None:
         self.width_s *= 2

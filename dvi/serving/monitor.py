@@ -77,6 +77,7 @@ class Monitor:
         self._drafter_version = 0  # of the newest step
         self._update: UpdateReport | None = None
         self._learner: dict[str, float] = {}
+        self._learner_s = 0.0
         self._domain_names, self._tenant_names, self._reasons, self._kinds = Labels(), Labels(), Labels(), Labels()
         self._domains: dict[str, Split] = {}
         self._tenants: dict[str, Split] = {}
@@ -95,6 +96,7 @@ class Monitor:
             self._drafter_version = report.drafter_version
             for figures in self._figures():
                 figures.count_step(report)
+            self._spend("busy_s", report.seconds, over_s=report.seconds)
             self._version(report.drafter_version).count(report.rounds)
             for domain, rounds in report.rounds_by_domain.items():
                 self._domains.setdefault(self._domain_names(domain), Split()).count(rounds)
@@ -140,19 +142,29 @@ class Monitor:
             self._rejected[self._reasons(reason)] += 1
 
     def on_learner_stats(self, stats: dict[str, float]) -> None:
-        """Takes over `Learner.stats`; the seconds of training since the last time are counted as spent now."""
+        """Takes over `Learner.stats`; the seconds of training since the last time were spent since then."""
         with self._lock:
             # The first figure may hold the seconds of earlier runs.
             train_s = stats.get("train_s", 0.0) - self._learner.get("train_s", math.inf)
             self._learner = dict(stats)
-            for figures in self._figures():
-                figures.train_s += max(0.0, train_s)
+            now_s = self._now_s()
+            if train_s > 0:
+                self._spend("train_s", train_s, over_s=max(now_s - self._learner_s, train_s))
+            self._learner_s = now_s
 
     def on_plan(self, reason: str, plan: dict[str, float]) -> None:
         """Takes over the numbers of the plan in force, which was made or confirmed for this reason. From any thread."""
         with self._lock:
             self._plan, self._plan_reason = dict(plan), reason
             self._replans[reason] += 1
+
+    def _spend(self, name: str, seconds: float, *, over_s: float) -> None:
+        """Counts seconds that were spent, evenly, within the last over_s."""
+        setattr(self._total, name, getattr(self._total, name) + seconds)
+        for series in (self._recent, self._since_start):
+            for figures, part_s in series.spread(over_s, self._now_s()):
+                share = part_s / over_s if over_s else 0.0
+                setattr(figures, name, getattr(figures, name) + seconds * share)
 
     def _now_s(self) -> float:
         return self._clock() - self._clock_start_s

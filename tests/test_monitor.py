@@ -231,7 +231,7 @@ def test_a_copy_of_figures_has_every_count():
     figures.count_finish(output, num_prompt_tokens=4, seconds=2.0)
     figures.count_update(update(forward_kl=1.0))
     figures.count_update(update(skipped="not finite"))
-    figures.train_s, figures.drafter_version, figures.tokens_so_far = 1.0, 2, 3
+    figures.busy_s, figures.train_s, figures.drafter_version, figures.tokens_so_far = 4.0, 1.0, 2, 3
     figures.events["publish"] += 1
 
     def plain(record: object) -> dict:

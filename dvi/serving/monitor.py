@@ -160,6 +160,7 @@ class Monitor:
 
     def _spend(self, name: str, seconds: float, *, over_s: float) -> None:
         """Counts seconds that were spent, evenly, within the last over_s."""
+        list(self._figures())  # so that bins which begin with this know the totals
         setattr(self._total, name, getattr(self._total, name) + seconds)
         for series in (self._recent, self._since_start):
             for figures, part_s in series.spread(over_s, self._now_s()):

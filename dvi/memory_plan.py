@@ -31,7 +31,7 @@ CANARY_BLOCKS = 256  # the same number as in trainers.online, which is out of re
 # Bytes alive at once, in float32 tensors of the logits' size, at the worst moment of: a round that samples with
 # penalties and filters (a greedy one has 2), an optimizer step of the preset with the most terms (kl_rl), a canary.
 # Counted tensor by tensor in float32 and bfloat16, torch 2.13, and rounded up.
-ROUND_LOGITS, STEP_LOGITS, CANARY_LOGITS = 14, 10, 5
+ROUND_LOGITS, STEP_LOGITS, CANARY_LOGITS = 15, 10, 5
 
 
 @dataclass(frozen=True)

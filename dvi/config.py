@@ -95,6 +95,14 @@ def write_provenance(folder: str | Path, config: TrainConfig | ServeConfig | War
     write_whole(folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
 
 
+def setting_of_run(folder: str | Path, section: str, name: str) -> Any:
+    """A value of the config.yaml that a run left in its folder; None where it left none, or without that key."""
+    try:
+        return yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))[section][name]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, except that 1e-3 is a number, as in YAML 1.2, and not a string."""
 

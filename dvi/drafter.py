@@ -32,8 +32,8 @@ class DrafterConfig:
     kind              "anchored" (default), "recurrent" or "lora_head" (the paper's).
     lora_rank, lora_alpha  the head's low-rank correction, scaled by alpha / rank.
     anchor_hidden     hidden width of the MLP that reads the anchor; unused by lora_head.
-    draft_vocab_size  0 drafts from the full vocabulary; otherwise the learner trims the head to so many tokens once it
-                      has seen enough traffic, see `choose_draft_tokens`.
+    draft_vocab_size  0 drafts from the full vocabulary; otherwise the learner trims the head to so many tokens, where
+                      the model has more, once it has seen enough traffic, see `choose_draft_tokens`.
     """
 
     kind: str = "anchored"
@@ -354,13 +354,7 @@ def build_drafter(split: object, config: DrafterConfig, *, draft_token_ids_V: Te
     """An untrained, unpublished drafter for this split model, seeded by torch's global generator.
 
     draft_token_ids_V: int64 token ids of a trimmed draft vocabulary; default is the full vocabulary.
-    Raises ValueError when draft_vocab_size exceeds the model's vocabulary.
     """
-    if config.draft_vocab_size > split.vocab_size:
-        raise ValueError(
-            f"draft_vocab_size must be at most the model's vocabulary of {split.vocab_size}, "
-            f"got {config.draft_vocab_size}; 0 drafts from the full vocabulary"
-        )
     head = DraftHead(
         split.head_weight_VD, split.head_bias_V, rank=config.lora_rank, alpha=config.lora_alpha,
         draft_token_ids_V=draft_token_ids_V, post_head=split.post_head,

@@ -27,8 +27,9 @@ from dvi.memory_plan import DEVICE_GB, SplitShape
 from dvi.precision import known_dtype
 from dvi.pretrained import read_config, read_tokenizer
 from dvi.settings import ServeConfig, TrainConfig
-from dvi.speculator import EXACT_WIDTH, SelfSpeculator, default_split_layer
+from dvi.speculator import EXACT_WIDTH, SelfSpeculator, choose_split_layer
 from dvi.split import SplitModel
+from dvi.starting_drafter import settle_adapter
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "gguf")
 OPTIONAL = {"fastapi": ("serve", "a server"), "deepspeed": ("deepspeed", "training with DeepSpeed")}  # extra, what for
@@ -71,11 +72,13 @@ def describe_model(
     """
     settings = settings or TrainConfig()
     config = read_config(name_or_path)
+    model = dataclasses.replace(settings.model, path=str(name_or_path))
+    settings = settle_adapter(dataclasses.replace(settings, model=model))
     dtype = dtype or known_dtype(name_or_path, settings, config) or "auto"
     dtype = _dtype_of(config) if dtype == "auto" else getattr(torch, dtype)
     split_layer, path = settings.model.split_layer, settings.model.path_kind
     if split_layer is None:
-        split_layer = default_split_layer(config.get_text_config().num_hidden_layers)
+        split_layer = choose_split_layer(config, settings.drafter.adapter)
     try:
         shape = SplitShape(config, dtype=dtype, split_layer=split_layer, path=path)
         demand = _demand(settings, positions, longest=max_positions_of(config.get_text_config()))
@@ -213,6 +216,8 @@ def _demand(settings: TrainConfig | ServeConfig, positions: int | None, *, longe
 
 
 def _drafter_config(settings: TrainConfig | ServeConfig) -> DrafterConfig:
+    if settings.drafter.adapter is not None:
+        return read_manifest(settings.drafter.adapter).drafter
     names = (field.name for field in dataclasses.fields(DrafterConfig))
     return DrafterConfig(**{name: getattr(settings.drafter, name) for name in names})
 

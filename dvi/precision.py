@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dvi.adapter_store import read_manifest
 from dvi.bench.machine import describe_machine
+from dvi.config import setting_of_run
 from dvi.decoding import DecodingBatch, Sequence
 from dvi.draft_length import FixedLength
 from dvi.drafter import DrafterConfig, build_drafter
@@ -35,6 +35,7 @@ from dvi.progress import doing
 from dvi.records import SamplingParams
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.split import SplitModel
+from dvi.starting_drafter import settle_adapter
 from dvi.verification import StrictRule
 from dvi.whole_files import write_whole
 
@@ -111,7 +112,11 @@ def choose_dtype(
 
 
 def settle_dtype(config: Config, *, earlier: str | None = None) -> Config:
-    """The settings with the dtype that "auto" is. earlier: that of the run which is gone on with, if there is one."""
+    """The settings with the adapter, which has a say in it, and the dtype that "auto" is.
+
+    earlier: the dtype of the run which is gone on with, if there is one.
+    """
+    config = settle_adapter(config, dtype=earlier)
     model = config.model
     if model.dtype != "auto":
         return config
@@ -127,10 +132,7 @@ def settle_dtype(config: Config, *, earlier: str | None = None) -> Config:
 
 def dtype_of_run(folder: str | Path) -> str | None:
     """The dtype in the config.yaml that a run left in its folder; None where it left none, or did not settle it."""
-    try:
-        dtype = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))["model"]["dtype"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
+    dtype = setting_of_run(folder, "model", "dtype")
     return None if dtype == "auto" else dtype
 
 

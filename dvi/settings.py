@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Seed = Annotated[int, Ge(0), Lt(2**62)]
 Port = Annotated[int, Ge(0), Le(65535)]
+AUTO_ADAPTER = "auto"  # drafter.adapter: the drafter that lies beside the model
 MACHINE_KEYS = frozenset({"device", "num_threads", "placement"})  # of ModelSettings: where a run goes on may differ
 Rival = Literal["hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle"]
 
@@ -69,8 +70,9 @@ class DrafterSettings:
 
     anchor_hidden     width of the anchored and recurrent drafters' MLP.
     draft_vocab_size  the head is trimmed to this many tokens in time: the traffic's most frequent, filled up with the
-                      tokenizer's first; 0 keeps all.
-    adapter           folder of a saved drafter to start from; null starts untrained.
+                      tokenizer's first; 0 keeps all, and so does as many as the model has, or more.
+    adapter           folder of a saved drafter to start from; null starts untrained; "auto" takes the folder beside
+                      the model's, MODEL-drafter, where there is one that fits it and what else is set.
     """
 
     kind: Literal["anchored", "lora_head", "recurrent"] = "anchored"
@@ -401,7 +403,9 @@ class ServeConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}
 
     model: ModelSettings = field(default_factory=ModelSettings)
-    drafter: DrafterSettings = field(default_factory=lambda: DrafterSettings(draft_vocab_size=1024))
+    drafter: DrafterSettings = field(
+        default_factory=lambda: DrafterSettings(draft_vocab_size=1024, adapter=AUTO_ADAPTER)
+    )
     draft: DraftSettings = field(default_factory=DraftSettings)
     verify: VerifySettings = field(default_factory=VerifySettings)
     sampling: RequestSettings = field(default_factory=RequestSettings)

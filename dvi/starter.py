@@ -39,9 +39,9 @@ def starter(verb: str, *, file: str, model: str | None = None) -> str:
     """The text: every key with its default and what it means. file: its name, for the first line."""
     header, _, settings = bundled(SOURCES[verb]).read_text(encoding="utf-8").partition("\n\n")
     assert all(line.startswith("#") for line in header.splitlines()), f"{SOURCES[verb]} must begin with its comment"
-    values: dict[str, str | None] = {"output.folder": f"runs/{verb}"}
-    if model is not None:  # for which a bundled drafter would be another model's
-        values |= {"model.path": model, "drafter.adapter": None}
+    values = {"output.folder": f"runs/{verb}"}
+    if model is not None:
+        values["model.path"] = model
     for key, value in values.items():
         settings = set_value(settings, key, value)
     return (
@@ -51,10 +51,10 @@ def starter(verb: str, *, file: str, model: str | None = None) -> str:
     )
 
 
-def set_value(text: str, key: str, value: str | None) -> str:
+def set_value(text: str, key: str, value: str) -> str:
     """A YAML text of two levels with another value of section.key; the comment behind it stays where it was."""
     section, _, name = key.partition(".")
-    is_plain = value is not None and PLAIN.fullmatch(value) and yaml.safe_load(value) == value
+    is_plain = PLAIN.fullmatch(value) and yaml.safe_load(value) == value
     written = value if is_plain else json.dumps(value, ensure_ascii=False)
     pattern = re.compile(rf"(^{section}:[^\n]*\n(?:[ #][^\n]*\n|\n)*?  {name}: )([^\n#]*?)( *#[^\n]*)?$", re.MULTILINE)
 

@@ -160,7 +160,7 @@ def test_the_file_that_init_writes_is_the_bundled_one_with_the_users_model(verb,
     path = write_starter(tmp_path / "new", verb=verb, model="some/model")
     assert path == tmp_path / f"new/{verb}.yaml"
     schema, changed = SCHEMAS[verb], load_config(path, schema=SCHEMAS[verb])
-    expected = [{"model": {"path": "some/model"}, "output": {"folder": f"runs/{verb}"}, "drafter": {"adapter": None}}]
+    expected = [{"model": {"path": "some/model"}, "output": {"folder": f"runs/{verb}"}}]
     assert changed == load_config(bundled, expected, schema=schema)
     ours, theirs = path.read_text(encoding="utf-8"), bundled.read_text(encoding="utf-8")
     header = theirs.split("\n\n")[0].count("#")

@@ -152,5 +152,8 @@ def test_impossible_shapes_are_refused_with_the_bound():
         DrafterConfig(kind="eagle")
     with pytest.raises(ValueError, match=r"lora_rank must be in 1\.\.4096, got 0"):
         DrafterConfig(lora_rank=0)
-    with pytest.raises(ValueError, match="at most the model's vocabulary of 64"):
-        build_drafter(split_of(), DrafterConfig(draft_vocab_size=65))
+
+
+def test_a_draft_vocabulary_beyond_the_models_keeps_all():
+    """Catches a default that refuses every model with a smaller vocabulary."""
+    assert build_drafter(split_of(), DrafterConfig(draft_vocab_size=65)).draft_head.vocab_size == 64

@@ -26,6 +26,7 @@ ROWS = (
     "dvi.companion_length",
     "dvi.adapter_store dvi.memory_plan",
     "dvi.decoding dvi.exact dvi.autotune dvi.text",
+    "dvi.starting_drafter",
     "dvi.precision",
     "dvi.speculator",
     "dvi.recordings",

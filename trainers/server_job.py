@@ -6,20 +6,25 @@ Knows settings, folders and ranks; knows nothing of HTTP or engines.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 
+from dvi.adapter_store import read_manifest
 from dvi.config import write_provenance
 from dvi.distributed import SOLO, Peers
 from dvi.precision import settle_dtype
-from dvi.settings import ServeConfig
+from dvi.settings import AUTO_ADAPTER, ServeConfig
 from dvi.speculator import SelfSpeculator, build_speculator
+from dvi.starting_drafter import adapter_of_run, settle_adapter, with_adapter
 from dvi.telemetry import MetricsWriter
 from trainers.checkpoint import CheckpointStore
 from trainers.online import OnlineTrainer
 from trainers.replica import ReplicaLearner
 from trainers.serving import ServingLearner
 from trainers.shards import CHECKPOINTS, SavedRun, load_saved, rank_folder
+
+log = logging.getLogger(__name__)
 
 
 def build_serving(config: ServeConfig, peers: Peers = SOLO) -> tuple[SelfSpeculator, ServingLearner | None]:
@@ -38,7 +43,7 @@ def build_serving(config: ServeConfig, peers: Peers = SOLO) -> tuple[SelfSpecula
         store = opened.enter_context(CheckpointStore(own_folder / CHECKPOINTS))
         saved = load_saved(folder, peers)
         learnt_with = None if saved is None else saved.state.get("settings")
-        config = settle_dtype(config, earlier=(learnt_with or {}).get("model.dtype"))
+        config = _settle(config, learnt_with, folder, peers)
         settings = _drafter_settings(config)
         if saved is not None:
             _check_same_drafter(settings, learnt_with, folder)
@@ -64,6 +69,21 @@ def build_serving(config: ServeConfig, peers: Peers = SOLO) -> tuple[SelfSpecula
     return speculator, learner
 
 
+def _settle(config: ServeConfig, learnt_with: dict[str, object] | None, folder: Path, peers: Peers) -> ServeConfig:
+    """The settings with the adapter and the dtype that "auto" is: those that the folder began with, where it has."""
+    learnt_with = learnt_with or {}
+    is_auto = config.drafter.adapter == AUTO_ADAPTER
+    if is_auto and learnt_with:
+        # Checkpoints of earlier versions do not name it.
+        named = learnt_with if "drafter.adapter" in learnt_with else {"drafter.adapter": adapter_of_run(folder)}
+        config = with_adapter(config, named["drafter.adapter"])
+    config = settle_adapter(config)
+    if is_auto and len(set(peers.exchange(config.drafter.adapter))) > 1:  # not on every machine
+        log.warning("the drafter beside the model is not taken: not all ranks have it; an untrained one starts")
+        config = with_adapter(config, None)
+    return settle_dtype(config, earlier=learnt_with.get("model.dtype"))
+
+
 def _obsolete(folder: Path, saved: SavedRun | None, peers: Peers) -> list[Path]:
     """Folders here of earlier ranks that are no more; one rank of each machine sees to them."""
     if saved is None or peers.local_rank:
@@ -73,10 +93,9 @@ def _obsolete(folder: Path, saved: SavedRun | None, peers: Peers) -> list[Path]:
 
 
 def _drafter_settings(config: ServeConfig) -> dict[str, object]:
-    """What must stay the same for a drafter to go on, by its key; not what it once started from."""
+    """What must stay the same for a drafter to go on, by its key; and drafter.adapter, which it started from."""
     settings = {f"model.{name}": getattr(config.model, name) for name in ("path", "split_layer", "dtype")}
-    shape = {f"drafter.{name}": value for name, value in dataclasses.asdict(config.drafter).items()}
-    return settings | {name: value for name, value in shape.items() if name != "drafter.adapter"}
+    return settings | {f"drafter.{name}": value for name, value in dataclasses.asdict(config.drafter).items()}
 
 
 def _check_same_drafter(now: dict[str, object], then: dict[str, object] | None, folder: Path) -> None:
@@ -85,8 +104,12 @@ def _check_same_drafter(now: dict[str, object], then: dict[str, object] | None, 
             f"output.folder {folder} holds a run of dvi train; choose another folder, and drafter.adapter={folder}/"
             "drafter to start from what it learnt"
         )
+    adapter = now["drafter.adapter"]
+    # An adapter has its own shape, whatever the settings of one say or said.
+    shape = {} if adapter is None else dataclasses.asdict(read_manifest(adapter).drafter)
     for key, value in now.items():
-        if value != then.get(key):
+        allowed = (then.get(key), shape.get(key.removeprefix("drafter."), then.get(key)))
+        if key != "drafter.adapter" and value not in allowed:
             raise ValueError(
                 f"{key} must be {then.get(key)!r} to go on with what was learnt in {folder}, got {value!r}; "
                 "another output.folder starts afresh"

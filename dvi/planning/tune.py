@@ -24,6 +24,7 @@ from dvi.planning.plans import LatencyBound, PlanSpace, ServingPlan
 from dvi.planning.search import Evaluator, NoFeasiblePlan, search
 from dvi.planning.simulator import Simulator
 from dvi.planning.workload import Workload, read_acceptance, read_lengths
+from dvi.precision import settle_dtype
 from dvi.progress import doing
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.settings import ServeConfig
@@ -67,6 +68,7 @@ def tune(
     """
     lengths = None if sources.traffic is None else read_lengths(sources.traffic)
     acceptance = {} if sources.acceptance is None else read_acceptance(sources.acceptance)
+    config = settle_dtype(config)
     speculator = build_speculator(config)
     own = speculator.split.split_layer
     split_layers = tuple(sorted({own, *acceptance}))

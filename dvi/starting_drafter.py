@@ -1,0 +1,125 @@
+"""Which drafter a run starts from where drafter.adapter is "auto": the one that lies beside the model, if it fits.
+
+Knows settings, manifests and the names of a model's weights; loads neither model nor drafter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dvi.adapter_store import MANIFEST_FILE, AdapterManifest, read_manifest
+from dvi.config import setting_of_run
+from dvi.durable import surviving_folder
+from dvi.pretrained import read_config
+from dvi.progress import doing
+from dvi.settings import AUTO_ADAPTER, ServeConfig, TrainConfig, WarmupConfig
+from dvi.split import fingerprint_of_head
+
+Config = TypeVar("Config", bound=TrainConfig | ServeConfig | WarmupConfig)
+
+log = logging.getLogger(__name__)
+
+
+def settle_adapter(config: Config, *, dtype: str | None = None) -> Config:
+    """The settings with the folder, or null, that "auto" is. A drafter that lies there and is not taken is warned of.
+
+    dtype: in which a run that is gone on with has the model, where model.dtype is "auto".
+    """
+    if config.drafter.adapter != AUTO_ADAPTER:
+        return config
+    beside = drafter_beside(config.model.path)
+    reason = None if beside is None else _why_not(beside, config, dtype)
+    if reason is not None:
+        log.warning("the drafter in %s is not taken: %s; an untrained one starts", beside, reason)
+        beside = None
+    return with_adapter(config, beside)
+
+
+def with_adapter(config: Config, adapter: str | None) -> Config:
+    """The settings with another drafter.adapter."""
+    return dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, adapter=adapter))
+
+
+def adapter_of_run(folder: str | Path) -> str | None:
+    """The one in the config.yaml that a run left in its folder; None where it began untrained, or left none."""
+    adapter = setting_of_run(folder, "drafter", "adapter")
+    return None if adapter == AUTO_ADAPTER else adapter
+
+
+def drafter_beside(model_path: str) -> str | None:
+    """MODEL-drafter for a model's folder MODEL; None where there is no drafter, and for models that are no folder."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return None
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    beside = folder.with_name(f"{folder.name}-drafter")
+    return str(beside) if (surviving_folder(beside) / MANIFEST_FILE).is_file() else None
+
+
+def _why_not(adapter: str, config: Config, dtype: str | None) -> str | None:
+    """Why the drafter does not suit these settings and this model; None where it does."""
+    try:
+        manifest = read_manifest(adapter)
+    except ValueError as error:
+        return str(error)
+    model = config.model
+    dtype = model.dtype if model.dtype != "auto" else dtype
+    if model.split_layer not in (None, manifest.split_layer):
+        return f"it drafts from layer {manifest.split_layer}, model.split_layer is {model.split_layer}"
+    if dtype not in (None, manifest.dtype):
+        return f"it was trained in {manifest.dtype}, model.dtype is {dtype}"
+    if model.mode == "exact" and manifest.dtype not in ("float32", "float64"):
+        return f"it was trained in {manifest.dtype}, model.mode is exact, which needs float32 or float64"
+    usual = type(config)().drafter
+    for name, found in dataclasses.asdict(manifest.drafter).items():
+        # Only what differs from its default was asked for.
+        if getattr(config.drafter, name) not in (found, getattr(usual, name)):
+            return f"its {name} is {found}, drafter.{name} is {getattr(config.drafter, name)}"
+    trust = isinstance(config, ServeConfig) and config.serve.trust_remote_code
+    with doing(f"looking whether {adapter} fits"):
+        return _why_not_of_model(manifest, model.path, trust_remote_code=trust)
+
+
+def _why_not_of_model(manifest: AdapterManifest, model_path: str, **source: object) -> str | None:
+    """Why the model is not the one that the drafter was trained with, as `load_drafter` would find with it loaded."""
+    try:
+        model_config = read_config(model_path, **source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, **source)
+        architecture, num_layers = type(model).__name__, model_config.get_text_config().num_hidden_layers
+        if (architecture, num_layers) != (manifest.architecture, manifest.num_layers):
+            return (
+                f"it was trained with {manifest.num_layers} layers of {manifest.architecture}, {model_path} has "
+                f"{num_layers} of {architecture}"
+            )
+        fingerprint = _fingerprint_on_disk(Path(model_path), model, dtype=getattr(torch, manifest.dtype))
+    except (AttributeError, OSError, SafetensorError, ValueError) as error:
+        return f"{model_path} does not tell whether it fits ({error})"
+    if fingerprint is None:
+        return f"{model_path} does not tell whether it fits; if it does, drafter.adapter names it"
+    return None if fingerprint == manifest.head_fingerprint else f"it was trained with other weights than {model_path}"
+
+
+def _fingerprint_on_disk(folder: Path, model: PreTrainedModel, *, dtype: torch.dtype) -> str | None:
+    """Of the output head, which alone is read; None where no safetensors file here holds it under its own name.
+
+    model: of this shape, without weights.
+    """
+    weights = [model.get_output_embeddings().weight]
+    if model.config.get_text_config().tie_word_embeddings:
+        weights.append(model.get_input_embeddings().weight)
+    entries = model.state_dict(keep_vars=True).items()
+    names = {name for name, tensor in entries if any(tensor is weight for weight in weights)}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(names.intersection(file.keys())):
+                return fingerprint_of_head(file.get_tensor(name).to(dtype))
+    return None

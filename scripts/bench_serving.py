@@ -317,9 +317,7 @@ def main() -> None:
     paths = [Path("configs/demo/prompts.jsonl")] if arguments.data is None else (
         sorted(arguments.data.glob("*.jsonl")) if arguments.data.is_dir() else [arguments.data]
     )
-    overrides = list(arguments.overrides)
-    if arguments.adapter:
-        overrides.append(f"drafter.adapter={json.dumps(arguments.adapter)}")
+    overrides = [f"drafter.adapter={json.dumps(arguments.adapter)}", *arguments.overrides]
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = []

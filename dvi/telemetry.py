@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -20,18 +21,16 @@ PROGRESS_KEYS = {"request": "tokens_seen", "update": "step"}  # the horizontal a
 class MetricsWriter:
     """Appends one JSON object per event to folder/metrics.jsonl, handed to the system before `write` returns.
 
+    A folder or file that was removed or replaced meanwhile is made again: what is written can be found.
+
     tensorboard: also writes every number of a "request" event over tokens_seen, and of an "update" event over step,
     to folder/tensorboard. Other events are only lines.
     """
 
     def __init__(self, folder: str | Path, *, tensorboard: bool = False) -> None:
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
-        is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8")
-        if is_torn:
-            self._file.write("\n")  # a killed run's last line must not swallow our first
+        self._path = folder / METRICS_FILE
+        self._file = _open(self._path)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, and not every run wants it
@@ -45,6 +44,10 @@ class MetricsWriter:
         has no word. Raises KeyError when TensorBoard is on and the event lacks its key of PROGRESS_KEYS.
         """
         line = {"event": event, "time_s": round(time.time(), 3), **values}
+        if not self._is_in_place():
+            file = _open(self._path)
+            self._file.close()
+            self._file = file
         self._file.write(json.dumps(_without_non_finite(line), allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None and event in PROGRESS_KEYS:
@@ -52,11 +55,27 @@ class MetricsWriter:
             for name, number in _numbers(values, prefix=event):
                 self._board.add_scalar(name, number, progress)
 
+    def _is_in_place(self) -> bool:
+        """Whether what is written goes to the file of this name, and not to one that no name leads to any more."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         """Flushes and closes both outputs; writing afterwards is an error."""
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _open(path: Path) -> IO[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    file = path.open("a", encoding="utf-8")
+    if is_torn:
+        file.write("\n")  # a killed run's last line must not swallow our first
+    return file
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -36,6 +36,23 @@ def test_a_second_writer_appends_after_a_torn_line(tmp_path):
     assert [event["step"] for event in read_metrics(tmp_path / METRICS_FILE)] == [1, 2]
 
 
+@pytest.mark.parametrize("replaces", [False, True], ids=["removed", "replaced"])
+def test_a_folder_that_goes_missing_is_made_again(tmp_path, replaces):
+    """Catches events that go on to a file which no name leads to any more, and one that is gone with its folder."""
+    folder = tmp_path / "run"
+    writer = MetricsWriter(folder)
+    writer.write("update", step=1)
+    folder.rename(tmp_path / "away")
+    if replaces:
+        folder.mkdir()
+        (folder / METRICS_FILE).write_text('{"event": "upd', encoding="utf-8")
+    for step in (2, 3):
+        writer.write("update", step=step)
+    writer.close()
+    assert [event["step"] for event in read_metrics(folder / METRICS_FILE)] == [2, 3]
+    assert [event["step"] for event in read_metrics(tmp_path / "away" / METRICS_FILE)] == [1]
+
+
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     """Catches NaN and Infinity in the file, which strict JSON readers refuse."""
     writer = MetricsWriter(tmp_path)

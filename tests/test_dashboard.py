@@ -261,6 +261,22 @@ def test_a_narrow_window_needs_no_sideways_scrolling(driver, width):
 
 
 @needs_browser
+def test_a_phone_sees_what_matters_and_unfolds_the_rest(driver):
+    """Catches a phone's page of ten screens, and charts without a width because they were drawn while folded away."""
+    loop = engine_loop()
+    serve(loop.monitor, steps=60, num_accepted=2)
+    look(driver, width=390)
+    seen = "return [...document.querySelectorAll('.chart')].map(c => c.checkVisibility() && c.clientWidth > 200)"
+    with served(loop) as url:
+        screenshot.open_dashboard(driver, url + "/dashboard")
+        assert "as fast as plain decoding" in text_of(driver, "#headline")
+        assert driver.execute_script(seen) == [True] * 3 + [False] * 6
+        driver.find_element("css selector", "summary").click()
+        wait_until(lambda: driver.execute_script(seen) == [True] * 9)
+        assert driver.execute_script("return document.documentElement.scrollWidth") == 390
+
+
+@needs_browser
 def test_the_page_follows_the_preferred_colours_and_can_be_read_in_both(driver):
     """Catches dark text on a dark card: every text differs from its card by WCAG's 4.5 to 1 at least."""
     loop = engine_loop(is_pinned=True)
@@ -336,11 +352,11 @@ def test_a_picture_is_taken_of_the_whole_page_with_a_key(tmp_path):
     loop = engine_loop()
     serve(loop.monitor, steps=10, num_accepted=2)
     path = tmp_path / "new" / "picture.png"
-    with served(loop, authorizations={"Bearer secret"}) as url, screenshot.browser(width=600, is_dark=True) as driver:
+    with served(loop, authorizations={"Bearer secret"}) as url, screenshot.browser(width=800, is_dark=True) as driver:
         screenshot.open_dashboard(driver, url + "/dashboard", key="secret")
         screenshot.take(driver, path)
     width, height = struct.unpack(">II", path.read_bytes()[16:24])
-    assert width == 600 and height > 1500
+    assert width == 800 and height > 1500
 
 
 @needs_browser

@@ -46,8 +46,9 @@ def status(loop: EngineLoop) -> dict:
     snapshot = loop.monitor.snapshot()
     level, text = _state(loop, snapshot)
     return snapshot | {
-        "headline": headline(snapshot), "state": {"level": level, "text": printable(text, max_length=200)}
-    }  # fmt: skip
+        "headline": headline(snapshot, has_learner=loop.learner is not None),
+        "state": {"level": level, "text": printable(text, max_length=200)},
+    }
 
 
 def _state(loop: EngineLoop, snapshot: dict) -> tuple[str, str]:

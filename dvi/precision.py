@@ -33,7 +33,7 @@ from dvi.placement import num_processes
 from dvi.pretrained import read_config, read_weights
 from dvi.progress import doing
 from dvi.records import SamplingParams
-from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
+from dvi.settings import ModelSettings, ServeConfig, TrainConfig, WarmupConfig
 from dvi.split import SplitModel
 from dvi.starting_drafter import settle_adapter
 from dvi.verification import StrictRule
@@ -148,6 +148,13 @@ def known_dtype(
     )
     speeds = None if ruled else _read(_path_of(fingerprint_of(model_config, path=model.path_kind)))
     return ruled or (speeds and speeds.preferred)
+
+
+def known_lead(settings: ModelSettings, model_config: PretrainedConfig) -> float:
+    """`PlainSpeeds.lead_over` the settings' dtype, as far as it is known without measuring anything; else 1."""
+    speeds = _read(_path_of(fingerprint_of(model_config, path=settings.path_kind)))
+    is_compared = speeds is not None and settings.dtype in ("float32", "bfloat16")
+    return speeds.lead_over(settings.dtype) if is_compared else 1.0
 
 
 def _ruled_dtype(*, adapter: str | Path | None, device: str, placement: str, mode: str) -> str | None:

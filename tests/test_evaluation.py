@@ -8,8 +8,10 @@ import torch
 from dvi.draft_length import FixedLength
 from dvi.records import RoundStats, SamplingParams
 from dvi.speculator import SelfSpeculator
+from dvi.telemetry import MetricsWriter, read_metrics
 from tests.tiny_models import tiny_model
 from trainers.evaluation import HeldOutRequests, Measurement, headline
+from trainers.held_out_curve import HeldOutCurve
 from trainers.picture import plot_run, speed_ratios
 
 PROMPTS = [[5, 9, 3, 1], [7, 7, 2], [11, 4, 30, 8, 1]]
@@ -60,6 +62,26 @@ def test_a_later_drafter_is_judged_without_decoding_again(speculator, monkeypatc
         speculator.drafter.draft_head.lora_B.copy_(kept)
 
 
+def test_the_curve_looks_once_at_each_version_and_not_where_nothing_can_be_replayed(speculator, tmp_path):
+    """Catches a look at every request, which would cost more than serving, and a curve of sampled answers."""
+    with_answers = HeldOutRequests(speculator, PROMPTS, PARAMS, num_draft_tokens=3)
+    sampled = HeldOutRequests(
+        speculator, PROMPTS, dataclasses.replace(PARAMS, temperature=1.0), num_draft_tokens=3
+    )  # fmt: skip
+    metrics, version = MetricsWriter(tmp_path), speculator.drafter.version
+    curves = [HeldOutCurve(held_out, metrics, share=1.0) for held_out in (with_answers, sampled)]
+    try:
+        for speculator.drafter.version in (version, version + 1, version + 1):
+            for curve in curves:
+                curve.update(num_tokens=7)
+    finally:
+        speculator.drafter.version = version
+    metrics.close()
+    (event,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (event["event"], event["tokens_seen"], event["drafter_version"]) == ("held_out", 7, version + 1)
+    assert event["mean_accepted_tokens"] == with_answers.replay().mean_accepted_tokens
+
+
 @pytest.mark.parametrize("speed_up, says", [
     (1.476, "1.48x faster than plain decoding (31 against 21 tokens/s)"),
     (1.003, "as fast as plain decoding"), (0.94, "0.94 of plain decoding's speed"),
@@ -69,6 +91,14 @@ def test_the_headline_says_what_was_measured_also_where_it_is_no_success(speed_u
     sentence = headline(measurement(speed_up=0.98, mean_accepted_tokens=1.0), measurement(speed_up=speed_up))
     assert sentence.startswith(says) and "it was 0.98x before learning" in sentence
     assert "the same tokens in 23 of 24 answers" in sentence and "1.00 -> 1.30" in sentence
+
+
+def test_speed_is_over_the_faster_plain_decoding_and_the_headline_says_so(speculator, monkeypatch):
+    """Catches a gain over a slow dtype that is sold as a gain over plain decoding."""
+    monkeypatch.setattr(RoundStats, "decode_tokens_per_s", property(lambda self: 10.0))
+    found = HeldOutRequests(speculator, PROMPTS, PARAMS, num_draft_tokens=3, plain_lead=2.0).measure()
+    assert (found.tokens_per_s, found.plain_tokens_per_s, found.speed_up) == (10.0, 20.0, 0.5)
+    assert "faster at it" in headline(found, found) and "faster at it" not in headline(measurement(), measurement())
 
 
 def test_the_headline_claims_no_equal_tokens_under_sampling():

@@ -58,7 +58,7 @@ ROWS = (
     "trainers.online",
     "trainers.shipping",
     "trainers.dedicated",
-    "trainers.evaluation trainers.progress trainers.picture trainers.place trainers.position",
+    "trainers.evaluation trainers.progress trainers.picture trainers.held_out_curve trainers.place trainers.position",
     "trainers.attendance",
     "trainers.job",
     "trainers.serving trainers.warmup trainers.paper_run",

@@ -13,7 +13,15 @@ from tiny_models import tiny_model
 
 from dvi import SelfSpeculator, precision
 from dvi.config import load_config
-from dvi.precision import PlainSpeeds, choose_dtype, dtype_of_run, known_dtype, obtain_plain_speeds, settle_dtype
+from dvi.precision import (
+    PlainSpeeds,
+    choose_dtype,
+    dtype_of_run,
+    known_dtype,
+    known_lead,
+    obtain_plain_speeds,
+    settle_dtype,
+)
 from dvi.pretrained import read_config
 from dvi.speculator import build_speculator
 
@@ -52,6 +60,17 @@ def test_the_faster_dtype_is_chosen_and_of_two_alike_bfloat16(cache, monkeypatch
 def test_a_ratio_over_one_plain_becomes_one_over_the_faster():
     speeds = PlainSpeeds(float32=20.0, bfloat16=25.0)
     assert speeds.lead_over("float32") == 1.25 and speeds.lead_over("bfloat16") == 1.0
+
+
+def test_a_running_model_knows_by_how_much_the_other_dtype_decodes_faster(races):
+    """Catches a model that, once loaded, is another to the cache than its folder was."""
+    settings = load_config(None, ["model.device=cpu", "model.dtype=float32"]).model
+    model = SelfSpeculator.from_pretrained(STORIES, dtype="float32").model
+    assert known_lead(settings, model.config) == 1.0  # nothing is known yet, and nothing is measured for it
+    obtain_plain_speeds(STORIES)
+    assert known_lead(settings, model.config) == 1.5 and len(races) == 1
+    assert known_lead(dataclasses.replace(settings, dtype="bfloat16"), model.config) == 1.0
+    assert known_lead(dataclasses.replace(settings, dtype="float64"), model.config) == 1.0
 
 
 def test_what_was_measured_is_kept_and_asked_again(races, cache):

@@ -37,6 +37,8 @@ class Measurement:
                           acceptance_per_depth given that the depth was reached.
     tokens_per_s, plain_tokens_per_s, speed_up  by the speculator's own length rule, policy, at batch 1: medians over
                           prompts, decoding only; speed_up is of the ratios.
+    plain_lead            how many times as fast plain decoding is in the faster of float32 and bfloat16, where that is
+                          known: plain_tokens_per_s and speed_up are over that one's.
     num_mismatches        prompts whose tokens differ from plain decoding's; None under sampling, where they may.
     """
 
@@ -51,6 +53,7 @@ class Measurement:
     speed_up: float
     num_mismatches: int | None
     policy: str = "fixed"
+    plain_lead: float = 1.0
 
 
 def headline(before: Measurement, after: Measurement) -> str:
@@ -61,7 +64,8 @@ def headline(before: Measurement, after: Measurement) -> str:
         speed = "as fast as plain decoding"
     else:
         speed = f"{after.speed_up:.2f} of plain decoding's speed"
-    sentence = f"{speed} ({after.tokens_per_s:.3g} against {after.plain_tokens_per_s:.3g} tokens/s)"
+    other = ", plain decoding in the dtype that is faster at it" if after.plain_lead > 1 else ""
+    sentence = f"{speed} ({after.tokens_per_s:.3g} against {after.plain_tokens_per_s:.3g} tokens/s{other})"
     if after.num_mismatches is not None:
         num_equal = after.num_prompts - after.num_mismatches
         share = "all" if not after.num_mismatches else f"{num_equal} of"
@@ -79,12 +83,15 @@ class HeldOutRequests:
     """
 
     def __init__(
-        self, speculator: SelfSpeculator, prompts: list[list[int]], params: SamplingParams, *, num_draft_tokens: int
+        self, speculator: SelfSpeculator, prompts: list[list[int]], params: SamplingParams, *, num_draft_tokens: int,
+        plain_lead: float = 1.0,
     ) -> None:
-        """num_draft_tokens: of the rounds that acceptance is measured in; of 0 nothing could be, and 1 is taken."""
+        """num_draft_tokens: of the rounds that acceptance is measured in; of 0 nothing could be, and 1 is taken.
+        plain_lead: see `Measurement`."""
         self.speculator = copy.copy(speculator)
         self.speculator.rule = StrictRule()
         self.prompts, self._params, self.num_draft_tokens = prompts, params, max(num_draft_tokens, 1)
+        self._plain_lead = plain_lead
         self._texts: list[RecordedText] = []
 
     def __len__(self) -> int:
@@ -120,10 +127,11 @@ class HeldOutRequests:
             acceptance_per_depth=rounds.acceptance_per_depth,
             mean_accepted_tokens=rounds.mean_accepted_tokens,
             tokens_per_s=statistics.median(speeds),
-            plain_tokens_per_s=statistics.median(plain_speeds),
-            speed_up=statistics.median(s / p for s, p in zip(speeds, plain_speeds, strict=True)),
+            plain_tokens_per_s=statistics.median(plain_speeds) * self._plain_lead,
+            speed_up=statistics.median(s / p for s, p in zip(speeds, plain_speeds, strict=True)) / self._plain_lead,
             num_mismatches=num_mismatches if self._params.is_greedy else None,
             policy=self.speculator.policy,
+            plain_lead=self._plain_lead,
         )
 
     @property

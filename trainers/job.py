@@ -29,7 +29,7 @@ from dvi.adapter_store import load_drafter, read_manifest
 from dvi.config import load_config, write_provenance
 from dvi.distributed import SOLO
 from dvi.durable import surviving_folder
-from dvi.precision import dtype_of_run, settle_dtype
+from dvi.precision import dtype_of_run, known_lead, settle_dtype
 from dvi.records import GenerationResult, SamplingParams
 from dvi.seeds import answer_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
@@ -41,6 +41,7 @@ from dvi.whole_files import write_whole
 from trainers.attendance import Attendance, Desk, attend
 from trainers.checkpoint import CheckpointStore, check_counts
 from trainers.evaluation import HeldOutRequests, Measurement, SpeedProbe, drafts_alike, headline
+from trainers.held_out_curve import HeldOutCurve
 from trainers.online import OWN, OnlineTrainer
 from trainers.picture import plot_run
 from trainers.place import Place
@@ -49,7 +50,6 @@ from trainers.progress import RunDisplay, comparison_table
 from trainers.shards import CHECKPOINTS, SavedRun, load_alike, load_saved, rank_folder
 
 DRAFTER, PICTURE, SUMMARY = "drafter", "acceptance.png", "summary.json"
-CURVE_SHARE = 0.03  # of serving's time
 
 
 def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
@@ -175,6 +175,7 @@ class Job(ABC):
         self.held_out = HeldOutRequests(
             speculator, [self._checked(0, prompt).token_ids for prompt in held_out], self.eval_params,
             num_draft_tokens=config.draft.num_draft_tokens,
+            plain_lead=known_lead(config.model, speculator.model.config),
         )
         self.position = TrafficPosition()
         self.before: Measurement | None = None
@@ -428,7 +429,9 @@ class _ServingJob(Job):
         batch_size = self.config.data.batch_size
         num_requests = len(self.traffic) if isinstance(self.traffic, list) else None
         probe = SpeedProbe(self.speculator, self.params, batch_size=batch_size)
-        curve = HeldOutCurve(self, metrics)
+        # Ranks in lock-step have clocks of their own, and must all do the same.
+        follows = self.before is not None and self.peers.is_first and not self.place.is_lock_step
+        curve = HeldOutCurve(self.held_out, metrics) if follows else None
         admitted: list[Request | None] = []
 
         def waiting() -> Iterator[list[int]]:
@@ -460,7 +463,8 @@ class _ServingJob(Job):
                 attendance.end_request(result.request_id)
                 probe.observe(request.token_ids, result)
                 self._record(request, result, metrics, plain_tokens_per_s=probe.plain_tokens_per_s)
-                curve.update()
+                if curve is not None:
+                    curve.update(num_tokens=self.num_tokens)
                 display.finish_request(
                     result.stats, attendance.last_report, speed_up=probe.speed_up,
                     drafter_version=result.drafter_version,
@@ -484,34 +488,6 @@ class _ServingJob(Job):
             drafter_version=result.drafter_version, finish_reason=result.finish_reason, level=result.level,
             prefill_s=stats.prefill_s, serving_s=self.serving_s, plain_tokens_per_s=plain_tokens_per_s,
             train_s=0.0 if self.trainer is None else self.trainer.train_s,
-        )  # fmt: skip
-
-
-class HeldOutCurve:
-    """What the drafter of each moment would draft on the held-out requests, written down as it goes.
-
-    A look replays recorded answers, see `HeldOutRequests.replay`; all looks together take at most CURVE_SHARE of the
-    time. None is taken where answers cannot be replayed, nor by ranks in lock-step, whose clocks differ.
-    """
-
-    def __init__(self, job: _ServingJob, metrics: MetricsWriter) -> None:
-        self._job, self._metrics, self._version = job, metrics, job.speculator.drafter.version
-        self._is_on = bool(job.held_out) and job.before is not None and job.held_out.is_replayable
-        self._is_on &= job.peers.is_first and not job.place.is_lock_step
-        self._next_s = 0.0
-
-    def update(self) -> None:
-        """Looks, where the drafter is another than at the last look and it is time."""
-        start_s, version = time.monotonic(), self._job.speculator.drafter.version
-        if not self._is_on or version == self._version or start_s < self._next_s:
-            return
-        rounds = self._job.held_out.replay()
-        self._version, end_s = version, time.monotonic()
-        self._next_s = end_s + (end_s - start_s) / CURVE_SHARE
-        self._metrics.write(
-            "held_out", tokens_seen=self._job.num_tokens, drafter_version=version, acceptance=rounds.acceptance_rate,
-            mean_accepted_tokens=rounds.mean_accepted_tokens, acceptance_per_depth=rounds.acceptance_per_depth,
-            num_draft_tokens=self._job.held_out.num_draft_tokens, seconds=end_s - start_s,
         )  # fmt: skip
 
 

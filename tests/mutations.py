@@ -335,7 +335,7 @@ MUTATIONS = [
     ),
     Mutation(
         "n_choices_taken_in_part", "dvi/serving/loop.py",
-        "len(self._inbox) + len(requests) > scheduler", "len(self._inbox) + 1 > scheduler",
+        "sum(map(len, self._inbox)) + len(requests) > scheduler", "sum(map(len, self._inbox)) + 1 > scheduler",
         "tests/test_loop.py",
     ),
     # Draft lengths and their costs

@@ -63,10 +63,10 @@ def test_records_say_their_counts_and_leave_their_tensors_out():
     assert repr(SamplingParams()) == "SamplingParams(temperature=0.0, max_new_tokens=128)"
     params = SamplingParams(temperature=0.5, seed=3, stop_strings=("x",))
     assert eval(repr(params)) == params
-    stats = RoundStats(decode_s=2.0, new_tokens=10)
+    stats = RoundStats(decode_s=2.0)
     for _ in range(4):
         stats.count_round(num_drafted=3, num_accepted=2)
-    assert repr(stats) == "RoundStats(10 tokens in 4 rounds, 8 of 12 drafts accepted, MAT 3.00, 5.0 tokens/s)"
+    assert repr(stats) == "RoundStats(12 tokens in 4 rounds, 8 of 12 drafts accepted, MAT 3.00, 6.0 tokens/s)"
     result = GenerationResult(1, 7, "word " * 50, [1] * 50, "length", stats, 2, "fast")
     line = repr(result)
     assert line.startswith("GenerationResult(1: 'word word") and "...', 50 tokens, length, MAT 3.00, drafter v2" in line

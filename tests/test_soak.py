@@ -155,12 +155,13 @@ class Client:
         body = {
             "prompt": rng.choice(("", BEGINNING)) + domain(rng), "max_tokens": rng.randint(1, 40),
             "temperature": temperature, "n": rng.choice((1, 1, 1, 2)), "stream": rng.random() < 0.5,
-            "stream_options": {"include_usage": True},
             "dvi": {
                 "domain": domain.__name__, "policy": rng.choice(("fixed", "goodput")),
                 "num_draft_tokens": rng.choice((0, 4, 4)),
             },
         }  # fmt: skip
+        if body["stream"]:
+            body["stream_options"] = {"include_usage": True}
         return body | ({"seed": rng.randrange(1000), "top_p": 0.9} if temperature and rng.random() < 0.5 else {})
 
     def leave_stream(self, domain: Callable[[random.Random], str]) -> None:
@@ -173,7 +174,7 @@ class Client:
 
     def leave_early(self, domain: Callable[[random.Random], str]) -> None:
         """A request whose client does not wait for the answer."""
-        self.send("/v1/completions", self.body(domain) | {"stream": False, "n": 1}).close()
+        self.send("/v1/completions", self.body(domain) | {"stream": False, "stream_options": None, "n": 1}).close()
         self.seen.num_perhaps[self.name] += 1
 
     def err(self, _domain: object) -> None:

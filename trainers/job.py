@@ -175,7 +175,7 @@ class Job(ABC):
         self.held_out = HeldOutRequests(
             speculator, [self._checked(0, prompt).token_ids for prompt in held_out], self.eval_params,
             num_draft_tokens=config.draft.num_draft_tokens,
-            plain_lead=known_lead(config.model, speculator.model.config),
+            plain_lead=known_lead(config.model, speculator.model.config) if held_out else 1.0,
         )
         self.position = TrafficPosition()
         self.before: Measurement | None = None

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from dvi.cuda_graph import RoundGraphs
 from dvi.decoding import RowState, VerifiedRound, draft_and_verify
 from dvi.draft_length import FixedLength
-from dvi.drafter import DrafterConfig
+from dvi.drafter import MAX_DEPTH, DrafterConfig
 from dvi.records import SamplingParams
 from dvi.sampling import SamplingBatch
 from dvi.speculator import SelfSpeculator
@@ -109,7 +109,8 @@ class Rounds:
         self.cache.set_lengths(self.lengths)
         device = self.split.device
         self.state = RowState(
-            slice(0, num_rows), torch.zeros(num_rows, dtype=torch.int64, device=device),
+            slice(0, num_rows), torch.full((num_rows,), MAX_DEPTH, device=device),
+            torch.zeros(num_rows, dtype=torch.int64, device=device),
             torch.zeros(num_rows, self.split.hidden_size, dtype=self.split.dtype, device=device),
             SamplingBatch([SamplingParams()] * num_rows, vocab_size=self.split.vocab_size, device=device), None,
         )

@@ -5,6 +5,7 @@ Ties model, tokenizer, split, drafter and rounds together; sees training only as
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import logging
@@ -183,6 +184,12 @@ class SelfSpeculator:
             model, tokenizer, split_layer=split_layer, drafter=drafter, adapter=adapter,
             **options,
         )
+
+    def afresh(self, *, rule: VerifyRule) -> SelfSpeculator:
+        """The same model and drafter by this rule, with length rules that have learnt nothing yet."""
+        other = copy.copy(self)
+        other.rule, other._policies = rule, {}
+        return other
 
     def encode(self, prompt: Prompt, *, max_tokens: int | None = None) -> list[int]:
         """Token ids of a prompt: text as it is, chat messages through the model's own template, ids unchanged.

@@ -62,6 +62,16 @@ def test_a_later_drafter_is_judged_without_decoding_again(speculator, monkeypatc
         speculator.drafter.draft_head.lora_B.copy_(kept)
 
 
+def test_a_second_measurement_does_not_judge_by_what_the_first_has_learnt_of_another_drafter(speculator):
+    """Catches a drafter that learnt, served by a length rule that still thinks of it as it was."""
+    learning = SelfSpeculator(speculator.model, None, split_layer=2, policy="goodput", num_draft_tokens=3)
+    held_out, rules = HeldOutRequests(learning, PROMPTS, PARAMS, num_draft_tokens=3), []
+    for _ in range(2):
+        assert held_out.measure().policy == "goodput"
+        rules += held_out.speculator._policies.values()
+    assert len(rules) == 2 and rules[0] is not rules[1] and learning._policies == {}
+
+
 def test_the_curve_looks_once_at_each_version_and_not_where_nothing_can_be_replayed(speculator, tmp_path):
     """Catches a look at every request, which would cost more than serving, and a curve of sampled answers."""
     with_answers = HeldOutRequests(speculator, PROMPTS, PARAMS, num_draft_tokens=3)

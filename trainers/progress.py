@@ -49,7 +49,7 @@ class RunDisplay:
             recent.add(one)
         figures = [f"acceptance {recent.acceptance_rate:.2f}", f"MAT {recent.mean_accepted_tokens:.2f}"]
         if speed_up is not None:
-            figures.insert(0, f"{speed_up:.2f}x plain")
+            figures.insert(0, f"{speed_up:.2f}x plain with learning")
         if recent.num_waived:
             figures.append(f"{recent.num_waived / recent.num_accepted:.0%} of the accepted by a lossy rule")
         figures += [f"{self._num_tokens:,} tokens", f"drafter v{drafter_version}"]

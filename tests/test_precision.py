@@ -18,8 +18,8 @@ from dvi.precision import (
     choose_dtype,
     dtype_of_run,
     known_dtype,
-    known_lead,
     obtain_plain_speeds,
+    plain_lead,
     settle_dtype,
 )
 from dvi.pretrained import read_config
@@ -62,15 +62,17 @@ def test_a_ratio_over_one_plain_becomes_one_over_the_faster():
     assert speeds.lead_over("float32") == 1.25 and speeds.lead_over("bfloat16") == 1.0
 
 
-def test_a_running_model_knows_by_how_much_the_other_dtype_decodes_faster(races):
-    """Catches a model that, once loaded, is another to the cache than its folder was."""
-    settings = load_config(None, ["model.device=cpu", "model.dtype=float32"]).model
-    model = SelfSpeculator.from_pretrained(STORIES, dtype="float32").model
-    assert known_lead(settings, model.config) == 1.0  # nothing is known yet, and nothing is measured for it
+def test_ratios_in_a_dtype_that_was_asked_for_are_over_the_faster_plain_too(races, monkeypatch):
+    """Catches a model that, once loaded, is another to the cache than its folder was, and a lead nobody measures."""
+    settings = load_config(None, ["model.device=cpu", f"model.path={STORIES}", "model.dtype=float32"]).model
+    config = SelfSpeculator.from_pretrained(STORIES, dtype="float32").model.config
+    assert plain_lead(settings, config) == 1.5 and len(races) == 1
     obtain_plain_speeds(STORIES)
-    assert known_lead(settings, model.config) == 1.5 and len(races) == 1
-    assert known_lead(dataclasses.replace(settings, dtype="bfloat16"), model.config) == 1.0
-    assert known_lead(dataclasses.replace(settings, dtype="float64"), model.config) == 1.0
+    assert plain_lead(dataclasses.replace(settings, dtype="bfloat16"), config) == 1.0 and len(races) == 1
+    for nothing in ({"dtype": "float64"}, {"mode": "exact"}, {"placement": "device_map"}):
+        assert plain_lead(dataclasses.replace(settings, **nothing), config) == 1.0
+    monkeypatch.setattr(precision, "MEASURED_PARAMETERS", 10**9)
+    assert plain_lead(settings, config) == 1.0 and len(races) == 1  # too small to matter
 
 
 def test_what_was_measured_is_kept_and_asked_again(races, cache):

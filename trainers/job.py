@@ -29,7 +29,7 @@ from dvi.adapter_store import load_drafter, read_manifest
 from dvi.config import load_config, write_provenance
 from dvi.distributed import SOLO
 from dvi.durable import surviving_folder
-from dvi.precision import dtype_of_run, known_lead, settle_dtype
+from dvi.precision import dtype_of_run, plain_lead, settle_dtype
 from dvi.records import GenerationResult, SamplingParams
 from dvi.seeds import answer_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
@@ -175,7 +175,7 @@ class Job(ABC):
         self.held_out = HeldOutRequests(
             speculator, [self._checked(0, prompt).token_ids for prompt in held_out], self.eval_params,
             num_draft_tokens=config.draft.num_draft_tokens,
-            plain_lead=known_lead(config.model, speculator.model.config) if held_out else 1.0,
+            plain_lead=plain_lead(config.model, speculator.model.config) if held_out else 1.0,
         )
         self.position = TrafficPosition()
         self.before: Measurement | None = None

@@ -43,8 +43,8 @@ Config = TypeVar("Config", bound=TrainConfig | ServeConfig | WarmupConfig)
 
 KIND = "plain_speeds"
 BUDGET_S, MIN_REPEATS, MAX_REPEATS = 1.0, 2, 25
-# Cached positions behind the race, as many as a chat has: in bfloat16 attention slows down with them (SmolLM2-135M on an
-# EPYC with AVX-512: 32 tokens/s at 128 positions and 26 at 300), in float32 it does not (30 at both).
+# Cached positions behind the race, as many as a chat has: in bfloat16 attention slows down with them (SmolLM2-135M on
+# an EPYC with AVX-512: 32 tokens/s at 128 positions and 26 at 300), in float32 it does not (30 at both).
 CONTEXT = 256
 # Below, a step is a few milliseconds of small calls whatever the dtype, and float32 keeps its exactness for nothing.
 MEASURED_PARAMETERS = 50_000_000

@@ -69,7 +69,7 @@ def test_ratios_in_a_dtype_that_was_asked_for_are_over_the_faster_plain_too(race
     assert plain_lead(settings, config) == 1.5 and len(races) == 1
     obtain_plain_speeds(STORIES)
     assert plain_lead(dataclasses.replace(settings, dtype="bfloat16"), config) == 1.0 and len(races) == 1
-    for nothing in ({"dtype": "float64"}, {"mode": "exact"}, {"placement": "device_map"}):
+    for nothing in ({"dtype": "float64"}, {"mode": "exact"}, {"device": "auto", "placement": "device_map"}):
         assert plain_lead(dataclasses.replace(settings, **nothing), config) == 1.0
     monkeypatch.setattr(precision, "MEASURED_PARAMETERS", 10**9)
     assert plain_lead(settings, config) == 1.0 and len(races) == 1  # too small to matter

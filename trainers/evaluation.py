@@ -87,7 +87,7 @@ class HeldOutRequests:
     ) -> None:
         """num_draft_tokens: of the rounds that acceptance is measured in; of 0 nothing could be, and 1 is taken.
         plain_lead: see `Measurement`."""
-        self.speculator = speculator.afresh(rule=StrictRule())
+        self.speculator = speculator
         self.prompts, self._params, self.num_draft_tokens = prompts, params, max(num_draft_tokens, 1)
         self._plain_lead = plain_lead
         self._texts: list[RecordedText] = []
@@ -101,7 +101,7 @@ class HeldOutRequests:
         A length rule that learns begins anew: what it thought of the drafter at the last measurement holds no more.
         doing: what whoever waits is told.
         """
-        self.speculator = self.speculator.afresh(rule=self.speculator.rule)
+        self.speculator = self.speculator.afresh(rule=StrictRule())
         drafted_stats, speeds, plain_speeds, num_mismatches = RoundStats(), [], [], 0
         with progress.doing(doing, total=2 * (len(self) + 1), noun="answers") as stage:
             for index, prompt in enumerate([self.prompts[0], *self.prompts]):

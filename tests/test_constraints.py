@@ -29,4 +29,5 @@ def test_all_that_a_server_imports_is_pinned():
     pinned = {normal(line.partition("==")[0]) for line in lines if "==" in line}
     imported = {normal(name) for name in run.stdout.split()}
     assert {"fastapi", "starlette", "uvicorn", "h11", "jinja2", "prometheus-client", "torch"} <= imported
-    assert not imported - pinned, "pin them in constraints.txt"
+    # setuptools comes with the environment, and an editable installation has it hook into every start.
+    assert not imported - pinned - {"setuptools"}, "pin them in constraints.txt"

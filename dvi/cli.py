@@ -347,6 +347,10 @@ def serve(
 
             speculator, learner = build_speculator(place.config), None
         loop = build_loop(settings, speculator, learner)
+        if settings.serve.has_bound:
+            from dvi.planning.controller import build_controller
+
+            loop.planner = build_controller(settings, loop)
         server, url, num_ranks = Server(settings, loop, access), place.url, place.peers.num_ranks
 
         def announce() -> None:
@@ -614,7 +618,11 @@ def inspect(
             model, dtype = settings.model.path, None if dtype == "auto" else dtype
         else:
             model, settings = path, load_config(None, overrides)
-        facts = inspection.describe_model(model, settings, dtype=dtype, positions=positions, check=check)
+        from trainers.memory import learner_memory
+
+        facts = inspection.describe_model(
+            model, settings, dtype=dtype, positions=positions, check=check, learner_memory=learner_memory
+        )
     # A run's settings are long, and in config.yaml beside it; the JSON line has them. Memory has a table of its own.
     shown = {name: facts[name] for name in facts if name not in ("config", "demand", "memory", "devices")}
     console.print(inspection.facts_table(shown, title=path))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from dvi.exact import ExactSplit
 from dvi.memory_plan import DEVICE_GB, SplitShape
 from dvi.precision import known_dtype
 from dvi.pretrained import read_config, read_tokenizer
-from dvi.settings import ServeConfig, TrainConfig
+from dvi.records import LearnerMemory
+from dvi.settings import LearningSettings, ServeConfig, TrainConfig
 from dvi.speculator import EXACT_WIDTH, SelfSpeculator, choose_split_layer
 from dvi.split import SplitModel
 from dvi.starting_drafter import settle_adapter
@@ -56,6 +57,7 @@ def describe_model(
     dtype: str | None = None,
     positions: int | None = None,
     check: bool | None = None,
+    learner_memory: Callable[[LearningSettings, SplitModel], LearnerMemory],
 ) -> dict[str, Any]:
     """Where the model is split, what the parts weigh and what a run of these settings takes on a device; or
     {"is_splittable": False, "reason": ...}.
@@ -68,6 +70,7 @@ def describe_model(
     check         load the weights and compare the split with the plain model, which takes the model's memory; None
                   does so for a small model in a local folder. Without it the shape alone is looked at, and a model
                   whose forward hides something may still turn out not to be splittable.
+    learner_memory  what a learner keeps, asked where the settings have one: `trainers.memory.learner_memory`.
     Raises ValueError when there is no such model, and for settings that do not fit it.
     """
     settings = settings or TrainConfig()
@@ -84,7 +87,8 @@ def describe_model(
         demand = _demand(settings, positions, longest=max_positions_of(config.get_text_config()))
         drafter = _drafter_config(settings)
         plan = shape.plan_memory(
-            drafter=drafter, learning=settings.train, num_draft_tokens=settings.draft.num_draft_tokens, **demand
+            drafter=drafter, learning=settings.train, num_draft_tokens=settings.draft.num_draft_tokens,
+            learner_memory=learner_memory, **demand,
         )
         if check is None:
             check = plan.layers + plan.other_weights <= CHECKED_BYTES and any(Path(name_or_path).glob("*.safetensors"))

@@ -10,7 +10,7 @@ processes, and the second copy of the weights that the direct path packs on CPUs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dvi.drafter import DrafterConfig, build_drafter
-from dvi.replay import ReplayBuffer
+from dvi.records import LearnerMemory
 from dvi.settings import LearningSettings
 from dvi.split import SplitModel
 
@@ -26,8 +26,6 @@ from dvi.split import SplitModel
 # difference, 5 to 7 %, is left to what the plan does not cover.
 DEVICE_GB = (24, 48, 80, 141)
 OPTIMIZER_COPIES = 3  # of the learner's parameters, float32: their gradient, AdamW's two moments
-STATES_KEPT = 10  # the newest versions that trainers.versions keeps, the best, and the one being published
-CANARY_BLOCKS = 256  # the same number as in trainers.online, which is out of reach from here
 # Bytes alive at once, in float32 tensors of the logits' size, at the worst moment of: a round that samples with
 # penalties and filters (a greedy one has 2), an optimizer step of the preset with the most terms (kl_rl), a canary.
 # Counted tensor by tensor in float32 and bfloat16, torch 2.13, and rounded up.
@@ -124,21 +122,24 @@ class SplitShape:
         rows: int,
         positions: int,
         num_draft_tokens: int,
+        learner_memory: Callable[[LearningSettings, SplitModel], LearnerMemory],
         prefix_positions: int = 0,
     ) -> MemoryPlan:
         """What one process takes that serves this model, and learns unless `learning.enabled` is off.
 
         rows, positions   requests that decode together, and cached positions of each: the longest one's, for all.
+        learner_memory    what a learner keeps, asked only where there is one.
         prefix_positions  of a server's prefix cache.
         A drafter that will be trimmed has two stages, each with its own worst moment; the larger one counts.
         """
-        split, is_learning = self.split, learning.enabled
+        split, kept = self.split, learner_memory(learning, self.split) if learning.enabled else None
         round_logits = ROUND_LOGITS * rows * (num_draft_tokens + 1) * split.vocab_size * torch.float32.itemsize
         plans = []
-        for stage in self._stages(drafter) if is_learning else [build_drafter(split, drafter)]:
+        for stage in self._stages(drafter) if kept else [build_drafter(split, drafter)]:
             head, state_bytes = stage.draft_head, _total_bytes(stage.state_dict().values())
             num_cut = 0 if head.draft_token_ids_V is None else 2  # the serving drafter's and the learner's
-            learner_logits = _learner_positions(learning) * head.vocab_size * torch.float32.itemsize
+            num_logits = _learner_positions(learning, kept) if kept else 0
+            learner_logits = num_logits * head.vocab_size * torch.float32.itemsize
             learner = state_bytes + OPTIMIZER_COPIES * _total_bytes(stage.parameters())
             plans.append(MemoryPlan(
                 layers=self._layers_bytes,
@@ -147,10 +148,10 @@ class SplitShape:
                 prefix_cache=prefix_positions * self.cache_bytes_per_position,
                 draft_heads=(1 + num_cut) * head.vocab_size * split.hidden_size * split.dtype.itemsize,
                 drafter=state_bytes,
-                learner=learner if is_learning else 0,
-                versions=STATES_KEPT * state_bytes if is_learning else 0,
-                replay=_replay_bytes(split, learning) if is_learning else 0,
-                logits=max(round_logits, learner_logits) if is_learning else round_logits,
+                learner=learner if kept else 0,
+                versions=kept.states * state_bytes if kept else 0,
+                replay=kept.replay_bytes if kept else 0,
+                logits=max(round_logits, learner_logits),
             ))  # fmt: skip
         return max(plans, key=lambda plan: plan.total)
 
@@ -187,17 +188,10 @@ def _cache_bytes_per_position(split: SplitModel) -> int:
     return cache.num_bytes
 
 
-def _replay_bytes(split: SplitModel, learning: LearningSettings) -> int:
-    return ReplayBuffer(
-        capacity_positions=learning.replay_positions, hidden_size=split.hidden_size, max_block=learning.block_len,
-        dtype=split.dtype, device="meta", reservoir_fraction=learning.reservoir_fraction,
-    ).num_bytes
-
-
-def _learner_positions(learning: LearningSettings) -> int:
+def _learner_positions(learning: LearningSettings, kept: LearnerMemory) -> int:
     """Positions times logits of each that are alive at the worst moment of a piece of learning."""
     step = learning.blocks_per_slice or learning.blocks_per_step
-    canary = learning.blocks_per_slice or CANARY_BLOCKS
+    canary = learning.blocks_per_slice or kept.canary_blocks
     return learning.block_len * max(STEP_LOGITS * step, CANARY_LOGITS * canary)
 
 

@@ -432,3 +432,39 @@ class Learner(Protocol):
 
     def stats(self) -> dict[str, float]:
         """Counts and sizes for metrics: steps, skipped, rollbacks, train_s, replay_positions, replay_capacity ..."""
+
+
+@dataclass(frozen=True)
+class LearnerMemory:
+    """What a learner keeps beside its parameters.
+
+    replay_bytes   stored experience.
+    states         of the drafter: versions that a rollback can return to, the best, and the one being published.
+    canary_blocks  training blocks of which a candidate's score is taken.
+    """
+
+    replay_bytes: int
+    states: int
+    canary_blocks: int
+
+
+@dataclass(frozen=True, order=True)
+class ServingPlan:
+    """How a server runs.
+
+    split_layer              layers below it draft.
+    num_draft_tokens         T, the most drafted in a round; 0 decodes plainly.
+    max_rows                 requests that decode together.
+    prefill_tokens_per_step  prompt positions read, at most, in a step that reads prompts.
+    rounds_per_prefill       prompts are read before every so many-th round. 1 shares each step between reading and
+                             decoding by the work there is (ExeGPT's workload-aware allocation); more lets the two take
+                             turns (its round-robin allocation).
+    tensor_parallel          processes that share every layer.
+    """
+
+    split_layer: int
+    num_draft_tokens: int
+    max_rows: int
+    prefill_tokens_per_step: int
+    rounds_per_prefill: int = 1
+    tensor_parallel: int = 1

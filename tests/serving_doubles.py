@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from starlette.testclient import TestClient
 
 from dvi.config import load_config
+from dvi.planning.controller import build_controller
 from dvi.records import DrafterVersion, RoundStats
 from dvi.serving.access import Access
 from dvi.serving.http_api import build_app
@@ -50,6 +51,8 @@ def stories_loop(config: ServeConfig):
     speculator = build_speculator(config)
     speculator.tokenizer.chat_template = CHAT_TEMPLATE
     loop = build_loop(config, speculator, None)
+    if config.serve.has_bound:
+        loop.planner = build_controller(config, loop)
     loop.start()
     try:
         yield loop

@@ -42,8 +42,6 @@ ROWS = (
     "dvi.serving.scheduler dvi.serving.prefix_cache dvi.serving.access dvi.serving.api_schema",
     "dvi.bench.guarded",
     "dvi.serving.engine dvi.serving.exposition dvi.serving.monitor",
-    "dvi.planning.measurement",
-    "dvi.planning.controller dvi.planning.tune",
     "dvi.serving.headline dvi.serving.loop dvi.serving.live dvi.serving.client dvi.serving.body_reading "
     "dvi.serving.prompts "
     "dvi.serving.token_texts dvi.serving.replies dvi.serving.door",
@@ -51,13 +49,15 @@ ROWS = (
     "dvi.serving.http_api",
     "dvi.serving.server dvi.serving.relay dvi.serving.front_page",
     "dvi.serving.front_door dvi.serving.place",
+    "dvi.planning.measurement",
+    "dvi.planning.controller dvi.planning.tune",
     "dvi.audit dvi.inspection trainers.drift trainers.budget trainers.ledger trainers.versions trainers.checkpoint "
     "trainers.ballot trainers.channel",
     "trainers.student trainers.shards trainers.messages",
     "trainers.sharded_student",
     "trainers.online",
     "trainers.shipping",
-    "trainers.dedicated",
+    "trainers.dedicated trainers.memory",
     "trainers.evaluation trainers.progress trainers.picture trainers.held_out_curve trainers.place trainers.position",
     "trainers.attendance",
     "trainers.job",

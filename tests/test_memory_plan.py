@@ -24,7 +24,9 @@ from dvi.replay import ReplayBuffer
 from dvi.settings import DrafterSettings, LearningSettings, ServeConfig, TrainConfig
 from dvi.speculator import SelfSpeculator
 from dvi.split import SplitModel
-from trainers import online, versions
+from trainers import online
+from trainers.memory import learner_memory
+from trainers.versions import KEPT_VERSIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs/online"
 TINY_VOCAB, TRIMMED_VOCAB = 64, 40
@@ -63,7 +65,7 @@ def tiny_plan(shape: SplitShape, **settings) -> MemoryPlan:
     """For a small drafter and replay, 3 rows of 20 positions."""
     usual = {
         "drafter": DrafterConfig(anchor_hidden=8), "learning": LearningSettings(replay_positions=100), "rows": 3,
-        "positions": 20, "num_draft_tokens": 4,
+        "positions": 20, "num_draft_tokens": 4, "learner_memory": learner_memory,
     }  # fmt: skip
     return shape.plan_memory(**usual | settings)
 
@@ -99,11 +101,12 @@ def test_what_a_configuration_says_of_memory_and_updates_is_what_its_plan_says(f
 
     drafter, draft = drafter_of(settings.drafter), {"num_draft_tokens": settings.draft.num_draft_tokens}
     trained = shape.plan_memory(
-        drafter=drafter, learning=settings.train, rows=settings.data.batch_size, positions=4096, **draft
+        drafter=drafter, learning=settings.train, rows=settings.data.batch_size, positions=4096,
+        learner_memory=learner_memory, **draft,
     )
     served = shape.plan_memory(
         drafter=drafter, learning=server.train, rows=server.serve.max_rows, positions=2048,
-        prefix_positions=server.serve.prefix_cache_positions, **draft,
+        prefix_positions=server.serve.prefix_cache_positions, learner_memory=learner_memory, **draft,
     )  # fmt: skip
     said = re.findall(r" ([\d.]+) GB[^;]*?for cards of (\d+) GB", text)
     assert said == [(f"{plan.total / GB:.1f}", str(smallest_card(plan))) for plan in (trained, served)]
@@ -206,10 +209,10 @@ def test_without_learning_nothing_of_the_learner_is_planned():
     assert plan.total == plan.layers + plan.other_weights + plan.cache + plan.draft_heads + plan.drafter + plan.logits
 
 
-def test_numbers_of_the_trainers_are_theirs():
-    """Catches a change over there: the plan is below the trainers and cannot import them."""
-    assert memory_plan.STATES_KEPT == versions.KEPT_VERSIONS + 2
-    assert memory_plan.CANARY_BLOCKS == online.CANARY_BLOCKS
+def test_a_plan_keeps_room_for_every_version_that_the_learner_keeps():
+    """Catches a plan that forgets the best version, or the one being published."""
+    kept = learner_memory(LearningSettings(), tiny_shape().split)
+    assert (kept.states, kept.canary_blocks) == (KEPT_VERSIONS + 2, online.CANARY_BLOCKS)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from dvi.planning.frontier import RUNG, find_frontier
-from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
+from dvi.planning.plans import Forecast, LatencyBound, PlanSpace
 from dvi.planning.search import BATCH_PLANS, NoFeasiblePlan, search
 from dvi.planning.simulator import Simulator
+from dvi.records import ServingPlan
 from tests.planning_doubles import synthetic
 
 SPACE = PlanSpace(split_layer=(1, 2), num_draft_tokens=(0, 2, 4, 8), max_rows=(1, 4, 16), tensor_parallel=(1, 2))

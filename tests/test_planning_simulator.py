@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dvi.planning.plans import Forecast, PlanSpace, ServingPlan
+from dvi.planning.plans import Forecast, PlanSpace
 from dvi.planning.profile import LatencyProfile, Overheads
 from dvi.planning.simulator import Simulator, _Run
 from dvi.planning.steps import Requests, spread_out
 from dvi.planning.workload import AcceptanceModel, Workload
-from dvi.records import SamplingParams
+from dvi.records import SamplingParams, ServingPlan
 from dvi.serving.request import Request
 from dvi.serving.scheduler import Scheduler, SchedulerLimits
 from tests.planning_doubles import synthetic

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import dvi.cli
 from dvi.config import load_config, to_yaml
-from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
+from dvi.planning.plans import Forecast, LatencyBound, PlanSpace
 from dvi.planning.search import NoFeasiblePlan
 from dvi.planning.tune import plan_settings, plan_space, present_plan, report_plan
+from dvi.records import ServingPlan
 from dvi.settings import ServeConfig
 from dvi.terminal import make_console
 from tests.test_planning_search import SPACE, Arithmetic

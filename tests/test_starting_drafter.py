@@ -21,6 +21,7 @@ from dvi.speculator import build_speculator
 from dvi.starting_drafter import adapter_of_run, drafter_beside, settle_adapter
 from tests.drafter_doubles import small_config
 from trainers import server_job
+from trainers.memory import learner_memory
 from trainers.server_job import build_serving
 
 ROOT = Path(__file__).parents[1]
@@ -132,9 +133,9 @@ def test_the_dtype_follows_it_unless_the_mode_forbids(model, caplog):
 
 
 def test_inspect_shows_the_cut_and_the_drafter_that_a_server_has(model):
-    facts = describe_model(str(model), settings(Path("elsewhere")))
+    facts = describe_model(str(model), settings(Path("elsewhere")), learner_memory=learner_memory)
     assert (facts["split_layer"], facts["dtype"]) == (2, "float32")
-    own = describe_model(str(model), settings(model, drafter__adapter="null"))
+    own = describe_model(str(model), settings(model, drafter__adapter="null"), learner_memory=learner_memory)
     assert facts["parameters"]["drafter"] < own["parameters"]["drafter"]
 
 

@@ -18,11 +18,12 @@ from concurrent.futures import Future
 
 from dvi.planning.drift import EndedRequest, Traffic
 from dvi.planning.measurement import obtain_profile
-from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
+from dvi.planning.plans import Forecast, LatencyBound, PlanSpace
 from dvi.planning.replan import Planner, Proposal
+from dvi.records import ServingPlan
+from dvi.serving.loop import EngineLoop
 from dvi.serving.request import Draining, RequestOutput
 from dvi.settings import ServeConfig
-from dvi.speculator import SelfSpeculator
 
 WINDOW = 200  # ended requests that are looked at,
 MIN_WINDOW = 50  # and the fewest
@@ -111,12 +112,9 @@ class PlanController:
         self._tell(reason, _numbers(self.plan, forecast, self._bound))
 
 
-def build_controller(
-    config: ServeConfig, speculator: SelfSpeculator, *, apply: Callable[[ServingPlan], Future[None]],
-    tell: Callable[[str, dict[str, float]], None],
-) -> PlanController:
-    """The controller of a server with these settings and this model; measures the machine if nobody has yet."""
-    serve = config.serve
+def build_controller(config: ServeConfig, loop: EngineLoop) -> PlanController:
+    """The controller of a server with these settings and this loop; measures the machine if nobody has yet."""
+    serve, speculator = config.serve, loop.engine.speculator
     plan = ServingPlan(
         split_layer=speculator.split.split_layer, num_draft_tokens=config.draft.num_draft_tokens,
         max_rows=serve.max_rows, prefill_tokens_per_step=serve.prefill_tokens_per_step,
@@ -130,7 +128,7 @@ def build_controller(
     propose = Planner(
         profile, run_time_space(plan), bound, learner_share=config.train.budget if config.train.enabled else 0.0
     )
-    return PlanController(plan, bound, propose=propose, apply=apply, tell=tell)
+    return PlanController(plan, bound, propose=propose, apply=loop.apply, tell=loop.monitor.on_plan)
 
 
 def run_time_space(plan: ServingPlan) -> PlanSpace:

@@ -13,8 +13,9 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
+from dvi.planning.plans import Forecast, LatencyBound, PlanSpace
 from dvi.planning.search import Evaluator, NoFeasiblePlan, search
+from dvi.records import ServingPlan
 from dvi.whole_files import write_picture
 
 # 10 %: finer steps than forecasts are exact to would only look so.

@@ -14,8 +14,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from dvi.planning.plans import Forecast, ServingPlan
+from dvi.planning.plans import Forecast
 from dvi.planning.steps import Requests, StepTimes
+from dvi.records import ServingPlan
 
 # How much of typical chance is counted on: of the spread of readings that fall into an answer, and how many times as
 # long ago the last reading was. With these, of 420 simulations of 192 requests on 14 made-up machines, 3 lay beyond a

@@ -11,27 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-
-@dataclass(frozen=True, order=True)
-class ServingPlan:
-    """How a server runs.
-
-    split_layer              layers below it draft.
-    num_draft_tokens         T, the most drafted in a round; 0 decodes plainly.
-    max_rows                 requests that decode together.
-    prefill_tokens_per_step  prompt positions read, at most, in a step that reads prompts.
-    rounds_per_prefill       prompts are read before every so many-th round. 1 shares each step between reading and
-                             decoding by the work there is (ExeGPT's workload-aware allocation); more lets the two take
-                             turns (its round-robin allocation).
-    tensor_parallel          processes that share every layer.
-    """
-
-    split_layer: int
-    num_draft_tokens: int
-    max_rows: int
-    prefill_tokens_per_step: int
-    rounds_per_prefill: int = 1
-    tensor_parallel: int = 1
+from dvi.records import ServingPlan
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvi.planning.drift import EndedRequest
-from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
+from dvi.planning.plans import Forecast, LatencyBound, PlanSpace
 from dvi.planning.profile import LatencyProfile
 from dvi.planning.search import NoFeasiblePlan, search
 from dvi.planning.simulator import Simulator
 from dvi.planning.workload import AcceptanceModel, Workload
+from dvi.records import ServingPlan
 
 TIMEOUT_S = 60.0
 NICENESS = 10  # the server's own work comes first

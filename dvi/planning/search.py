@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
-from dvi.planning.plans import Forecast, LatencyBound, PlanSpace, ServingPlan
+from dvi.planning.plans import Forecast, LatencyBound, PlanSpace
+from dvi.records import ServingPlan
 
 BATCH_PLANS = 8  # simulated in one call, which takes hardly longer than one; at most 7 of them turn out needless
 

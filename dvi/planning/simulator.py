@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvi.planning.limits import Limits
-from dvi.planning.plans import Forecast, ServingPlan
+from dvi.planning.plans import Forecast
 from dvi.planning.profile import LatencyProfile
 from dvi.planning.steps import Requests, StepTimes
 from dvi.planning.workload import Workload
+from dvi.records import ServingPlan
 
 NUM_REQUESTS = 256  # 99 of 100 are then told from the two or three slowest
 NEVER = np.iinfo(np.int64).max // 4

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dvi.planning.plans import ServingPlan
 from dvi.planning.profile import LatencyProfile
 from dvi.planning.workload import MAX_ACCEPTANCE, MIN_ACCEPTANCE, Workload
+from dvi.records import ServingPlan
 
 NEWTON_STEPS, MAX_LOG_ODDS = 12, 30.0
 WEIGHTINGS = 3  # the weights follow from what they give; a fourth changes nothing that shows

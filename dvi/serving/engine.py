@@ -17,8 +17,7 @@ from dvi.autotune import measure_costs
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import CostTable, GoodputLength, LengthPolicy
 from dvi.drafter import MAX_DEPTH
-from dvi.planning.plans import ServingPlan
-from dvi.records import RoundStats, Transitions
+from dvi.records import RoundStats, ServingPlan, Transitions
 from dvi.serving.prefix_cache import PrefixCache
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice, Load, Request, RequestOutput, StepReport
 from dvi.serving.scheduler import Scheduler, SchedulerLimits

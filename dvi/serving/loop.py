@@ -15,17 +15,14 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 from dvi.adapter_store import load_drafter
-from dvi.records import DrafterVersion, Learner, Transitions
+from dvi.records import DrafterVersion, Learner, ServingPlan, Transitions
 from dvi.serving.engine import Engine
 from dvi.serving.monitor import Monitor
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, Load, QueueFull, Request, RequestOutput
 from dvi.serving.turns import who_gives_way
-
-if TYPE_CHECKING:
-    from dvi.planning.controller import PlanController
 
 T = TypeVar("T")
 OnOutput = Callable[[RequestOutput], None]
@@ -35,6 +32,12 @@ LEARNER_STATS_S = 1.0
 POLL_S = 1.0  # while idle: how late a request in the queue can notice its timeout
 
 log = logging.getLogger(__name__)
+
+
+class Planner(Protocol):
+    """Who changes the serving plan as traffic changes: shown each request that has ended, on the engine's thread."""
+
+    def observe(self, output: RequestOutput) -> None: ...
 
 
 class EngineLoop:
@@ -51,7 +54,7 @@ class EngineLoop:
         self.engine, self.learner, self.monitor = engine, learner, monitor or Monitor()
         self.monitor.load = self.load
         self.learner_error: str | None = None
-        self.planner: PlanController | None = None
+        self.planner: Planner | None = None
         self.is_pinned = self.is_draining = False
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
@@ -142,6 +145,10 @@ class EngineLoop:
             self._actions.append((action, future))
             self._wake.notify()
         return future
+
+    def apply(self, plan: ServingPlan) -> Future[None]:
+        """Runs by this plan from the next round on."""
+        return self.call(lambda: self.engine.apply(plan))
 
     # Administration
 

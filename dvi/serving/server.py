@@ -46,7 +46,7 @@ def leave_a_core(config: ServeConfig) -> None:
 
 
 def build_loop(config: ServeConfig, speculator: SelfSpeculator, learner: Learner | None) -> EngineLoop:
-    """The engine loop of these settings, not started yet. With a latency bound it first measures the machine."""
+    """The engine loop of these settings, not started yet."""
     serve = config.serve
     limits = SchedulerLimits(
         max_rows=serve.max_rows, max_positions=serve.max_positions, max_waiting=serve.max_waiting,
@@ -56,12 +56,6 @@ def build_loop(config: ServeConfig, speculator: SelfSpeculator, learner: Learner
         speculator, limits, prefix_positions=serve.prefix_cache_positions, wants_transitions=learner is not None
     )
     loop = EngineLoop(engine, learner=learner)
-    if serve.has_bound:
-        from dvi.planning.controller import build_controller  # here: others need not wait for what it imports
-
-        loop.planner = build_controller(
-            config, speculator, apply=lambda plan: loop.call(lambda: engine.apply(plan)), tell=loop.monitor.on_plan
-        )
     if hasattr(learner, "on_event"):
         learner.on_event = loop.monitor.on_event
     return loop

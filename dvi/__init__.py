@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dvi.drafter import DrafterConfig
+    from dvi.model.drafter import DrafterConfig
     from dvi.records import GenerationResult, Learner, RoundStats, SamplingParams
     from dvi.speculator import SelfSpeculator
 
@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = dict.fromkeys(("GenerationResult", "Learner", "RoundStats", "SamplingParams"), "dvi.records") | {
-    "DrafterConfig": "dvi.drafter", "SelfSpeculator": "dvi.speculator",
+    "DrafterConfig": "dvi.model.drafter", "SelfSpeculator": "dvi.speculator",
 }  # fmt: skip
 
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from dvi.decoding import PREFILL_CHUNK
 from dvi.draft_length import FixedLength
+from dvi.model.split import SplitModel
 from dvi.progress import each
 from dvi.records import RoundStats, SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.split import SplitModel
 
 PROMPTS = (
     "Once upon a time there was a little girl who",

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from dvi.drafter import Drafter
+from dvi.model.drafter import Drafter
+from dvi.model.split import SplitModel
 from dvi.progress import shown_as
 from dvi.round_costs import CostTable
-from dvi.split import SplitModel
 
 PROFILE_CONTEXT = 128  # cached positions behind the timed passes
 NUM_REPEATS = 7
@@ -33,8 +33,8 @@ def measure_costs(
     budget_s no further pass is begun, smallest batches first: a slow model gets fewer repetitions, and then fewer
     numbers of rows, which the table extrapolates. The first number of rows is always measured.
 
-    Verified positions are timed as rectangles. A packed pass (`dvi.packing`) of as many took 1.0 to 1.2 times that with
-    4 to 32 rows, T = 4 and 8, PROFILE_CONTEXT positions: its attention still covers its own, wider rectangle.
+    Verified positions are timed as rectangles. A packed pass (`dvi.model.ragged`) of as many took 1.0 to 1.2 times that
+    with 4 to 32 rows, T = 4 and 8, PROFILE_CONTEXT positions: its attention still covers its own, wider rectangle.
     """
     passes: list[tuple[str, int, Callable[[], object]]] = []
     for num_rows in sorted(rows):

@@ -555,7 +555,7 @@ def export(
 
         speculator, metrics, config = load_run(run, model=model)
     else:
-        from dvi.adapter_store import read_manifest
+        from dvi.model.adapter_store import read_manifest
         from dvi.speculator import SelfSpeculator
 
         manifest = read_manifest(adapter)
@@ -564,7 +564,7 @@ def export(
             model or manifest.base_model, revision=manifest.base_revision, dtype=manifest.dtype, adapter=adapter
         )
     if standalone:
-        from dvi.adapter_store import export_standalone
+        from dvi.model.adapter_store import export_standalone
 
         export_standalone(
             folder, speculator.drafter, speculator.split, tokenizer=speculator.tokenizer, overwrite=force

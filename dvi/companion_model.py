@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dvi.companions import Row
-from dvi.drafter import MAX_DEPTH, Drafter
-from dvi.placement import load_model
-from dvi.pretrained import read_config, read_tokenizer
-from dvi.split import SplitModel
+from dvi.model.devices import load_model
+from dvi.model.drafter import MAX_DEPTH, Drafter
+from dvi.model.pretrained import read_config, read_tokenizer
+from dvi.model.split import SplitModel
 
 PREFILL_CHUNK = 512  # positions of one pass, as for the verifier
 # A round leaves a row one token behind at most, plain rounds one each; what lacks more is read in a pass of its own.

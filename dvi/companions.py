@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dvi.drafter import Drafter
+from dvi.model.drafter import Drafter
 
 SURE = 1e4  # a logit that leaves nothing to any other, in half precision too
 # Of the average after a publish, what it was before: about the five newest versions. Of more it would lag behind a

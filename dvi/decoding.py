@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from dvi.companions import agreement, token_ratio
-from dvi.cuda_graph import RoundGraphs, can_capture
 from dvi.draft_length import DraftSight, LengthPolicy, RoundInfo, RoundOutcome
-from dvi.drafter import MAX_DEPTH, Drafter
-from dvi.kv_cache import KeysAndValues, Placement
-from dvi.packing import Packing, is_worth_packing
+from dvi.model.cuda_graph import RoundGraphs, can_capture
+from dvi.model.drafter import MAX_DEPTH, Drafter
+from dvi.model.kv_cache import KeysAndValues, Placement
+from dvi.model.ragged import Packing, is_worth_packing
+from dvi.model.split import SplitModel
 from dvi.records import Draft, RoundStats, SamplingParams, TokenLogprobs, Transitions, Verdict
 from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
-from dvi.split import SplitModel
 from dvi.verification import VerifyRule, verify_by_rejection, verify_greedy
 
 PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations

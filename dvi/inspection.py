@@ -18,19 +18,19 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from dvi import software
-from dvi.adapter_store import MANIFEST_FILE, read_manifest
 from dvi.config import load_config
-from dvi.context import max_positions_of, why_shorter
-from dvi.drafter import DRAFTER_KINDS, DrafterConfig
-from dvi.exact import ExactSplit
 from dvi.memory_plan import DEVICE_GB, SplitShape
+from dvi.model.adapter_store import MANIFEST_FILE, read_manifest
+from dvi.model.context import max_positions_of, why_shorter
+from dvi.model.drafter import DRAFTER_KINDS, DrafterConfig
+from dvi.model.exact import ExactSplit
+from dvi.model.pretrained import read_config, read_tokenizer
+from dvi.model.split import SplitModel
+from dvi.model.starting_drafter import settle_adapter
 from dvi.precision import known_dtype
-from dvi.pretrained import read_config, read_tokenizer
 from dvi.records import LearnerMemory
 from dvi.settings import LearningSettings, ServeConfig, TrainConfig
 from dvi.speculator import EXACT_WIDTH, SelfSpeculator, choose_split_layer
-from dvi.split import SplitModel
-from dvi.starting_drafter import settle_adapter
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "gguf")
 OPTIONAL = {"fastapi": ("serve", "a server"), "deepspeed": ("deepspeed", "training with DeepSpeed")}  # extra, what for

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dvi.drafter import DrafterConfig, build_drafter
+from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.split import SplitModel
 from dvi.records import LearnerMemory
 from dvi.settings import LearningSettings
-from dvi.split import SplitModel
 
 # Of cards as they are sold. A card of N GB holds some N * 2^30 bytes; the plan must fit into N * 10^9, and the
 # difference, 5 to 7 %, is left to what the plan does not cover.

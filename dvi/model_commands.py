@@ -34,7 +34,7 @@ def get(
     ] = None,
 ) -> None:
     """Get a model once, as a folder that every verb takes. Does nothing where it is there already."""
-    from dvi.published_models import MODELS, convert_file, get_model
+    from dvi.model.published_models import MODELS, convert_file, get_model
 
     if name is None and file is None:
         raise ValueError(f"there must be a name, one of {', '.join(MODELS)}, or a GGUF file with --file; got neither")

@@ -22,20 +22,20 @@ from typing import TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dvi.adapter_store import read_manifest
 from dvi.bench.machine import describe_machine
 from dvi.config import setting_of_run
 from dvi.decoding import DecodingBatch, Sequence
 from dvi.draft_length import FixedLength
-from dvi.drafter import DrafterConfig, build_drafter
 from dvi.measured import cache_folder, measured_path
-from dvi.placement import num_processes
-from dvi.pretrained import read_config, read_weights
+from dvi.model.adapter_store import read_manifest
+from dvi.model.devices import num_processes
+from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.pretrained import read_config, read_weights
+from dvi.model.split import SplitModel
+from dvi.model.starting_drafter import settle_adapter
 from dvi.progress import doing
 from dvi.records import SamplingParams
 from dvi.settings import ModelSettings, ServeConfig, TrainConfig, WarmupConfig
-from dvi.split import SplitModel
-from dvi.starting_drafter import settle_adapter
 from dvi.verification import StrictRule
 from dvi.whole_files import write_whole
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dvi import progress
 from dvi.decoding import PREFILL_CHUNK
+from dvi.model.split import SplitModel
 from dvi.records import RoundStats, SamplingParams, Transitions
 from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.split import SplitModel
 
 ROUNDS_AT_ONCE = 512  # round starts whose drafts are computed together: bounds the logits in memory
 

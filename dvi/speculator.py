@@ -16,19 +16,16 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.autotune import measure_costs
-from dvi.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.companion_length import CompanionLength
 from dvi.companion_model import ModelCompanion, load_companion
 from dvi.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
-from dvi.context import max_positions_of, why_shorter
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
-from dvi.drafter import DrafterConfig, build_drafter
-from dvi.end_tokens import end_token_ids
-from dvi.exact import ExactSplit
-from dvi.placement import (
+from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
+from dvi.model.chat_templates import VICUNA_TEMPLATE, render_chat
+from dvi.model.context import max_positions_of, why_shorter
+from dvi.model.devices import (
     NOT_TIMED,
     TIMED_POLICIES,
     check_ranks_agree,
@@ -36,14 +33,17 @@ from dvi.placement import (
     is_tensor_parallel,
     load_model,
 )
+from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.end_tokens import end_token_ids
+from dvi.model.exact import ExactSplit
+from dvi.model.pretrained import read_config, read_tokenizer
+from dvi.model.split import SplitModel
 from dvi.precision import choose_dtype, settle_dtype
-from dvi.pretrained import read_config, read_tokenizer
 from dvi.progress import shown_as
 from dvi.records import GenerationResult, Learner, SamplingParams
 from dvi.round_costs import CostTable
 from dvi.seeds import AnswerSeeds, Seeds, prompt_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
-from dvi.split import SplitModel
 from dvi.text import TextStream, check_token_ids
 from dvi.traffic import Messages, as_text, why_no_text
 from dvi.verification import StrictRule, VerifyRule, make_rule
@@ -153,7 +153,7 @@ class SelfSpeculator:
         dtype         "auto" is the adapter's; without one bfloat16 on GPUs, and on CPUs whichever of float32 and
                       bfloat16 decodes plainly faster here, see `dvi.precision`.
         device        "auto" takes a CUDA device when there is one; only that goes with another placement than "single".
-        placement     "single", "device_map" or "tensor", see `dvi.placement`.
+        placement     "single", "device_map" or "tensor", see `dvi.model.devices`.
         adapter       folder written by `save_drafter`.
         options       mode "fast" or "exact"; path "auto", "direct" or "views"; policy "auto" (the goodput rule where
                       the output cannot depend on it, else fixed), "fixed", "confidence", "goodput" or "companion";
@@ -245,7 +245,7 @@ class SelfSpeculator:
 
     @property
     def max_positions(self) -> int:
-        """The model's context, prompt and answer together; less where `dvi.context` says why."""
+        """The model's context, prompt and answer together; less where `dvi.model.context` says why."""
         return max_positions_of(self.model.config.get_text_config())
 
     def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
@@ -402,7 +402,7 @@ class SelfSpeculator:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """The ids that end a text, see `dvi.end_tokens`."""
+        """The ids that end a text, see `dvi.model.end_tokens`."""
         return set(end_token_ids(self.model, self.tokenizer))
 
     def _result(self, sequence: Sequence, index: int, stream: TextStream | None, kept: list) -> GenerationResult:
@@ -526,7 +526,7 @@ class SelfSpeculator:
         check_ranks_agree(results | self.drafter.state_dict())
 
     def save_drafter(self, folder: str | Path, *, metrics: dict | None = None, config: dict | None = None) -> None:
-        """Writes the drafter as it serves now: PEFT layout, extra tensors, manifest; see `dvi.adapter_store`."""
+        """Writes the drafter as it serves now: PEFT layout, extra tensors, manifest; see `dvi.model.adapter_store`."""
         save_drafter(
             folder, self.drafter, self.split, base_model=self.model.config.name_or_path, metrics=metrics, config=config
         )

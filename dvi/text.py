@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from dvi.end_tokens import named_in
+from dvi.model.end_tokens import named_in
 
 REPLACEMENT = "\ufffd"
 

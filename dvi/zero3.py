@@ -19,14 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
-from dvi.drafter import DrafterConfig
-from dvi.placement import gather_module
-from dvi.pretrained import read_config, read_tokenizer, refuse_gguf
+from dvi.model.devices import gather_module
+from dvi.model.drafter import DrafterConfig
+from dvi.model.pretrained import read_config, read_tokenizer, refuse_gguf
+from dvi.model.split import fingerprint_of_head, post_head_of, refuse_unsplittable
+from dvi.model.views_path import Anatomy, dissect
 from dvi.recordings import RecordedText
 from dvi.software import install_extra
 from dvi.speculator import SelfSpeculator, choose_split_layer, make_drafter
-from dvi.split import fingerprint_of_head, post_head_of, refuse_unsplittable
-from dvi.views import Anatomy, dissect
 
 
 class ShardedBackbone:

@@ -30,7 +30,7 @@ from dvi.bench.rivals import layer_calls
 from dvi.bench.statistics import median_interval
 from dvi.config import load_config
 from dvi.draft_length import FixedLength, GoodputLength, LengthPolicy
-from dvi.drafter import DrafterConfig
+from dvi.model.drafter import DrafterConfig
 from dvi.records import RoundStats
 from dvi.speculator import GOODPUT_BUCKETS, PLAIN
 from dvi.traffic import read_prompts

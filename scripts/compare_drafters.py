@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dvi.autotune import measure_costs
 from dvi.config import load_config
-from dvi.drafter import DrafterConfig, build_drafter
+from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.split import SplitModel
 from dvi.progress import shown_on
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator
-from dvi.split import SplitModel
 from trainers import OnlineTrainer
 from trainers.warmup import RecordingLearner
 

@@ -49,8 +49,8 @@ from dvi.bench.random_rounds import (
 )
 from dvi.bench.records import Arm, ArmPlan
 from dvi.bench.rivals import rival_plans
-from dvi.cuda_graph import RoundGraphs
 from dvi.draft_length import FixedLength
+from dvi.model.cuda_graph import RoundGraphs
 from dvi.records import SamplingParams, Transitions
 from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator

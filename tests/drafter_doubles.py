@@ -1,6 +1,6 @@
 """Drafters, length rules and learners made for tests: right, wrong, constant, broken or changing, on purpose.
 
-They keep the protocols of `dvi.drafter.Drafter`, `dvi.draft_length.LengthPolicy` and `dvi.records.Learner`.
+They keep the protocols of `dvi.model.drafter.Drafter`, `dvi.draft_length.LengthPolicy` and `dvi.records.Learner`.
 """
 # B rows, D hidden, V vocabulary, N remembered positions.
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dvi.draft_length import DraftSight, RoundInfo, RoundOutcome
-from dvi.drafter import DrafterConfig, build_drafter
+from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.split import SplitModel
 from dvi.records import SamplingParams, Transitions
 from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.split import SplitModel
 
 SURE = 30.0  # a logit so far above 0 that softmax puts all but e^-30 on it, and that survives every penalty
 

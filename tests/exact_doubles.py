@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from dvi.exact import ExactSplit
+from dvi.model.exact import ExactSplit
 
 
 @contextmanager

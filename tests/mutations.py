@@ -17,7 +17,7 @@ class Mutation:
 
 
 DECODING, VERIFICATION, SAMPLING = "dvi/decoding.py", "dvi/verification.py", "dvi/sampling.py"
-CACHE, DIRECT, DRAFTER = "dvi/kv_cache.py", "dvi/direct.py", "dvi/drafter.py"
+CACHE, DIRECT, DRAFTER = "dvi/model/kv_cache.py", "dvi/model/llama_path.py", "dvi/model/drafter.py"
 ONLINE, REPLAY = "trainers/online.py", "dvi/replay.py"
 
 ENGINE = "dvi/serving/engine.py"
@@ -171,7 +171,7 @@ MUTATIONS = [
         "tests/test_direct.py",
     ),
     Mutation(
-        "places_left_out_repeat_another_row", "dvi/packing.py",
+        "places_left_out_repeat_another_row", "dvi/model/ragged.py",
         "(first_B1 + torch.minimum(column_U, count_B1 - 1)).flatten()",
         "torch.where(column_U < count_B1, first_B1 + column_U, 0).flatten()",
         TEST_PACKED,
@@ -184,7 +184,7 @@ MUTATIONS = [
         "rows_that_stopped_still_count", DECODING,
         "num_positions += num_open", "num_positions += len(counts_B)", TEST_PACKED,
     ),
-    Mutation("exact_rounds_pack", "dvi/exact.py", "can_pack = False", "can_pack = True", TEST_PACKED),
+    Mutation("exact_rounds_pack", "dvi/model/exact.py", "can_pack = False", "can_pack = True", TEST_PACKED),
     Mutation(
         "copied_row_misses_its_last_slot", CACHE,
         "buffer[target, :, :length] = buffer[source, :, :length]",
@@ -192,7 +192,7 @@ MUTATIONS = [
         "tests/test_kv_cache.py",
     ),
     Mutation(
-        "learned_positions_past_the_context", "dvi/views.py",
+        "learned_positions_past_the_context", "dvi/model/views_path.py",
         "positions_BQ = positions_BQ.clamp(max=self._last_position)", "pass", TEST_DECODING,
     ),
     Mutation(
@@ -200,7 +200,7 @@ MUTATIONS = [
         "num_ahead = 2 * (MAX_DEPTH + 1)", "num_ahead = 2 * (max(self.policy.buckets) + 1)", "tests/test_exact.py",
     ),
     Mutation(
-        "self_check_of_two_indices", "dvi/exact.py",
+        "self_check_of_two_indices", "dvi/model/exact.py",
         "for index in range(1, width):", "for index in range(1, 2):", "tests/test_exact.py",
     ),
     # Drafters

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvi.drafter import build_drafter
+from dvi.model.drafter import build_drafter
 from dvi.records import Transitions
 from dvi.settings import LearningSettings
 from tests.drafter_doubles import small_config

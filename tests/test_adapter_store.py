@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dvi import adapter_store
-from dvi.adapter_store import (
+from dvi.model import adapter_store
+from dvi.model.adapter_store import (
     ADAPTER_FILE,
     EXTRA_FILE,
     MANIFEST_FILE,
@@ -30,8 +30,8 @@ from dvi.adapter_store import (
     read_manifest,
     save_drafter,
 )
-from dvi.drafter import DrafterConfig, build_drafter
-from dvi.split import SplitModel
+from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.split import SplitModel
 from tests.test_checkpoint import DyingProcess, Killed
 from tests.tiny_models import tiny_model
 

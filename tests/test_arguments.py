@@ -102,7 +102,7 @@ def test_what_is_not_there_is_said_before_anything_is_loaded(verb, arguments, me
 
 def test_the_name_of_a_drafters_manifest_is_the_stores():
     """Catches a drafter that is no longer recognised where a model is expected."""
-    from dvi import adapter_store
+    from dvi.model import adapter_store
 
     assert adapter_store.MANIFEST_FILE == MANIFEST_FILE
 

@@ -12,7 +12,7 @@ import torch
 
 import dvi.audit
 from dvi.audit import audit, divergence_table, logits_in_blocks
-from dvi.drafter import DrafterConfig
+from dvi.model.drafter import DrafterConfig
 from dvi.records import Verdict
 from dvi.speculator import SelfSpeculator
 from tests.exact_doubles import self_check_left_out

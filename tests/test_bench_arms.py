@@ -14,8 +14,8 @@ import dvi.bench.arms
 from dvi import SelfSpeculator
 from dvi.bench.arms import OUR_ARMS, ArmOptions, plans_of_ours
 from dvi.bench.records import ArmPlan
-from dvi.drafter import DrafterConfig
-from dvi.exact import ExactSplit
+from dvi.model.drafter import DrafterConfig
+from dvi.model.exact import ExactSplit
 from dvi.settings import LearningSettings
 from tests.exact_doubles import self_check_left_out
 from tests.tiny_models import tiny_model

@@ -16,7 +16,7 @@ from dvi.bench.questions import (
     task_of,
     vicuna_prompt,
 )
-from dvi.chat_templates import VICUNA_SYSTEM, VICUNA_TEMPLATE
+from dvi.model.chat_templates import VICUNA_SYSTEM, VICUNA_TEMPLATE
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"

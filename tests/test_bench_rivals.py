@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dvi import SelfSpeculator
-from dvi.adapter_store import export_standalone
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.records import ArmAnswer, ArmPlan
 from dvi.bench.rivals import RIVAL_ARMS, _checked_early_exit, layer_calls, rival_plans
-from dvi.drafter import DrafterConfig
+from dvi.model.adapter_store import export_standalone
+from dvi.model.drafter import DrafterConfig
 from tests.tiny_models import tiny_model
 
 STORIES = Path(__file__).parent / "stories260k"

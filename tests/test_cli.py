@@ -237,7 +237,7 @@ def test_printed_settings_are_a_configuration_file_without_running_anything(tmp_
 def test_the_demo_runs_on_files_that_exist_and_learns_on_traffic_alone(name):
     """Catches a demo that names a moved file or a model that nobody gets, or trains on what it is measured on."""
     from dvi.config import load_config
-    from dvi.published_models import MODELS
+    from dvi.model.published_models import MODELS
 
     config = load_config(ROOT / f"configs/demo/{name}.yaml")
     folder = Path(config.model.path)

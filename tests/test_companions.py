@@ -26,9 +26,9 @@ from dvi.companions import (
     token_ratio,
 )
 from dvi.draft_length import FixedLength, RoundOutcome
+from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
 from dvi.speculator import COMPANIONS, SelfSpeculator
-from dvi.split import SplitModel
 from tests.drafter_doubles import MemoryDrafter, broken_drafter, random_drafter, randomise, small_config
 from tests.tiny_models import tiny_model
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dvi.direct
-from dvi.direct import DirectPath
-from dvi.kv_cache import RollbackCache
-from dvi.split import SplitModel
+import dvi.model.llama_path
+from dvi.model.kv_cache import RollbackCache
+from dvi.model.llama_path import DirectPath
+from dvi.model.split import SplitModel
 from tests.tiny_models import tiny_model
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -35,7 +35,7 @@ def path_of(arch: str, *, is_packed: bool, monkeypatch: pytest.MonkeyPatch, dtyp
     """A split on the direct path. Packed is for CPUs; fused is what other devices run."""
     model = tiny_model(arch, num_layers=3, dtype=dtype, seed=2)
     if not is_packed:
-        monkeypatch.setattr(dvi.direct, "_PackedBlock", dvi.direct._FusedBlock)
+        monkeypatch.setattr(dvi.model.llama_path, "_PackedBlock", dvi.model.llama_path._FusedBlock)
     return SplitModel(model, split_layer=1, path="direct")
 
 
@@ -54,7 +54,7 @@ def prefill(split: SplitModel, cache: RollbackCache, lengths: list[int], ids_BS:
 def test_a_pass_over_any_rows_equals_the_views(arch, lengths, width, is_packed, monkeypatch):
     """Catches a mask off by one, a window forgotten where one row is special-cased, biases and norms left out, and
     rows mixed where heads are folded. Lengths pass the sliding window of 5."""
-    monkeypatch.setattr(dvi.direct, "rms_norm", norm_in_own_dtype)
+    monkeypatch.setattr(dvi.model.llama_path, "rms_norm", norm_in_own_dtype)
     split = path_of(arch, is_packed=is_packed, monkeypatch=monkeypatch, dtype=torch.float64)
     model = with_norms_in_float64(tiny_model(arch, num_layers=3, dtype=torch.float64, seed=2))
     views = SplitModel(model, split_layer=1, path="views")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dvi.drafter import DRAFTER_KINDS, DrafterConfig, build_drafter, choose_draft_tokens, trainable_copy_of_norm
-from dvi.split import SplitModel
+from dvi.model.drafter import DRAFTER_KINDS, DrafterConfig, build_drafter, choose_draft_tokens, trainable_copy_of_norm
+from dvi.model.split import SplitModel
 from tests.drafter_doubles import random_drafter, small_config
 from tests.tiny_models import tiny_model
 

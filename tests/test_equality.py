@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from dvi.companion_length import CompanionLength
 from dvi.companion_model import ModelCompanion
 from dvi.draft_length import ConfidenceStop, CostTable, FixedLength, GoodputLength, LengthPolicy
+from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
 from dvi.speculator import COMPANIONS, SelfSpeculator
-from dvi.split import SplitModel
 from tests.drafter_doubles import (
     Letters,
     MemoryDrafter,

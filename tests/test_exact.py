@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dvi.draft_length import FixedLength
-from dvi.exact import ExactSplit
+from dvi.model.exact import ExactSplit
+from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
 from dvi.speculator import EXACT_WIDTH, PLAIN, SelfSpeculator
-from dvi.split import SplitModel
 from tests.drafter_doubles import MemoryDrafter, RaggedLength, plain_text, small_config
 from tests.exact_doubles import need_self_check, self_check_left_out
 from tests.tiny_models import tiny_model

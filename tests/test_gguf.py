@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import dvi.cli
 from dvi import SelfSpeculator
-from dvi.adapter_store import read_manifest
-from dvi.gguf import find_gguf, read_config, read_model, read_tokenizer
+from dvi.model.adapter_store import read_manifest
+from dvi.model.gguf import find_gguf, read_config, read_model, read_tokenizer
 
 
 def test_the_model_read_from_a_file_computes_what_the_one_written_into_it_does(tmp_path):
@@ -138,6 +138,6 @@ def _dvi(*arguments):
 
 def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr("dvi.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("dvi.model.gguf.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gguf"):
         read_config(tmp_path / "tiny.gguf")

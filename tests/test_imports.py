@@ -13,20 +13,21 @@ ROWS = (
     "dvi.settings dvi.software dvi.bundled dvi.key_names dvi.progress dvi.signals dvi.whole_files",
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
     "dvi.arguments dvi.starter",
-    "dvi.sampling dvi.telemetry dvi.verification dvi.kv_cache dvi.packing dvi.round_costs dvi.cuda_graph dvi.traffic "
-    "dvi.prompt_files dvi.context dvi.durable dvi.chat_templates dvi.gguf dvi.measured dvi.bench.machine "
-    "dvi.seeds dvi.end_tokens",
-    "dvi.pretrained",
-    "dvi.placement",
-    "dvi.model_conversion",
-    "dvi.published_models",
-    "dvi.views dvi.direct dvi.split dvi.drafter dvi.replay dvi.losses dvi.loss_schedule",
+    "dvi.sampling dvi.telemetry dvi.verification dvi.model.kv_cache dvi.model.ragged dvi.round_costs "
+    "dvi.model.cuda_graph dvi.traffic dvi.prompt_files dvi.model.context dvi.durable dvi.model.chat_templates "
+    "dvi.model.gguf dvi.measured dvi.bench.machine dvi.seeds dvi.model.end_tokens",
+    "dvi.model.pretrained",
+    "dvi.model.devices",
+    "dvi.model.conversion",
+    "dvi.model.published_models",
+    "dvi.model.views_path dvi.model.llama_path dvi.model.split dvi.model.drafter dvi.replay dvi.losses "
+    "dvi.loss_schedule",
     "dvi.companions dvi.agreement",
     "dvi.draft_length dvi.companion_model",
     "dvi.companion_length",
-    "dvi.adapter_store dvi.memory_plan",
-    "dvi.decoding dvi.exact dvi.autotune dvi.text",
-    "dvi.starting_drafter",
+    "dvi.model.adapter_store dvi.memory_plan",
+    "dvi.decoding dvi.model.exact dvi.autotune dvi.text",
+    "dvi.model.starting_drafter",
     "dvi.precision",
     "dvi.speculator",
     "dvi.recordings",
@@ -43,22 +44,22 @@ ROWS = (
     "dvi.bench.guarded",
     "dvi.serving.engine dvi.serving.exposition dvi.serving.monitor",
     "dvi.serving.headline dvi.serving.loop dvi.serving.live dvi.serving.client dvi.serving.body_reading "
-    "dvi.serving.prompts "
-    "dvi.serving.token_texts dvi.serving.replies dvi.serving.door",
+    "dvi.serving.prompts dvi.serving.token_texts dvi.serving.replies dvi.serving.door",
     "dvi.serving.dashboard dvi.serving.admin_api",
     "dvi.serving.http_api",
     "dvi.serving.server dvi.serving.relay dvi.serving.front_page",
     "dvi.serving.front_door dvi.serving.place",
     "dvi.planning.measurement",
     "dvi.planning.controller dvi.planning.tune",
-    "dvi.audit dvi.inspection trainers.drift trainers.budget trainers.ledger trainers.versions trainers.checkpoint "
-    "trainers.ballot trainers.channel",
+    "dvi.audit dvi.inspection trainers.drift trainers.budget trainers.ledger trainers.versions "
+    "trainers.checkpoint trainers.ballot trainers.channel",
     "trainers.student trainers.shards trainers.messages",
     "trainers.sharded_student",
     "trainers.online",
     "trainers.shipping",
     "trainers.dedicated trainers.memory",
-    "trainers.evaluation trainers.progress trainers.picture trainers.held_out_curve trainers.place trainers.position",
+    "trainers.evaluation trainers.progress trainers.picture trainers.held_out_curve trainers.place "
+    "trainers.position",
     "trainers.attendance",
     "trainers.job",
     "trainers.serving trainers.warmup trainers.paper_run",
@@ -71,7 +72,8 @@ ROWS = (
     "dvi.bench.report dvi.bench.length_report dvi.bench.margin_report",
     "dvi.bench.session dvi.bench.length_policies dvi.bench.margin",
     "trainers.experiments.cell_folder trainers.experiments.streams trainers.experiments.ablation_figures",
-    "trainers.experiments.ablation_report trainers.experiments.domain_shift_report trainers.experiments.sweep_report",
+    "trainers.experiments.ablation_report trainers.experiments.domain_shift_report "
+    "trainers.experiments.sweep_report",
     "trainers.experiments.domain_shift trainers.experiments.sweep",
     "trainers.experiments.ablation_cells",
     "trainers.experiments.ablation",

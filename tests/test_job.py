@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dvi.adapter_store import read_manifest
 from dvi.config import load_config
+from dvi.model.adapter_store import read_manifest
 from dvi.precision import dtype_of_run
 from dvi.signals import handled
 from dvi.telemetry import read_metrics

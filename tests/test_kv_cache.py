@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dvi.kv_cache import Placement, RollbackCache
+from dvi.model.kv_cache import Placement, RollbackCache
 
 ROWS, CAPACITY, LAYERS, HEADS, HEAD_DIM = 3, 24, 2, 2, 4
 MAX_WIDTH = 4

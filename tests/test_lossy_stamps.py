@@ -13,7 +13,6 @@ from rich.console import Console
 from serving_doubles import STORIES, client_of, stories_config, stories_loop
 from test_cli import dvi_command
 
-from dvi.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.audit import audit
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.questions import Conversation, Question
@@ -21,6 +20,7 @@ from dvi.bench.report import make_report
 from dvi.bench.spec_bench import BenchSettings, run_spec_bench
 from dvi.config import load_config
 from dvi.draft_length import FixedLength
+from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.records import SamplingParams
 from dvi.serving import dashboard
 from dvi.serving.figures import Figures

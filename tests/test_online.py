@@ -17,7 +17,7 @@ import trainers.budget
 import trainers.online
 import trainers.student
 from dvi.draft_length import FixedLength
-from dvi.drafter import DRAFTER_KINDS
+from dvi.model.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
 from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator

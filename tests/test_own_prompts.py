@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dvi.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.config import load_config
+from dvi.model.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator
 from tests.drafter_doubles import small_config

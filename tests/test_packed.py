@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dvi.decoding
-import dvi.direct
+import dvi.model.llama_path
 from dvi.decoding import DecodingBatch, Sequence
 from dvi.draft_length import ConfidenceStop, DraftSight, FixedLength, LengthPolicy
-from dvi.exact import ExactSplit
-from dvi.kv_cache import RollbackCache
-from dvi.packing import Packing, is_worth_packing
+from dvi.model.exact import ExactSplit
+from dvi.model.kv_cache import RollbackCache
+from dvi.model.ragged import Packing, is_worth_packing
+from dvi.model.split import SplitModel
 from dvi.records import SamplingParams, Transitions
-from dvi.split import SplitModel
 from dvi.verification import StrictRule
 from tests.drafter_doubles import RaggedLength, random_drafter
 from tests.exact_doubles import need_self_check, self_check_left_out
@@ -76,8 +76,8 @@ def norm_in_own_dtype(x: Tensor, norm: nn.Module) -> Tensor:
 
 def use_fused_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What half precisions run, in float64; their norms in float32 would hide faults, or show rounding as one."""
-    monkeypatch.setattr(dvi.direct, "_PackedBlock", dvi.direct._FusedBlock)
-    monkeypatch.setattr(dvi.direct, "rms_norm", norm_in_own_dtype)
+    monkeypatch.setattr(dvi.model.llama_path, "_PackedBlock", dvi.model.llama_path._FusedBlock)
+    monkeypatch.setattr(dvi.model.llama_path, "rms_norm", norm_in_own_dtype)
 
 
 @torch.no_grad()

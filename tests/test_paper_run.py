@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dvi.adapter_store import read_manifest
 from dvi.bench.session import bench_paper
 from dvi.config import load_config, to_yaml
+from dvi.model.adapter_store import read_manifest
 from dvi.settings import PaperConfig
 from dvi.telemetry import read_metrics
 from tests.job_interruptions import after_requests, interrupt

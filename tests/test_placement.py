@@ -12,8 +12,7 @@ from torch import distributed
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dvi.drafter import DrafterConfig, build_drafter
-from dvi.placement import (
+from dvi.model.devices import (
     check_ranks_agree,
     check_settings,
     check_tensor_parallel,
@@ -22,6 +21,8 @@ from dvi.placement import (
     is_spread,
     load_model,
 )
+from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.split import SplitModel
 from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import (
     DraftSettings,
@@ -34,7 +35,6 @@ from dvi.settings import (
     WarmupSettings,
 )
 from dvi.speculator import SelfSpeculator
-from dvi.split import SplitModel
 from tests.exact_doubles import self_check_left_out
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model

@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 
 from dvi import SelfSpeculator, precision
 from dvi.config import load_config
+from dvi.model.pretrained import read_config
 from dvi.precision import (
     PlainSpeeds,
     choose_dtype,
@@ -22,7 +23,6 @@ from dvi.precision import (
     plain_lead,
     settle_dtype,
 )
-from dvi.pretrained import read_config
 from dvi.speculator import build_speculator
 
 STORIES = str(Path(__file__).parent / "stories260k")

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import dvi.cli
-from dvi import model_conversion, published_models
-from dvi.model_conversion import ModelSource, read_source
+from dvi.model import published_models
+from dvi.model.conversion import ModelSource, read_source
+from dvi.model.published_models import MODELS, PublishedModel, get_model
 from dvi.progress import Stage
-from dvi.published_models import MODELS, PublishedModel, get_model
 
 GGUF_NAME = "Tiny.F32.gguf"
 
@@ -108,7 +108,7 @@ def test_every_stage_says_how_far_it_is(published, wheel, monkeypatch):
         yield stages[-1]
 
     monkeypatch.setattr(published_models, "doing", doing)
-    monkeypatch.setattr(model_conversion, "doing", doing)
+    monkeypatch.setattr(conversion, "doing", doing)
     monkeypatch.setattr(published_models, "MEGABYTE", 1000)
     assert get_model("tiny", Path("here"))
     far = {stage.doing: (stage.done, stage.total) for stage in stages}

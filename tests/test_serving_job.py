@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dvi.adapter_store import read_manifest
 from dvi.config import load_config
+from dvi.model.adapter_store import read_manifest
 from dvi.records import SamplingParams, Transitions
 from dvi.settings import LearningSettings, ServeConfig
 from dvi.telemetry import METRICS_FILE, MetricsWriter, read_metrics

@@ -11,10 +11,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor
 from transformers import LlamaModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-import dvi.split
-from dvi.direct import DirectPath
-from dvi.kv_cache import RollbackCache
-from dvi.split import SplitModel
+import dvi.model.split
+from dvi.model.kv_cache import RollbackCache
+from dvi.model.llama_path import DirectPath
+from dvi.model.split import SplitModel
 from tests.tiny_models import ARCHITECTURES, SLIDING_WINDOW, tiny_model
 
 NUM_LAYERS = 4
@@ -359,7 +359,7 @@ def test_what_cannot_be_split_is_refused_with_the_reason(name):
 
 def test_the_self_check_finds_a_head_with_a_missing_scale(monkeypatch):
     """The safety net must have no hole: here the formula after the head is dropped on purpose."""
-    monkeypatch.setattr(dvi.split, "post_head_of", lambda _config: lambda logits: logits)
+    monkeypatch.setattr(dvi.model.split, "post_head_of", lambda _config: lambda logits: logits)
     with pytest.raises(ValueError, match=r"prefill at split_layer 1 differs .* relative error of [0-9.e+-]+; rounding"):
         SplitModel(tiny_model("granite"), split_layer=1)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dvi.decoding import DecodingBatch, Sequence
 from dvi.draft_length import FixedLength
-from dvi.drafter import DRAFTER_KINDS
+from dvi.model.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
 from dvi.settings import LearningSettings
 from dvi.speculator import SelfSpeculator

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dvi.end_tokens import end_token_ids
+from dvi.model.end_tokens import end_token_ids
 from dvi.text import REPLACEMENT, TextStream
 from tests.tiny_models import tiny_model
 

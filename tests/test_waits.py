@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dvi.companion_length import CompanionLength
 from dvi.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
 from dvi.decoding import DecodingBatch, RowState, Sequence, draft_and_verify
-from dvi.direct import DirectPath
 from dvi.draft_length import ConfidenceStop, FixedLength
-from dvi.drafter import build_drafter
+from dvi.model.drafter import build_drafter
+from dvi.model.llama_path import DirectPath
+from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
 from dvi.round_costs import CostTable
 from dvi.sampling import SamplingBatch, SeenTokens
-from dvi.split import SplitModel
 from dvi.verification import StrictRule
 from tests.drafter_doubles import random_drafter, small_config
 from tests.tiny_models import tiny_model

@@ -12,8 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import trainers.warmup as warmup_module
-from dvi.adapter_store import load_drafter, read_manifest
 from dvi.config import load_config
+from dvi.model.adapter_store import load_drafter, read_manifest
 from dvi.recordings import decode_answers, record, replay_rounds
 from dvi.settings import LearningSettings, WarmupConfig
 from dvi.speculator import SelfSpeculator, build_speculator

@@ -25,10 +25,10 @@ from rich.console import Console
 from torch import nn
 
 from dvi import progress
-from dvi.adapter_store import load_drafter, read_manifest
 from dvi.config import load_config, write_provenance
 from dvi.distributed import SOLO
 from dvi.durable import surviving_folder
+from dvi.model.adapter_store import load_drafter, read_manifest
 from dvi.precision import dtype_of_run, plain_lead, settle_dtype
 from dvi.records import GenerationResult, SamplingParams
 from dvi.seeds import answer_seed

@@ -5,10 +5,10 @@ Knows settings and shapes; holds nothing.
 
 from __future__ import annotations
 
+from dvi.model.split import SplitModel
 from dvi.records import LearnerMemory
 from dvi.replay import ReplayBuffer
 from dvi.settings import LearningSettings
-from dvi.split import SplitModel
 from trainers.online import CANARY_BLOCKS
 from trainers.versions import KEPT_VERSIONS
 

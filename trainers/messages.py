@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dvi.drafter import MAX_DEPTH
+from dvi.model.drafter import MAX_DEPTH
 from dvi.records import DrafterVersion, LossWeights, Transitions, UpdateReport
 from trainers.channel import Kind, Message
 from trainers.versions import State

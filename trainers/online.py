@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dvi.distributed import POLL_S, SOLO, PeerLostError, Peers, Pieces, Progress
-from dvi.drafter import MAX_DEPTH, choose_draft_tokens
 from dvi.loss_schedule import LossSchedule
 from dvi.losses import BatchTotals, RewardBaseline
+from dvi.model.drafter import MAX_DEPTH, choose_draft_tokens
 from dvi.records import DrafterVersion, ReplayBatch, Transitions, UpdateReport
 from dvi.replay import ReplayBuffer
 from dvi.settings import LearningSettings

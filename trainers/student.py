@@ -19,8 +19,8 @@ from torch.func import functional_call
 
 from dvi import losses
 from dvi.distributed import SOLO, Peers, Pieces
-from dvi.drafter import build_drafter
 from dvi.losses import BatchTotals, RewardBaseline
+from dvi.model.drafter import build_drafter
 from dvi.records import LossWeights, ReplayBatch
 from dvi.settings import LearningSettings
 from trainers.versions import State

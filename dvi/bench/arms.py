@@ -15,12 +15,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dvi.adapter_store import load_drafter
 from dvi.autotune import measure_costs
 from dvi.bench.records import Arm, ArmAnswer, ArmPlan
 from dvi.draft_length import LengthPolicy
-from dvi.drafter import DrafterConfig, build_drafter
-from dvi.exact import ExactSplit
+from dvi.model.adapter_store import load_drafter
+from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.exact import ExactSplit
 from dvi.records import Learner, SamplingParams
 from dvi.round_costs import CostTable
 from dvi.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, POLICIES, SelfSpeculator, goodput_buckets

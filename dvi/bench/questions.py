@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from dvi.chat_templates import VICUNA_STOP, VICUNA_SYSTEM
+from dvi.model.chat_templates import VICUNA_STOP, VICUNA_SYSTEM
 from dvi.prompt_files import rows_of
 from dvi.traffic import why_no_text
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dvi.cuda_graph import RoundGraphs
 from dvi.decoding import RowState, VerifiedRound, draft_and_verify
 from dvi.draft_length import FixedLength
-from dvi.drafter import MAX_DEPTH, DrafterConfig
+from dvi.model.cuda_graph import RoundGraphs
+from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.records import SamplingParams
 from dvi.sampling import SamplingBatch
 from dvi.speculator import SelfSpeculator

@@ -27,8 +27,8 @@ from transformers import (
 
 from dvi.bench.arms import ArmOptions, checked_names
 from dvi.bench.records import ArmAnswer, ArmPlan
-from dvi.end_tokens import end_token_ids
-from dvi.views import dissect
+from dvi.model.end_tokens import end_token_ids
+from dvi.model.views_path import dissect
 
 RIVAL_ARMS = ("hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle")
 

@@ -19,7 +19,7 @@ from dvi.bench.questions import Conversation, load_questions
 from dvi.bench.report import make_report
 from dvi.bench.rivals import rival_plans
 from dvi.bench.spec_bench import RUN_FILE, BenchSettings, run_spec_bench
-from dvi.pretrained import read_tokenizer
+from dvi.model.pretrained import read_tokenizer
 from dvi.settings import PaperConfig, VerifySettings
 from dvi.speculator import SelfSpeculator
 from dvi.verification import make_rule

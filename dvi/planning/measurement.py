@@ -22,8 +22,9 @@ from dvi.bench.machine import describe_machine
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch
 from dvi.decoding import Sequence as Row
 from dvi.draft_length import FixedLength
-from dvi.exact import ExactSplit
-from dvi.placement import is_tensor_parallel
+from dvi.model.devices import is_tensor_parallel
+from dvi.model.exact import ExactSplit
+from dvi.model.split import SplitModel
 from dvi.planning.profile import (
     LatencyProfile,
     Overheads,
@@ -40,7 +41,6 @@ from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice, Request
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.speculator import EXACT_WIDTH, Prompt, SelfSpeculator
-from dvi.split import SplitModel
 
 ROWS, DRAFT_TOKENS, WIDTHS = (1, 2, 4, 8, 16, 32), (0, 1, 2, 4, 8), (1, 16, 64, 256, PREFILL_CHUNK)
 FAR_CONTEXT = 512

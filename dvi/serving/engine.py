@@ -16,7 +16,7 @@ from torch import nn
 from dvi.autotune import measure_costs
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
 from dvi.draft_length import CostTable, GoodputLength, LengthPolicy
-from dvi.drafter import MAX_DEPTH
+from dvi.model.drafter import MAX_DEPTH
 from dvi.records import RoundStats, ServingPlan, Transitions
 from dvi.serving.prefix_cache import PrefixCache
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice, Load, Request, RequestOutput, StepReport

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from dvi.adapter_store import load_drafter
+from dvi.model.adapter_store import load_drafter
 from dvi.records import DrafterVersion, Learner, ServingPlan, Transitions
 from dvi.serving.engine import Engine
 from dvi.serving.monitor import Monitor

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dvi.kv_cache import KeysAndValues
+from dvi.model.kv_cache import KeysAndValues
 
 
 @dataclass(frozen=True)

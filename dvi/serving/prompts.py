@@ -12,7 +12,7 @@ from functools import lru_cache
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from dvi.end_tokens import special_tokens
+from dvi.model.end_tokens import special_tokens
 from dvi.text import check_token_ids
 
 # A Unicode noncharacter, which no text for interchange holds: it marks where a message's special tokens are cut apart.

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from dvi.end_tokens import special_tokens
+from dvi.model.end_tokens import special_tokens
 
 _FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dvi.bench.machine import describe_machine
 from dvi.draft_length import FixedLength
-from dvi.drafter import build_drafter
+from dvi.model.drafter import build_drafter
 from dvi.progress import doing, each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import ReplayBatch, SamplingParams, Transitions, UpdateReport

@@ -21,7 +21,7 @@ from dvi.autotune import measure_costs
 from dvi.bench.machine import describe_machine
 from dvi.bench.statistics import Interval, median_interval
 from dvi.draft_length import FixedLength
-from dvi.drafter import MAX_DEPTH, DrafterConfig
+from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.precision import settle_dtype
 from dvi.progress import each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds

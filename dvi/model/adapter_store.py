@@ -28,14 +28,14 @@ from pydantic_core import from_json
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dvi.drafter import MAX_VERSION, MAX_VOCAB, MAX_WIDTH, DrafterConfig, RmsGain, build_drafter
 from dvi.durable import staged_folder, surviving_folder, write_tensors
+from dvi.model.drafter import MAX_VERSION, MAX_VOCAB, MAX_WIDTH, DrafterConfig, RmsGain, build_drafter
 from dvi.software import versions_of
 
 if TYPE_CHECKING:  # reading a manifest needs no transformers, which takes seconds to import
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from dvi.split import SplitModel
+    from dvi.model.split import SplitModel
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "dvi_manifest.json"

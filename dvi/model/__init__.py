@@ -1,0 +1,1 @@
+"""One frozen model cut in two: its paths, its cache, the drafter beside it, and where they come from."""

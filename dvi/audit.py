@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dvi.decoding import PREFILL_CHUNK
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.model.split import SplitModel
 from dvi.progress import each
 from dvi.records import RoundStats, SamplingParams

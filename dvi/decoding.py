@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from dvi.companions import agreement, token_ratio
-from dvi.draft_length import DraftSight, LengthPolicy, RoundInfo, RoundOutcome
+from dvi.draft.companions import agreement, token_ratio
+from dvi.draft.length_policies import DraftSight, LengthPolicy, RoundInfo, RoundOutcome
 from dvi.model.cuda_graph import RoundGraphs, can_capture
 from dvi.model.drafter import MAX_DEPTH, Drafter
 from dvi.model.kv_cache import KeysAndValues, Placement

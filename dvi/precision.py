@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dvi.bench.machine import describe_machine
 from dvi.config import setting_of_run
 from dvi.decoding import DecodingBatch, Sequence
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.measured import cache_folder, measured_path
 from dvi.model.adapter_store import read_manifest
 from dvi.model.devices import num_processes

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dvi.autotune import measure_costs
-from dvi.companion_length import CompanionLength
-from dvi.companion_model import ModelCompanion, load_companion
-from dvi.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
-from dvi.draft_length import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
+from dvi.draft.companion_length import CompanionLength
+from dvi.draft.companion_model import ModelCompanion, load_companion
+from dvi.draft.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
+from dvi.draft.measure_costs import measure_costs
 from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.model.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.model.context import max_positions_of, why_shorter
@@ -41,7 +42,6 @@ from dvi.model.split import SplitModel
 from dvi.precision import choose_dtype, settle_dtype
 from dvi.progress import shown_as
 from dvi.records import GenerationResult, Learner, SamplingParams
-from dvi.round_costs import CostTable
 from dvi.seeds import AnswerSeeds, Seeds, prompt_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
 from dvi.text import TextStream, check_token_ids

@@ -24,12 +24,12 @@ from rich.table import Table
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dvi import SamplingParams, SelfSpeculator
-from dvi.autotune import measure_costs
 from dvi.bench.machine import describe_machine
 from dvi.bench.rivals import layer_calls
 from dvi.bench.statistics import median_interval
 from dvi.config import load_config
-from dvi.draft_length import FixedLength, GoodputLength, LengthPolicy
+from dvi.draft.length_policies import FixedLength, GoodputLength, LengthPolicy
+from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import DrafterConfig
 from dvi.records import RoundStats
 from dvi.speculator import GOODPUT_BUCKETS, PLAIN

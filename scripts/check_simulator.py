@@ -23,14 +23,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dvi.bench.machine import describe_machine
-from dvi.draft_length import FixedLength
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import FixedLength
 from dvi.planning.measurement import DRAFT_TOKENS, measure_overheads, measure_passes
 from dvi.planning.plans import Forecast
 from dvi.planning.profile import LatencyProfile
 from dvi.planning.simulator import Simulator
 from dvi.planning.workload import Workload
 from dvi.records import SamplingParams, ServingPlan
-from dvi.round_costs import CostTable
 from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice, Request
 from dvi.serving.scheduler import SchedulerLimits

@@ -20,8 +20,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dvi.autotune import measure_costs
 from dvi.config import load_config
+from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.progress import shown_on

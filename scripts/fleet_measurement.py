@@ -16,9 +16,9 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from dvi.autotune import measure_costs
 from dvi.config import load_config
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
+from dvi.draft.measure_costs import measure_costs
 from dvi.losses import forward_kl, log_probs
 from dvi.records import SamplingParams
 from dvi.speculator import SelfSpeculator

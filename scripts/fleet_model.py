@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from dvi.round_costs import CostTable
+from dvi.draft.costs import CostTable
 
 SECONDS_A_DAY = 86_400.0
 NUM_DRAWS, FEWEST_MEETINGS = 400_000, 100  # replicas drawn to find a mean longest round, and meetings at the least
@@ -40,7 +40,7 @@ class Costs(BaseModel):
 
     source              how the numbers came about.
     rows                requests that a replica decodes together.
-    draft_step_s, verify_s  as in `dvi.round_costs.CostTable`: by rows, and by verified positions.
+    draft_step_s, verify_s  as in `dvi.draft.costs.CostTable`: by rows, and by verified positions.
     prefill_token_s     a prompt token's share of a prefill pass.
     num_draft_tokens    T, where drafting pays.
     mat_by_steps        mean accepted tokens at this T after so many optimizer steps of one replica; 0 is untrained.

@@ -33,7 +33,6 @@ from rich.table import Table
 from torch import Tensor
 
 import dvi.decoding
-from dvi.autotune import measure_costs
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.guarded import Box, Journal, Part, Skipped, guard, run_parts
 from dvi.bench.machine import describe_machine
@@ -49,7 +48,8 @@ from dvi.bench.random_rounds import (
 )
 from dvi.bench.records import Arm, ArmPlan
 from dvi.bench.rivals import rival_plans
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
+from dvi.draft.measure_costs import measure_costs
 from dvi.model.cuda_graph import RoundGraphs
 from dvi.records import SamplingParams, Transitions
 from dvi.settings import LearningSettings

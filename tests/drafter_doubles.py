@@ -1,6 +1,7 @@
 """Drafters, length rules and learners made for tests: right, wrong, constant, broken or changing, on purpose.
 
-They keep the protocols of `dvi.model.drafter.Drafter`, `dvi.draft_length.LengthPolicy` and `dvi.records.Learner`.
+They keep the protocols `Drafter`, `LengthPolicy` and `Learner` of dvi.model.drafter, dvi.draft.length_policies and
+dvi.records.
 """
 # B rows, D hidden, V vocabulary, N remembered positions.
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dvi.draft_length import DraftSight, RoundInfo, RoundOutcome
+from dvi.draft.length_policies import DraftSight, RoundInfo, RoundOutcome
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams, Transitions

@@ -340,20 +340,20 @@ MUTATIONS = [
     ),
     # Draft lengths and their costs
     Mutation(
-        "costs_compared_across_loads", "dvi/round_costs.py",
+        "costs_compared_across_loads", "dvi/draft/costs.py",
         "samples.append(relative / self.pace)", "samples.append(relative)", "tests/test_round_costs.py",
     ),
     Mutation(
-        "a_borrowed_cost_unscaled", "dvi/round_costs.py",
+        "a_borrowed_cost_unscaled", "dvi/draft/costs.py",
         "known[near, length] * (statistics.median(shared) if shared else 1.0)", "known[near, length]",
         "tests/test_round_costs.py",
     ),
     Mutation(
-        "probes_eat_the_reserve_for_news", "dvi/draft_length.py",
+        "probes_eat_the_reserve_for_news", "dvi/draft/length_policies.py",
         "price if self._is_burst else BURST_ROUNDS + price", "price", "tests/test_draft_length.py",
     ),
     Mutation(
-        "one_length_for_every_batch", "dvi/draft_length.py",
+        "one_length_for_every_batch", "dvi/draft/length_policies.py",
         "self._standings.setdefault(info.num_rows", "self._standings.setdefault(0", "tests/test_draft_length.py",
     ),
     # Text

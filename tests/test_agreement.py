@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from dvi.agreement import (
+from dvi.draft.agreement import (
     FIRST_FIT,
     LEAST_WEIGHT,
     MAX_SAMPLES,

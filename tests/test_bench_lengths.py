@@ -14,7 +14,7 @@ from dvi import SelfSpeculator
 from dvi.bench.commands import COMPANIONS, LENGTH_POLICIES
 from dvi.bench.length_policies import LengthSettings, Stream, run_lengths
 from dvi.bench.length_report import plot_lengths, report_tables, summarise
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DrafterConfig
 from dvi.records import RoundStats
 from dvi.speculator import PLAIN

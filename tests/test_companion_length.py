@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dvi.agreement import FIRST_FIT, AcceptanceBins
-from dvi.companion_length import CompanionLength
-from dvi.companions import EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
-from dvi.draft_length import (
+from dvi.draft.agreement import FIRST_FIT, AcceptanceBins
+from dvi.draft.companion_length import CompanionLength
+from dvi.draft.companions import EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import (
     HOPE,
     AcceptanceEstimate,
     ConfidenceStop,
@@ -26,7 +27,6 @@ from dvi.draft_length import (
     RoundOutcome,
 )
 from dvi.records import SamplingParams
-from dvi.round_costs import CostTable
 from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice
 from dvi.serving.scheduler import SchedulerLimits

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi.companion_model import MAX_RAGGED, ModelCompanion, load_companion
-from dvi.companions import (
+from dvi.draft.companion_model import MAX_RAGGED, ModelCompanion, load_companion
+from dvi.draft.companions import (
     EMA_MOMENTUM,
     Companion,
     EmaCompanion,
@@ -25,7 +25,7 @@ from dvi.companions import (
     agreement,
     token_ratio,
 )
-from dvi.draft_length import FixedLength, RoundOutcome
+from dvi.draft.length_policies import FixedLength, RoundOutcome
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
 from dvi.speculator import COMPANIONS, SelfSpeculator

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dvi.decoding import DecodingBatch, Sequence
-from dvi.draft_length import ConfidenceStop, FixedLength, LengthPolicy
+from dvi.draft.length_policies import ConfidenceStop, FixedLength, LengthPolicy
 from dvi.records import SamplingParams, Transitions
 from dvi.speculator import PLAIN, SelfSpeculator
 from dvi.verification import StrictRule

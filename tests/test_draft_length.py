@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dvi.companion_length import CompanionLength
-from dvi.companions import SelfCompanion
-from dvi.draft_length import (
+from dvi.draft.companion_length import CompanionLength
+from dvi.draft.companions import SelfCompanion
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import (
     BURST_ROUNDS,
     HOPE,
     AcceptanceEstimate,
@@ -27,7 +28,6 @@ from dvi.draft_length import (
     RoundInfo,
     RoundOutcome,
 )
-from dvi.round_costs import CostTable
 from dvi.verification import count_leading
 
 ONE_ROW = RoundInfo(num_rows=1)

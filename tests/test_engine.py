@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dvi.decoding import DecodingBatch
-from dvi.draft_length import CostTable
+from dvi.draft.length_policies import CostTable
 from dvi.records import SamplingParams
 from dvi.serving.engine import PREFIX_CHUNK, Engine
 from dvi.serving.request import DraftChoice, Request, RequestOutput, Timeouts

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dvi.companion_length import CompanionLength
-from dvi.companion_model import ModelCompanion
-from dvi.draft_length import ConfidenceStop, CostTable, FixedLength, GoodputLength, LengthPolicy
+from dvi.draft.companion_length import CompanionLength
+from dvi.draft.companion_model import ModelCompanion
+from dvi.draft.length_policies import ConfidenceStop, CostTable, FixedLength, GoodputLength, LengthPolicy
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
 from dvi.speculator import COMPANIONS, SelfSpeculator

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.records import RoundStats, SamplingParams
 from dvi.speculator import SelfSpeculator
 from dvi.telemetry import MetricsWriter, read_metrics

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.model.exact import ExactSplit
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams

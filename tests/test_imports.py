@@ -13,7 +13,7 @@ ROWS = (
     "dvi.settings dvi.software dvi.bundled dvi.key_names dvi.progress dvi.signals dvi.whole_files",
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
     "dvi.arguments dvi.starter",
-    "dvi.sampling dvi.telemetry dvi.verification dvi.model.kv_cache dvi.model.ragged dvi.round_costs "
+    "dvi.sampling dvi.telemetry dvi.verification dvi.model.kv_cache dvi.model.ragged dvi.draft.costs "
     "dvi.model.cuda_graph dvi.traffic dvi.prompt_files dvi.model.context dvi.durable dvi.model.chat_templates "
     "dvi.model.gguf dvi.measured dvi.bench.machine dvi.seeds dvi.model.end_tokens",
     "dvi.model.pretrained",
@@ -22,11 +22,11 @@ ROWS = (
     "dvi.model.published_models",
     "dvi.model.views_path dvi.model.llama_path dvi.model.split dvi.model.drafter dvi.replay dvi.losses "
     "dvi.loss_schedule",
-    "dvi.companions dvi.agreement",
-    "dvi.draft_length dvi.companion_model",
-    "dvi.companion_length",
+    "dvi.draft.companions dvi.draft.agreement",
+    "dvi.draft.length_policies dvi.draft.companion_model",
+    "dvi.draft.companion_length",
     "dvi.model.adapter_store dvi.memory_plan",
-    "dvi.decoding dvi.model.exact dvi.autotune dvi.text",
+    "dvi.decoding dvi.model.exact dvi.draft.measure_costs dvi.text",
     "dvi.model.starting_drafter",
     "dvi.precision",
     "dvi.speculator",

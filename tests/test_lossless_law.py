@@ -22,9 +22,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi.companion_length import CompanionLength
-from dvi.companions import agreement, token_ratio
-from dvi.draft_length import ConfidenceStop, CostTable, DraftSight, FixedLength, GoodputLength, RoundInfo, RoundOutcome
+from dvi.draft.companion_length import CompanionLength
+from dvi.draft.companions import agreement, token_ratio
+from dvi.draft.length_policies import (
+    ConfidenceStop,
+    CostTable,
+    DraftSight,
+    FixedLength,
+    GoodputLength,
+    RoundInfo,
+    RoundOutcome,
+)
 from dvi.records import SamplingParams, Verdict
 from dvi.sampling import SamplingBatch, Seen, SeenTokens, sample_from
 from dvi.verification import VerifyRule, acceptance_probs, count_leading, residual_probs, verify_by_rejection

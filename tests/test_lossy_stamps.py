@@ -19,7 +19,7 @@ from dvi.bench.questions import Conversation, Question
 from dvi.bench.report import make_report
 from dvi.bench.spec_bench import BenchSettings, run_spec_bench
 from dvi.config import load_config
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.records import SamplingParams
 from dvi.serving import dashboard

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.records import GenerationResult, SamplingParams, Transitions
 from dvi.replay import ReplayBuffer
 from dvi.sampling import SamplingBatch

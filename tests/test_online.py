@@ -16,7 +16,7 @@ from torch import Tensor
 import trainers.budget
 import trainers.online
 import trainers.student
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
 from dvi.settings import LearningSettings

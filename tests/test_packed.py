@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import dvi.decoding
 import dvi.model.llama_path
 from dvi.decoding import DecodingBatch, Sequence
-from dvi.draft_length import ConfidenceStop, DraftSight, FixedLength, LengthPolicy
+from dvi.draft.length_policies import ConfidenceStop, DraftSight, FixedLength, LengthPolicy
 from dvi.model.exact import ExactSplit
 from dvi.model.kv_cache import RollbackCache
 from dvi.model.ragged import Packing, is_worth_packing

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dvi.draft_length import GoodputLength
+from dvi.draft.length_policies import GoodputLength
 from dvi.planning.controller import MIN_INTERVAL_S, MIN_WINDOW, PlanController, is_worthwhile, run_time_space
 from dvi.planning.drift import EndedRequest, Traffic
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace

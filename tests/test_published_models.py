@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import dvi.cli
-from dvi.model import published_models
+from dvi.model import conversion, published_models
 from dvi.model.conversion import ModelSource, read_source
 from dvi.model.published_models import MODELS, PublishedModel, get_model
 from dvi.progress import Stage

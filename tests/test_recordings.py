@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.recordings import decode_answers, record, replay_rounds
 from dvi.records import RoundStats, SamplingParams
 from dvi.settings import LearningSettings

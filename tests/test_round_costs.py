@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from dvi import SelfSpeculator
-from dvi.autotune import measure_costs
-from dvi.round_costs import CostTable, LiveCosts
+from dvi.draft.costs import CostTable, LiveCosts
+from dvi.draft.measure_costs import measure_costs
 from tests.tiny_models import tiny_model
 
 TABLE = CostTable(draft_step_s={1: 0.1, 16: 0.4}, verify_s={1: 1.0, 16: 2.0, 144: 8.0})
@@ -128,7 +128,7 @@ def test_every_batch_and_length_is_measured_within_the_budget(speculator):
 def test_a_spent_budget_leaves_the_first_batch_measured_and_begins_no_other(speculator, monkeypatch):
     """Catches a start-up that takes minutes on a slow model. The clock counts passes: every reading is a second."""
     readings = iter(range(10_000))
-    monkeypatch.setattr("dvi.autotune.time", SimpleNamespace(perf_counter=lambda: float(next(readings))))
+    monkeypatch.setattr("dvi.draft.measure_costs.time", SimpleNamespace(perf_counter=lambda: float(next(readings))))
     costs = measure_costs(speculator.split, speculator.drafter, buckets=(1, 3), rows=(4, 1, 2), budget_s=0.5)
     assert set(costs.draft_step_s) == {1}
     assert set(costs.verify_s) == {1, 2, 4}

@@ -17,11 +17,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dvi.companion_length import CompanionLength
-from dvi.companions import SelfCompanion
-from dvi.draft_length import ConfidenceStop, FixedLength, LengthPolicy, RoundOutcome
+from dvi.draft.companion_length import CompanionLength
+from dvi.draft.companions import SelfCompanion
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import ConfidenceStop, FixedLength, LengthPolicy, RoundOutcome
 from dvi.records import SamplingParams, Verdict
-from dvi.round_costs import CostTable
 from dvi.speculator import PLAIN, SelfSpeculator
 from dvi.verification import verify_by_rejection
 from tests.drafter_doubles import RaggedLength, broken_drafter, random_drafter, small_config

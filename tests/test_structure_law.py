@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dvi.decoding import DecodingBatch, Sequence
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
 from dvi.settings import LearningSettings

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dvi.draft_length import ConfidenceStop, DraftSight
+from dvi.draft.length_policies import ConfidenceStop, DraftSight
 from dvi.records import SamplingParams
 from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.verification import (

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dvi.companion_length import CompanionLength
-from dvi.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
 from dvi.decoding import DecodingBatch, RowState, Sequence, draft_and_verify
-from dvi.draft_length import ConfidenceStop, FixedLength
+from dvi.draft.companion_length import CompanionLength
+from dvi.draft.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import ConfidenceStop, FixedLength
 from dvi.model.drafter import build_drafter
 from dvi.model.llama_path import DirectPath
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
-from dvi.round_costs import CostTable
 from dvi.sampling import SamplingBatch, SeenTokens
 from dvi.verification import StrictRule
 from tests.drafter_doubles import random_drafter, small_config

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dvi import progress
-from dvi.draft_length import FixedLength, LengthPolicy
+from dvi.draft.length_policies import FixedLength, LengthPolicy
 from dvi.recordings import RecordedText, record, replay_rounds
 from dvi.records import GenerationResult, RoundStats, SamplingParams
 from dvi.speculator import PLAIN, SelfSpeculator

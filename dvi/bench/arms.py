@@ -15,14 +15,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dvi.autotune import measure_costs
 from dvi.bench.records import Arm, ArmAnswer, ArmPlan
-from dvi.draft_length import LengthPolicy
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import LengthPolicy
+from dvi.draft.measure_costs import measure_costs
 from dvi.model.adapter_store import load_drafter
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.exact import ExactSplit
 from dvi.records import Learner, SamplingParams
-from dvi.round_costs import CostTable
 from dvi.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, POLICIES, SelfSpeculator, goodput_buckets
 from dvi.verification import StrictRule, VerifyRule
 

@@ -25,13 +25,13 @@ from rich.console import Console
 from torch import Tensor
 
 from dvi.audit import find_divergence, logits_in_blocks
-from dvi.autotune import measure_costs
 from dvi.bench.length_report import FIXED, PLAIN_DECODING, Line, make_report
 from dvi.bench.machine import describe_machine
 from dvi.bench.questions import BUNDLED_QUESTIONS
-from dvi.companion_length import CompanionLength
 from dvi.decoding import DecodingBatch
-from dvi.draft_length import LengthPolicy
+from dvi.draft.companion_length import CompanionLength
+from dvi.draft.length_policies import LengthPolicy
+from dvi.draft.measure_costs import measure_costs
 from dvi.progress import Stage, doing
 from dvi.records import GREEDY_TEMPERATURE, RoundStats, SamplingParams
 from dvi.speculator import GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodput_buckets

@@ -60,7 +60,7 @@ def summarise(lines: list[Line]) -> list[Row]:
     num_compared, num_differing, num_unexplained  answers compared with plain decoding's; other tokens than those;
                         such as rounding does not explain. is_void: where there are any of these, or the fixed length
                         has some: the speeds are then of other work.
-    companion           `dvi.agreement.AgreementFigures` after the last repetition; None of policies without one.
+    companion           `dvi.draft.agreement.AgreementFigures` after the last repetition; None of policies without one.
     """
     kept: dict[tuple[int, str], list[Line]] = {}
     for line in lines:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dvi.decoding import RowState, VerifiedRound, draft_and_verify
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.model.cuda_graph import RoundGraphs
 from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.records import SamplingParams

@@ -21,7 +21,8 @@ import torch
 from dvi.bench.machine import describe_machine
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch
 from dvi.decoding import Sequence as Row
-from dvi.draft_length import FixedLength
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import FixedLength
 from dvi.model.devices import is_tensor_parallel
 from dvi.model.exact import ExactSplit
 from dvi.model.split import SplitModel
@@ -36,7 +37,6 @@ from dvi.planning.profile import (
 from dvi.planning.workload import Workload
 from dvi.progress import doing, each
 from dvi.records import SamplingParams
-from dvi.round_costs import CostTable
 from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice, Request
 from dvi.serving.scheduler import SchedulerLimits

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from dvi.autotune import measure_costs
 from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
-from dvi.draft_length import CostTable, GoodputLength, LengthPolicy
+from dvi.draft.length_policies import CostTable, GoodputLength, LengthPolicy
+from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import MAX_DEPTH
 from dvi.records import RoundStats, ServingPlan, Transitions
 from dvi.serving.prefix_cache import PrefixCache

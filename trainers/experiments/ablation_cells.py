@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dvi.bench.machine import describe_machine
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import build_drafter
 from dvi.progress import doing, each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds

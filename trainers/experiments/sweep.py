@@ -17,10 +17,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dvi.autotune import measure_costs
 from dvi.bench.machine import describe_machine
 from dvi.bench.statistics import Interval, median_interval
-from dvi.draft_length import FixedLength
+from dvi.draft.length_policies import FixedLength
+from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.precision import settle_dtype
 from dvi.progress import each

@@ -37,11 +37,18 @@ import operator
 import torch
 from torch import Tensor
 
-from dvi.agreement import FIRST_FIT, AgreementEstimate
-from dvi.companions import Companion
-from dvi.draft_length import BURST_ROUNDS, AcceptanceEstimate, DraftSight, GoodputLength, RoundInfo, RoundOutcome
+from dvi.draft.agreement import FIRST_FIT, AgreementEstimate
+from dvi.draft.companions import Companion
+from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import (
+    BURST_ROUNDS,
+    AcceptanceEstimate,
+    DraftSight,
+    GoodputLength,
+    RoundInfo,
+    RoundOutcome,
+)
 from dvi.model.ragged import is_worth_packing
-from dvi.round_costs import CostTable
 
 FULL = 0.99  # chance that the rule lets a row go on, before anything is known of it
 
@@ -64,8 +71,8 @@ class CompanionLength(GoodputLength):
         self, buckets: tuple[int, ...], costs: CostTable, companion: Companion, *,
         is_on_cpu: bool = True, can_pack: bool = False, **options: float,
     ) -> None:
-        """can_pack: verification leaves out what does not count, see `dvi.model.ragged`; without, a depth costs the same
-        for one row as for all. options: of `GoodputLength`.
+        """can_pack: verification leaves out what does not count, see `dvi.model.ragged`; without, a depth costs the
+        same for one row as for all. options: of `GoodputLength`.
         """
         super().__init__(buckets, costs, **options)
         self.companion = companion

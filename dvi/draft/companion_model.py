@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dvi.companions import Row
+from dvi.draft.companions import Row
 from dvi.model.devices import load_model
 from dvi.model.drafter import MAX_DEPTH, Drafter
 from dvi.model.pretrained import read_config, read_tokenizer

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
+from dvi.draft.costs import CostTable
 from dvi.model.drafter import Drafter
 from dvi.model.split import SplitModel
 from dvi.progress import shown_as
-from dvi.round_costs import CostTable
 
 PROFILE_CONTEXT = 128  # cached positions behind the timed passes
 NUM_REPEATS = 7

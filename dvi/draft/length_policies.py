@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dvi.companions import Companion
-from dvi.round_costs import CostTable, LiveCosts
+from dvi.draft.companions import Companion
+from dvi.draft.costs import CostTable, LiveCosts
 
 # What a burst of probes may cost, in rounds of the length in use; see `GoodputLength`.
 BURST_ROUNDS = 12.0
@@ -84,7 +84,7 @@ class DraftSight:
     logits_BV       the drafter's at this position, before temperature and filters (warped greedy distributions are
                     one-hot and say nothing).
     agreements      S of depths 0 .. depth, float32 [B] each, and
-    token_ratios    A of depths 0 .. depth - 1, where a companion drafts along (`dvi.companions`); else both are empty.
+    token_ratios    A of depths 0 .. depth - 1, where a companion drafts along (`dvi.draft.companions`); else both empty.
                     Where the output cannot depend on what is verified, in greedy and Gumbel-coupled rounds, also A of
                     this depth: it tells of the token drawn here.
     """

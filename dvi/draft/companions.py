@@ -7,7 +7,7 @@ companion's, at one position of a draft:
     A = min(1, Pc(a) / Pd(a))                what the companion thinks of the drawn token a
 
 Both before temperature and filters. Knows draft logits, shallow states and the rows' texts; decides nothing. One that
-is a model of its own is in `dvi.companion_model`.
+is a model of its own is in `dvi.draft.companion_model`.
 """
 # B rows, D hidden, V the drafter's vocabulary (trimmed or full).
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dvi.decode.speculator import SelfSpeculator
     from dvi.model.drafter import DrafterConfig
     from dvi.records import GenerationResult, Learner, RoundStats, SamplingParams
-    from dvi.speculator import SelfSpeculator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = dict.fromkeys(("GenerationResult", "Learner", "RoundStats", "SamplingParams"), "dvi.records") | {
-    "DrafterConfig": "dvi.model.drafter", "SelfSpeculator": "dvi.speculator",
+    "DrafterConfig": "dvi.model.drafter", "SelfSpeculator": "dvi.decode.speculator",
 }  # fmt: skip
 
 

@@ -16,12 +16,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dvi.decoding import PREFILL_CHUNK
+from dvi.decode.round import PREFILL_CHUNK
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.model.split import SplitModel
 from dvi.progress import each
 from dvi.records import RoundStats, SamplingParams
-from dvi.speculator import PLAIN, SelfSpeculator
 
 PROMPTS = (
     "Once upon a time there was a little girl who",

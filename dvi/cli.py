@@ -41,9 +41,9 @@ from dvi.software import extra_of, install_extra
 from dvi.terminal import finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:
+    from dvi.decode.speculator import Prompt, SelfSpeculator
+    from dvi.decode.verification import VerifyRule
     from dvi.serving.loop import EngineLoop
-    from dvi.speculator import Prompt, SelfSpeculator
-    from dvi.verification import VerifyRule
 
 USER_ERROR = 2
 PEER_LOST = 3
@@ -343,7 +343,7 @@ def serve(
 
             speculator, learner = build_serving(place.config, place.peers)
         else:
-            from dvi.speculator import build_speculator
+            from dvi.decode.speculator import build_speculator
 
             speculator, learner = build_speculator(place.config), None
         loop = build_loop(settings, speculator, learner)
@@ -555,8 +555,8 @@ def export(
 
         speculator, metrics, config = load_run(run, model=model)
     else:
+        from dvi.decode.speculator import SelfSpeculator
         from dvi.model.adapter_store import read_manifest
-        from dvi.speculator import SelfSpeculator
 
         manifest = read_manifest(adapter)
         metrics, config = manifest.metrics, manifest.config
@@ -646,7 +646,7 @@ def doctor() -> None:
 
 def _load(model: str, **options: Any) -> SelfSpeculator:
     """The speculator, with the libraries' own progress bars and notes turned off."""
-    from dvi.speculator import SelfSpeculator
+    from dvi.decode.speculator import SelfSpeculator
 
     return SelfSpeculator.from_pretrained(model, **options)
 
@@ -655,7 +655,7 @@ def _rule(name: str, margin_theta: float | None) -> VerifyRule:
     """The rule as the options have it; one that is lossy is announced."""
     import dataclasses
 
-    from dvi.verification import make_rule
+    from dvi.decode.verification import make_rule
 
     settings = dataclasses.replace(_VERIFY, rule=name)
     if margin_theta is not None:

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from dvi import software
 from dvi.config import load_config
+from dvi.decode.precision import known_dtype
+from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator, choose_split_layer
 from dvi.memory_plan import DEVICE_GB, SplitShape
 from dvi.model.adapter_store import MANIFEST_FILE, read_manifest
 from dvi.model.context import max_positions_of, why_shorter
@@ -27,10 +29,8 @@ from dvi.model.exact import ExactSplit
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
 from dvi.model.starting_drafter import settle_adapter
-from dvi.precision import known_dtype
 from dvi.records import LearnerMemory
 from dvi.settings import LearningSettings, ServeConfig, TrainConfig
-from dvi.speculator import EXACT_WIDTH, SelfSpeculator, choose_split_layer
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "gguf")
 OPTIONAL = {"fastapi": ("serve", "a server"), "deepspeed": ("deepspeed", "training with DeepSpeed")}  # extra, what for

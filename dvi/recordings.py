@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dvi import progress
-from dvi.decoding import PREFILL_CHUNK
+from dvi.decode.round import PREFILL_CHUNK
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.model.split import SplitModel
 from dvi.records import RoundStats, SamplingParams, Transitions
-from dvi.speculator import PLAIN, SelfSpeculator
 
 ROUNDS_AT_ONCE = 512  # round starts whose drafts are computed together: bounds the logits in memory
 

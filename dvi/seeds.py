@@ -1,4 +1,4 @@
-"""Which seed draws what. Knows integers only; the draws themselves are in `dvi.sampling`.
+"""Which seed draws what. Knows integers only; the draws themselves are in `dvi.decode.sampling`.
 
 A request's draws are a function of its seed, its prompt, and which answer to that prompt it is: never of its place in a
 list, of its batch mates, or of the requests before it. Two requests that one learner serves share no draws, unless they

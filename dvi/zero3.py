@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
+from dvi.decode.speculator import SelfSpeculator, choose_split_layer, make_drafter
 from dvi.model.devices import gather_module
 from dvi.model.drafter import DrafterConfig
 from dvi.model.pretrained import read_config, read_tokenizer, refuse_gguf
@@ -26,7 +27,6 @@ from dvi.model.split import fingerprint_of_head, post_head_of, refuse_unsplittab
 from dvi.model.views_path import Anatomy, dissect
 from dvi.recordings import RecordedText
 from dvi.software import install_extra
-from dvi.speculator import SelfSpeculator, choose_split_layer, make_drafter
 
 
 class ShardedBackbone:

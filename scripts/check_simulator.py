@@ -23,6 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from dvi.bench.machine import describe_machine
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength
 from dvi.planning.measurement import DRAFT_TOKENS, measure_overheads, measure_passes
@@ -34,7 +35,6 @@ from dvi.records import SamplingParams, ServingPlan
 from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice, Request
 from dvi.serving.scheduler import SchedulerLimits
-from dvi.speculator import SelfSpeculator
 from dvi.traffic import read_prompts
 
 CONSOLE = Console(stderr=True, width=None if sys.stderr.isatty() else 120)

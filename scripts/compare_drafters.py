@@ -21,13 +21,13 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dvi.config import load_config
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.progress import shown_on
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.settings import LearningSettings
-from dvi.speculator import SelfSpeculator
 from trainers import OnlineTrainer
 from trainers.warmup import RecordingLearner
 

@@ -17,11 +17,11 @@ import torch.distributed
 import torch.multiprocessing
 
 from dvi.config import load_config
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
 from dvi.losses import forward_kl, log_probs
 from dvi.records import SamplingParams
-from dvi.speculator import SelfSpeculator
 from dvi.traffic import read_prompts
 from trainers import OnlineTrainer
 

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import dvi.decoding
+import dvi.decode.round
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.guarded import Box, Journal, Part, Skipped, guard, run_parts
 from dvi.bench.machine import describe_machine
@@ -48,12 +48,12 @@ from dvi.bench.random_rounds import (
 )
 from dvi.bench.records import Arm, ArmPlan
 from dvi.bench.rivals import rival_plans
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
 from dvi.model.cuda_graph import RoundGraphs
 from dvi.records import SamplingParams, Transitions
 from dvi.settings import LearningSettings
-from dvi.speculator import SelfSpeculator
 from trainers.online import OnlineTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def decode_restlessly(
         return capture(graphs, function)
 
     params = [SamplingParams(max_new_tokens=shape.new_tokens - 5 * i) for i in range(3)]
-    no_graphs = mock.patch.object(dvi.decoding, "can_capture", lambda split: False)
+    no_graphs = mock.patch.object(dvi.decode.round, "can_capture", lambda split: False)
     with mock.patch.object(RoundGraphs, "_capture", counted), no_graphs if not may_capture else mock.MagicMock():
         results = list(speculator.generate(
             prompts_of(shape, 3), params, batch_size=2, learner=learner, policy=FixedLength(num_draft_tokens)

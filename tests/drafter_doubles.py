@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import DraftSight, RoundInfo, RoundOutcome
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams, Transitions
-from dvi.speculator import PLAIN, SelfSpeculator
 
 SURE = 30.0  # a logit so far above 0 that softmax puts all but e^-30 on it, and that survives every penalty
 

@@ -16,7 +16,7 @@ class Mutation:
     tests: str
 
 
-DECODING, VERIFICATION, SAMPLING = "dvi/decoding.py", "dvi/verification.py", "dvi/sampling.py"
+DECODING, VERIFICATION, SAMPLING = "dvi/decode/round.py", "dvi/decode/verification.py", "dvi/decode/sampling.py"
 CACHE, DIRECT, DRAFTER = "dvi/model/kv_cache.py", "dvi/model/llama_path.py", "dvi/model/drafter.py"
 ONLINE, REPLAY = "trainers/online.py", "dvi/replay.py"
 
@@ -358,7 +358,7 @@ MUTATIONS = [
     ),
     # Text
     Mutation(
-        "beginning_of_a_stop_string_shown", "dvi/text.py",
+        "beginning_of_a_stop_string_shown", "dvi/decode/text.py",
         "range(min(len(stop) - 1, len(text)), 0, -1)", "range(min(len(stop) - 2, len(text)), 0, -1)",
         "tests/test_text.py",
     ),

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from starlette.testclient import TestClient
 
 from dvi.config import load_config
+from dvi.decode.speculator import build_speculator
 from dvi.planning.controller import build_controller
 from dvi.records import DrafterVersion, RoundStats
 from dvi.serving.access import Access
@@ -23,7 +24,6 @@ from dvi.serving.request import Draining, Request, RequestOutput
 from dvi.serving.server import Server, build_loop
 from dvi.serving.sockets import open_socket, url_of
 from dvi.settings import ServeConfig
-from dvi.speculator import build_speculator
 
 STORIES = str(Path(__file__).parent / "stories260k")
 CHAT_TEMPLATE = (

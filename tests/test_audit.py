@@ -12,9 +12,9 @@ import torch
 
 import dvi.audit
 from dvi.audit import audit, divergence_table, logits_in_blocks
+from dvi.decode.speculator import SelfSpeculator
 from dvi.model.drafter import DrafterConfig
 from dvi.records import Verdict
-from dvi.speculator import SelfSpeculator
 from tests.exact_doubles import self_check_left_out
 
 STORIES = Path(__file__).parent / "stories260k"
@@ -71,7 +71,7 @@ class AcceptEverything:
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 def test_a_verifier_that_accepts_everything_is_found_and_not_explained(load, mode, monkeypatch):
     """Catches an audit that explains every difference by noise, and one that looks at counts only."""
-    monkeypatch.setattr("dvi.decoding.verify_greedy", AcceptEverything())
+    monkeypatch.setattr("dvi.decode.round.verify_greedy", AcceptEverything())
     report = run(load(mode))
     assert report.num_matches == 0 and report.num_unexplained == 2
     for divergence in report.divergences:
@@ -82,7 +82,7 @@ def test_a_verifier_that_accepts_everything_is_found_and_not_explained(load, mod
 
 def test_a_difference_within_the_noise_is_explained_in_fast_mode_and_never_in_exact(load, monkeypatch):
     """Catches rounding reported as a bug, and the excuse of rounding where bits are promised."""
-    monkeypatch.setattr("dvi.decoding.verify_greedy", AcceptEverything())
+    monkeypatch.setattr("dvi.decode.round.verify_greedy", AcceptEverything())
     monkeypatch.setattr("dvi.audit._noise", lambda split, ids, start, other: (torch.arange(512.0), 1e6))
     assert run(load("fast")).num_unexplained == 0
     assert run(load("exact")).num_unexplained == 2

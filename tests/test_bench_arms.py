@@ -204,7 +204,7 @@ def test_costs_of_the_goodput_rule_are_measured_by_the_build(speculator, monkeyp
         dvi.bench.arms, "measure_costs",
         lambda *args, rows, **options: measured.append(rows) or measure(*args, rows=rows, budget_s=0.0, **options),
     )
-    monkeypatch.setattr("dvi.speculator.measure_costs", None)
+    monkeypatch.setattr("dvi.decode.speculator.measure_costs", None)
     plan = plans(speculator, ArmOptions(max_new_tokens=16, policy="goodput", batch_size=3))["speculative"]
     arm = plan.build()
     assert measured == [(1, 2, 3)]

@@ -14,10 +14,10 @@ from dvi import SelfSpeculator
 from dvi.bench.commands import COMPANIONS, LENGTH_POLICIES
 from dvi.bench.length_policies import LengthSettings, Stream, run_lengths
 from dvi.bench.length_report import plot_lengths, report_tables, summarise
+from dvi.decode.speculator import PLAIN
 from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DrafterConfig
 from dvi.records import RoundStats
-from dvi.speculator import PLAIN
 from dvi.terminal import make_console
 from tests.tiny_models import tiny_model
 

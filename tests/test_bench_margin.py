@@ -14,7 +14,7 @@ from dvi.bench.margin import MarginSettings
 from dvi.bench.margin_quality import final_number, negative_log_likelihood, shared_share
 from dvi.bench.margin_report import report_tables, summarise
 from dvi.bench.questions import load_questions
-from dvi.speculator import SelfSpeculator
+from dvi.decode.speculator import SelfSpeculator
 
 QUESTIONS = [
     {"question_id": 1, "category": "math_reasoning", "turns": ["Ben had 3 dogs and 4 cats. How many?"],

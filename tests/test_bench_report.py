@@ -17,8 +17,8 @@ from dvi.bench.records import ArmAnswer, ArmPlan
 from dvi.bench.report import compare_with_harness, make_report, read_results, summarise
 from dvi.bench.spec_bench import BenchSettings, run_spec_bench
 from dvi.bench.tables import ReportTable, report_tables
+from dvi.decode.speculator import SelfSpeculator
 from dvi.records import RoundStats
-from dvi.speculator import SelfSpeculator
 
 MODEL = Path(__file__).parent / "stories260k"
 QUESTIONS = [

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.agreement import FIRST_FIT, AcceptanceBins
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.companions import EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
@@ -31,7 +32,6 @@ from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.settings import DraftSettings
-from dvi.speculator import SelfSpeculator
 from tests.drafter_doubles import random_drafter, small_config
 from tests.tiny_models import tiny_model
 

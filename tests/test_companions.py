@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvi.decode.speculator import COMPANIONS, SelfSpeculator
 from dvi.draft.companion_model import MAX_RAGGED, ModelCompanion, load_companion
 from dvi.draft.companions import (
     EMA_MOMENTUM,
@@ -28,7 +29,6 @@ from dvi.draft.companions import (
 from dvi.draft.length_policies import FixedLength, RoundOutcome
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
-from dvi.speculator import COMPANIONS, SelfSpeculator
 from tests.drafter_doubles import MemoryDrafter, broken_drafter, random_drafter, randomise, small_config
 from tests.tiny_models import tiny_model
 

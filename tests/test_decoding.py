@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from dvi.decoding import DecodingBatch, Sequence
+from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.speculator import PLAIN, SelfSpeculator
+from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import ConfidenceStop, FixedLength, LengthPolicy
 from dvi.records import SamplingParams, Transitions
-from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.verification import StrictRule
 from tests.drafter_doubles import (
     MemoryDrafter,
     RaggedLength,

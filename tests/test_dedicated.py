@@ -15,9 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import PeerLostError
 from dvi.records import SamplingParams, Transitions
-from dvi.speculator import SelfSpeculator
 from tests.dedicated_ranks import NUM_RANKS, run_ranks
 from tests.drafter_doubles import small_config
 from tests.random_traffic import HIDDEN, SETTINGS, VOCAB_SIZE, assert_same, serving, state_of, stretch

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from dvi.decode.verification import count_leading
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.companions import SelfCompanion
 from dvi.draft.costs import CostTable
@@ -28,7 +29,6 @@ from dvi.draft.length_policies import (
     RoundInfo,
     RoundOutcome,
 )
-from dvi.verification import count_leading
 
 ONE_ROW = RoundInfo(num_rows=1)
 CHEAP = CostTable(draft_step_s={1: 0.1}, verify_s={1: 1.0, 9: 1.4})

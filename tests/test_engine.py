@@ -14,13 +14,13 @@ from collections import defaultdict
 import pytest
 import torch
 
-from dvi.decoding import DecodingBatch
+from dvi.decode.round import DecodingBatch
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import CostTable
 from dvi.records import SamplingParams
 from dvi.serving.engine import PREFIX_CHUNK, Engine
 from dvi.serving.request import DraftChoice, Request, RequestOutput, Timeouts
 from dvi.serving.scheduler import SchedulerLimits
-from dvi.speculator import PLAIN, SelfSpeculator
 from tests.drafter_doubles import Letters, plain_text, random_drafter, randomise, small_config
 from tests.exact_doubles import self_check_left_out
 from tests.tiny_models import tiny_model

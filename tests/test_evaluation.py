@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.records import RoundStats, SamplingParams
-from dvi.speculator import SelfSpeculator
 from dvi.telemetry import MetricsWriter, read_metrics
 from tests.tiny_models import tiny_model
 from trainers.evaluation import HeldOutRequests, Measurement, headline

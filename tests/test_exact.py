@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvi.decode.speculator import EXACT_WIDTH, PLAIN, SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.model.exact import ExactSplit
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
-from dvi.speculator import EXACT_WIDTH, PLAIN, SelfSpeculator
 from tests.drafter_doubles import MemoryDrafter, RaggedLength, plain_text, small_config
 from tests.exact_doubles import need_self_check, self_check_left_out
 from tests.tiny_models import tiny_model

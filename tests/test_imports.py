@@ -13,9 +13,9 @@ ROWS = (
     "dvi.settings dvi.software dvi.bundled dvi.key_names dvi.progress dvi.signals dvi.whole_files",
     "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
     "dvi.arguments dvi.starter",
-    "dvi.sampling dvi.telemetry dvi.verification dvi.model.kv_cache dvi.model.ragged dvi.draft.costs "
-    "dvi.model.cuda_graph dvi.traffic dvi.prompt_files dvi.model.context dvi.durable dvi.model.chat_templates "
-    "dvi.model.gguf dvi.measured dvi.bench.machine dvi.seeds dvi.model.end_tokens",
+    "dvi.decode.sampling dvi.telemetry dvi.decode.verification dvi.model.kv_cache dvi.model.ragged "
+    "dvi.draft.costs dvi.model.cuda_graph dvi.traffic dvi.prompt_files dvi.model.context dvi.durable "
+    "dvi.model.chat_templates dvi.model.gguf dvi.measured dvi.bench.machine dvi.seeds dvi.model.end_tokens",
     "dvi.model.pretrained",
     "dvi.model.devices",
     "dvi.model.conversion",
@@ -26,10 +26,10 @@ ROWS = (
     "dvi.draft.length_policies dvi.draft.companion_model",
     "dvi.draft.companion_length",
     "dvi.model.adapter_store dvi.memory_plan",
-    "dvi.decoding dvi.model.exact dvi.draft.measure_costs dvi.text",
+    "dvi.decode.round dvi.model.exact dvi.draft.measure_costs dvi.decode.text",
     "dvi.model.starting_drafter",
-    "dvi.precision",
-    "dvi.speculator",
+    "dvi.decode.precision",
+    "dvi.decode.speculator",
     "dvi.recordings",
     "dvi.planning.plans dvi.planning.profile dvi.planning.workload dvi.planning.drift",
     "dvi.planning.steps",

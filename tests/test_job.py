@@ -11,8 +11,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dvi.config import load_config
+from dvi.decode.precision import dtype_of_run
 from dvi.model.adapter_store import read_manifest
-from dvi.precision import dtype_of_run
 from dvi.signals import handled
 from dvi.telemetry import read_metrics
 from tests.job_interruptions import Crash, after_requests, crash, interrupt, terminate
@@ -146,11 +146,11 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_or_resumed_as_another(sett
 
 def test_a_run_of_dtype_auto_says_which_it_took_and_is_resumed_in_it(settings, tmp_path, monkeypatch):
     """Catches a resumed run in another dtype, whose drafter no longer fits, because the machine is another today."""
-    monkeypatch.setattr("dvi.precision.choose_dtype", lambda *_, **__: "bfloat16")
+    monkeypatch.setattr("dvi.decode.precision.choose_dtype", lambda *_, **__: "bfloat16")
     after_requests(monkeypatch, 2, interrupt)
     run(settings())
     assert dtype_of_run(tmp_path / "run") == "bfloat16"
-    monkeypatch.setattr("dvi.precision.choose_dtype", lambda *_, **__: "float32")
+    monkeypatch.setattr("dvi.decode.precision.choose_dtype", lambda *_, **__: "float32")
     resumed = run(settings(output__resume="true"))
     assert resumed["status"] == "done" and read_manifest(tmp_path / "run/drafter").dtype == "bfloat16"
     with pytest.raises(ValueError, match=r"model\.dtype must be 'bfloat16' to resume"):

@@ -22,6 +22,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvi.decode.sampling import SamplingBatch, Seen, SeenTokens, sample_from
+from dvi.decode.verification import VerifyRule, acceptance_probs, count_leading, residual_probs, verify_by_rejection
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.companions import agreement, token_ratio
 from dvi.draft.length_policies import (
@@ -34,8 +36,6 @@ from dvi.draft.length_policies import (
     RoundOutcome,
 )
 from dvi.records import SamplingParams, Verdict
-from dvi.sampling import SamplingBatch, Seen, SeenTokens, sample_from
-from dvi.verification import VerifyRule, acceptance_probs, count_leading, residual_probs, verify_by_rejection
 
 TOLERANCE = 1e-12
 BISECTIONS = 56  # thresholds to 2**-56, far below the tolerance

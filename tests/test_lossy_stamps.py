@@ -19,15 +19,15 @@ from dvi.bench.questions import Conversation, Question
 from dvi.bench.report import make_report
 from dvi.bench.spec_bench import BenchSettings, run_spec_bench
 from dvi.config import load_config
+from dvi.decode.speculator import SelfSpeculator
+from dvi.decode.verification import MarginRule, StrictRule
 from dvi.draft.length_policies import FixedLength
 from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.records import SamplingParams
 from dvi.serving import dashboard
 from dvi.serving.figures import Figures
 from dvi.serving.live import show
-from dvi.speculator import SelfSpeculator
 from dvi.telemetry import read_metrics
-from dvi.verification import MarginRule, StrictRule
 from tests.random_traffic import serving, stretch, trainer_of
 from trainers.evaluation import HeldOutRequests
 from trainers.job import run_training

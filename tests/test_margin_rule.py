@@ -13,13 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dvi.draft.length_policies import FixedLength
-from dvi.records import GenerationResult, SamplingParams, Transitions
-from dvi.replay import ReplayBuffer
-from dvi.sampling import SamplingBatch
-from dvi.settings import VerifySettings
-from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.verification import (
+from dvi.decode.sampling import SamplingBatch
+from dvi.decode.speculator import PLAIN, SelfSpeculator
+from dvi.decode.verification import (
     MarginRule,
     StrictRule,
     TypicalRule,
@@ -28,6 +24,10 @@ from dvi.verification import (
     verify_by_rejection,
     verify_greedy,
 )
+from dvi.draft.length_policies import FixedLength
+from dvi.records import GenerationResult, SamplingParams, Transitions
+from dvi.replay import ReplayBuffer
+from dvi.settings import VerifySettings
 from tests.drafter_doubles import MemoryDrafter, plain_text, random_drafter, small_config
 from tests.exact_doubles import self_check_left_out
 from tests.test_lossless_law import TOLERANCE, always, law_error, measured_law, random_instances, target_law

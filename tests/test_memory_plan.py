@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from dvi import losses, memory_plan
 from dvi.config import load_config
+from dvi.decode.speculator import SelfSpeculator
 from dvi.memory_plan import MemoryPlan, SplitShape
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.records import LossWeights, ReplayBatch, SamplingParams
 from dvi.replay import ReplayBuffer
 from dvi.settings import DrafterSettings, LearningSettings, ServeConfig, TrainConfig
-from dvi.speculator import SelfSpeculator
 from trainers import online
 from trainers.memory import learner_memory
 from trainers.versions import KEPT_VERSIONS

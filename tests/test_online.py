@@ -16,11 +16,11 @@ from torch import Tensor
 import trainers.budget
 import trainers.online
 import trainers.student
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
 from dvi.settings import LearningSettings
-from dvi.speculator import SelfSpeculator
 from tests.drafter_doubles import small_config
 from tests.random_traffic import (
     SETTINGS,

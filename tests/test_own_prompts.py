@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from dvi.config import load_config
+from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.model.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
-from dvi.speculator import SelfSpeculator, build_speculator
 from tests.drafter_doubles import small_config
 from tests.job_interruptions import after_requests, interrupt
 from trainers.evaluation import HeldOutRequests

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import dvi.decoding
+import dvi.decode.round
 import dvi.model.llama_path
-from dvi.decoding import DecodingBatch, Sequence
+from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import ConfidenceStop, DraftSight, FixedLength, LengthPolicy
 from dvi.model.exact import ExactSplit
 from dvi.model.kv_cache import RollbackCache
 from dvi.model.ragged import Packing, is_worth_packing
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams, Transitions
-from dvi.verification import StrictRule
 from tests.drafter_doubles import RaggedLength, random_drafter
 from tests.exact_doubles import need_self_check, self_check_left_out
 from tests.tiny_models import tiny_model
@@ -211,7 +211,7 @@ def test_ragged_rounds_pack_and_give_the_rectangles_tokens_and_experience(monkey
     pairs = zip(counted, rectangles, strict=True)
     assert passes.num_positions == [m for m, n in pairs if is_worth_packing(m, n)] != []
 
-    monkeypatch.setattr(dvi.decoding, "is_worth_packing", lambda *_: False)
+    monkeypatch.setattr(dvi.decode.round, "is_worth_packing", lambda *_: False)
     wanted_tokens, wanted = tokens_and_experience(batch_of(split, RaggedLength(6, seed=3)), 8)
     assert tokens == wanted_tokens
     for one, other in zip(transitions, wanted, strict=True):
@@ -230,14 +230,14 @@ class OneRowDrafts(FixedLength):
 def test_what_is_not_computed_cannot_fail_a_row(monkeypatch):
     """h_k that is infinite at positions that do not count: their row has done nothing wrong."""
     split = split_of()
-    propose = dvi.decoding.propose
+    propose = dvi.decode.round.propose
 
     def propose_with_inf(*args: object, **options: object) -> object:
         draft = propose(*args, **options)
         draft.hidden_BUD[1:, 1:] = float("inf")
         return draft
 
-    monkeypatch.setattr(dvi.decoding, "propose", propose_with_inf)
+    monkeypatch.setattr(dvi.decode.round, "propose", propose_with_inf)
     batch = batch_of(split, OneRowDrafts(4))
     batch.round()
     assert [sequence.finish_reason for sequence in batch.sequences] == [None] * 5
@@ -279,8 +279,8 @@ def test_only_the_direct_path_on_a_cpu_packs():
 def test_the_host_knows_how_many_positions_count(monkeypatch):
     """The number that packing is decided by is the sum of what counts, also where a round ends early."""
     drafts = []
-    propose = dvi.decoding.propose
-    monkeypatch.setattr(dvi.decoding, "propose", lambda *a, **o: drafts.append(propose(*a, **o)) or drafts[-1])
+    propose = dvi.decode.round.propose
+    monkeypatch.setattr(dvi.decode.round, "propose", lambda *a, **o: drafts.append(propose(*a, **o)) or drafts[-1])
     batch = batch_of(split_of(), RaggedLength(5, seed=1, keep=0.5))
     tokens_and_experience(batch, 8)
     for draft in drafts:

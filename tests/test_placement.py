@@ -12,6 +12,7 @@ from torch import distributed
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dvi.decode.speculator import SelfSpeculator
 from dvi.model.devices import (
     check_ranks_agree,
     check_settings,
@@ -34,7 +35,6 @@ from dvi.settings import (
     WarmupConfig,
     WarmupSettings,
 )
-from dvi.speculator import SelfSpeculator
 from tests.exact_doubles import self_check_left_out
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.planning import measurement
 from dvi.planning.measurement import fingerprint_of, measure_workload, obtain_profile
 from dvi.planning.profile import LatencyProfile, PassSeconds, default_folder, profile_path, read_profile, write_profile
 from dvi.planning.simulator import Simulator
 from dvi.planning.workload import AcceptanceModel, Workload, read_acceptance, read_lengths
 from dvi.records import SamplingParams, ServingPlan
-from dvi.speculator import PLAIN, SelfSpeculator
 from tests.exact_doubles import self_check_left_out
 from tests.planning_doubles import synthetic
 from tests.tiny_models import tiny_model

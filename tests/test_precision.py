@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from dvi import SelfSpeculator, precision
+from dvi import SelfSpeculator
 from dvi.config import load_config
-from dvi.model.pretrained import read_config
-from dvi.precision import (
+from dvi.decode import precision
+from dvi.decode.precision import (
     PlainSpeeds,
     choose_dtype,
     dtype_of_run,
@@ -23,7 +23,8 @@ from dvi.precision import (
     plain_lead,
     settle_dtype,
 )
-from dvi.speculator import build_speculator
+from dvi.decode.speculator import build_speculator
+from dvi.model.pretrained import read_config
 
 STORIES = str(Path(__file__).parent / "stories260k")
 

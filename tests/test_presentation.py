@@ -11,8 +11,8 @@ from tiny_models import tiny_model
 
 import dvi
 import trainers
+from dvi.decode.speculator import SelfSpeculator
 from dvi.records import Draft, GenerationResult, ReplayBatch, RoundStats, SamplingParams, Transitions, Verdict
-from dvi.speculator import SelfSpeculator
 from trainers import OnlineTrainer
 
 ROOT = Path(__file__).parents[1]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.recordings import decode_answers, record, replay_rounds
 from dvi.records import RoundStats, SamplingParams
 from dvi.settings import LearningSettings
-from dvi.speculator import PLAIN, SelfSpeculator
 from tests.drafter_doubles import small_config
 from trainers.online import OnlineTrainer
 from trainers.warmup import learn_from_recordings

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AddedToken
 
-from dvi.decoding import DecodingBatch, Sequence
+from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.speculator import PLAIN, SelfSpeculator
+from dvi.decode.text import TextStream
 from dvi.records import SamplingParams
 from dvi.serving.engine import Engine
-from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.text import TextStream
 from tests.drafter_doubles import small_config
 from tests.serving_doubles import client_of, stories_config, stories_loop
 from tests.test_engine import Gathered, alone, engine_of, greedy, random_prompts, request_of

@@ -22,9 +22,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from dvi.decode.sampling import Role, SamplingBatch, Seen, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
+from dvi.decode.verification import verify_by_rejection
 from dvi.records import SamplingParams
-from dvi.sampling import Role, SamplingBatch, Seen, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
-from dvi.verification import verify_by_rejection
 
 FALSE_ALARM = 1e-6
 

@@ -17,13 +17,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from dvi.decode.speculator import PLAIN, SelfSpeculator
+from dvi.decode.verification import verify_by_rejection
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.companions import SelfCompanion
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import ConfidenceStop, FixedLength, LengthPolicy, RoundOutcome
 from dvi.records import SamplingParams, Verdict
-from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.verification import verify_by_rejection
 from tests.drafter_doubles import RaggedLength, broken_drafter, random_drafter, small_config
 from tests.tiny_models import tiny_model
 
@@ -156,7 +156,7 @@ def test_the_same_measurement_finds_a_rule_that_accepts_a_little_too_often(monke
         *others, accept_uniform_BT, recover_uniform_B, waived_BT = args
         return verify_by_rejection(*others, accept_uniform_BT * 0.8, recover_uniform_B, waived_BT)
 
-    monkeypatch.setattr("dvi.decoding.verify_by_rejection", lenient)
+    monkeypatch.setattr("dvi.decode.round.verify_by_rejection", lenient)
     options, policy = CONFIGS["temperature"]
     counts, _, _ = sampled_pairs(options, policy)
     law = law_of_pairs(options)

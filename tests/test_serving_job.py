@@ -537,7 +537,7 @@ def test_a_folder_of_another_drafter_or_of_a_training_run_is_refused(config, tmp
 def test_a_server_of_dtype_auto_goes_on_in_the_dtype_it_began_with(config, tmp_path: Path, monkeypatch) -> None:
     """Catches a server that refuses its own folder, or what it learnt, when the machine is another today."""
     for dtype in ("bfloat16", "float32"):
-        monkeypatch.setattr("dvi.precision.choose_dtype", lambda *_, dtype=dtype, **__: dtype)
+        monkeypatch.setattr("dvi.decode.precision.choose_dtype", lambda *_, dtype=dtype, **__: dtype)
         speculator, learner = build_serving(config())
         assert speculator.split.dtype == torch.bfloat16
         learner.checkpoint()

@@ -29,10 +29,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from dvi.decode.speculator import PLAIN, build_speculator
 from dvi.records import SamplingParams
 from dvi.serving.access import load_access
 from dvi.serving.server import build_loop
-from dvi.speculator import PLAIN, build_speculator
 from tests.serving_doubles import CHAT_TEMPLATE, listening, stories_config
 from trainers.server_job import build_serving
 from trainers.versions import KEPT_VERSIONS, LISTED_VERSIONS

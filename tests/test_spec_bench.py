@@ -14,9 +14,9 @@ from dvi.bench.interview import count_tokens
 from dvi.bench.questions import Conversation, Question
 from dvi.bench.records import ArmAnswer, ArmPlan
 from dvi.bench.spec_bench import BenchSettings, run_spec_bench
+from dvi.decode.speculator import PLAIN
 from dvi.draft.length_policies import FixedLength
 from dvi.records import RoundStats
-from dvi.speculator import PLAIN
 
 EOS = 2
 QUESTIONS = [

@@ -18,8 +18,8 @@ import torch
 
 from dvi.bench.answers import check_answer
 from dvi.bench.questions import answer_text, vicuna_prompt
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.records import SamplingParams
-from dvi.speculator import PLAIN, SelfSpeculator
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "spec_bench" / "inference_dvi.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dvi import SamplingParams, SelfSpeculator
-from dvi.speculator import GOODPUT_BUCKETS, default_split_layer
+from dvi.decode.speculator import GOODPUT_BUCKETS, default_split_layer
 from trainers import OnlineTrainer
 
 STORIES = Path(__file__).parent / "stories260k"

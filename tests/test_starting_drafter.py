@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from dvi import SelfSpeculator
 from dvi.config import load_config, setting_of_run
+from dvi.decode.precision import settle_dtype
+from dvi.decode.speculator import build_speculator
 from dvi.inspection import describe_model
 from dvi.model.adapter_store import MANIFEST_FILE
 from dvi.model.starting_drafter import adapter_of_run, drafter_beside, settle_adapter
-from dvi.precision import settle_dtype
 from dvi.settings import ServeConfig
-from dvi.speculator import build_speculator
 from tests.drafter_doubles import small_config
 from trainers import server_job
 from trainers.memory import learner_memory

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi.decoding import DecodingBatch, Sequence
+from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.speculator import SelfSpeculator
+from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DRAFTER_KINDS
 from dvi.records import SamplingParams
 from dvi.settings import LearningSettings
-from dvi.speculator import SelfSpeculator
-from dvi.verification import StrictRule
 from tests.drafter_doubles import random_drafter, randomise, small_config
 from tests.tiny_models import tiny_model
 from trainers.online import OnlineTrainer

@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from dvi.config import load_config
-from dvi.speculator import build_speculator
+from dvi.decode.speculator import build_speculator
 from trainers.experiments import sweep as sweep_module
 from trainers.experiments.sweep import measure_live, run_sweep, speed_law
 from trainers.experiments.sweep_report import make_report, pick, plot_sweep, to_markdown, verdict

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dvi.decode.text import REPLACEMENT, TextStream
 from dvi.model.end_tokens import end_token_ids
-from dvi.text import REPLACEMENT, TextStream
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]

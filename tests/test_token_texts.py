@@ -7,8 +7,8 @@ import functools
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from dvi.decode.text import TextStream
 from dvi.serving.token_texts import TokenTexts, byte_alphabet
-from dvi.text import TextStream
 from tests.test_text import TEXTS, TOKENIZERS, ids_of, pieces_of, tokenizer_of
 
 

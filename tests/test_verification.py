@@ -8,16 +8,16 @@ import pytest
 import torch
 from scipy import stats
 
-from dvi.draft.length_policies import ConfidenceStop, DraftSight
-from dvi.records import SamplingParams
-from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
-from dvi.verification import (
+from dvi.decode.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
+from dvi.decode.verification import (
     acceptance_probs,
     count_leading,
     residual_probs,
     verify_by_rejection,
     verify_greedy,
 )
+from dvi.draft.length_policies import ConfidenceStop, DraftSight
+from dvi.records import SamplingParams
 
 FALSE_ALARM = 1e-6
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dvi.decoding import DecodingBatch, RowState, Sequence, draft_and_verify
+from dvi.decode.round import DecodingBatch, RowState, Sequence, draft_and_verify
+from dvi.decode.sampling import SamplingBatch, SeenTokens
+from dvi.decode.verification import StrictRule
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
 from dvi.draft.costs import CostTable
@@ -15,8 +17,6 @@ from dvi.model.drafter import build_drafter
 from dvi.model.llama_path import DirectPath
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
-from dvi.sampling import SamplingBatch, SeenTokens
-from dvi.verification import StrictRule
 from tests.drafter_doubles import random_drafter, small_config
 from tests.tiny_models import tiny_model
 

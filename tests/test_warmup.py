@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 import trainers.warmup as warmup_module
 from dvi.config import load_config
+from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.model.adapter_store import load_drafter, read_manifest
 from dvi.recordings import decode_answers, record, replay_rounds
 from dvi.settings import LearningSettings, WarmupConfig
-from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import read_metrics
 from dvi.traffic import AnsweredPrompt
 from tests.drafter_doubles import small_config

@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import distributed
 
 from dvi.config import load_config
+from dvi.decode.speculator import SelfSpeculator
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.recordings import RecordedText, record
 from dvi.settings import WarmupConfig
-from dvi.speculator import SelfSpeculator
 from dvi.telemetry import read_metrics
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import torch
 
+from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import PeerLostError, wait
 from dvi.records import Transitions, UpdateReport
 from dvi.signals import Interrupted, Signals
-from dvi.speculator import SelfSpeculator
 from dvi.telemetry import MetricsWriter
 from dvi.terminal import say
 from trainers.ballot import Ballot

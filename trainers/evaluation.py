@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from dvi import progress
+from dvi.decode.speculator import PLAIN, SelfSpeculator
+from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength, LengthPolicy
 from dvi.recordings import RecordedText, record, replay_rounds
 from dvi.records import GenerationResult, RoundStats, SamplingParams
-from dvi.speculator import PLAIN, SelfSpeculator
-from dvi.verification import StrictRule
 
 PROBE_SHARE = 0.02  # of the time that plain decoding for comparison may take
 PROBE_TOKENS = 16

@@ -26,15 +26,15 @@ from torch import nn
 
 from dvi import progress
 from dvi.config import load_config, write_provenance
+from dvi.decode.precision import dtype_of_run, plain_lead, settle_dtype
+from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.distributed import SOLO
 from dvi.durable import surviving_folder
 from dvi.model.adapter_store import load_drafter, read_manifest
-from dvi.precision import dtype_of_run, plain_lead, settle_dtype
 from dvi.records import GenerationResult, SamplingParams
 from dvi.seeds import answer_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from dvi.signals import Interrupted, Signals
-from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import METRICS_FILE, MetricsWriter, read_metrics
 from dvi.traffic import Messages
 from dvi.whole_files import write_whole

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.config import load_config
-from dvi.precision import dtype_of_run, settle_dtype
+from dvi.decode.precision import dtype_of_run, settle_dtype
 from dvi.settings import MACHINE_KEYS, PaperConfig, TrainConfig
 from trainers.job import DRAFTER, SUMMARY, run_training
 

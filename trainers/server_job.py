@@ -11,12 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dvi.config import write_provenance
+from dvi.decode.precision import settle_dtype
+from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.distributed import SOLO, Peers
 from dvi.model.adapter_store import read_manifest
 from dvi.model.starting_drafter import adapter_of_run, settle_adapter, with_adapter
-from dvi.precision import settle_dtype
 from dvi.settings import AUTO_ADAPTER, ServeConfig
-from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from trainers.checkpoint import CheckpointStore
 from trainers.online import OnlineTrainer

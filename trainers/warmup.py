@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from torch import nn
 
+from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.distributed import wait
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams, UpdateReport
 from dvi.settings import WarmupConfig
 from dvi.signals import Interrupted, Signals
-from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from dvi.zero3 import ShardedBackbone, ShardedSpeculator

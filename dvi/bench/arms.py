@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from dvi.bench.records import Arm, ArmAnswer, ArmPlan
+from dvi.decode.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, POLICIES, SelfSpeculator, goodput_buckets
+from dvi.decode.verification import StrictRule, VerifyRule
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import LengthPolicy
 from dvi.draft.measure_costs import measure_costs
@@ -23,8 +25,6 @@ from dvi.model.adapter_store import load_drafter
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.exact import ExactSplit
 from dvi.records import Learner, SamplingParams
-from dvi.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, POLICIES, SelfSpeculator, goodput_buckets
-from dvi.verification import StrictRule, VerifyRule
 
 OUR_ARMS = ("plain", "plain_padded", "speculative", "online", "online_untrained")
 LOSSY_SUFFIX = "_lossy"
@@ -37,7 +37,7 @@ class ArmOptions:
     max_new_tokens    hard limit of an answer; prompt and answer together end at the model's context.
     temperature       0 is greedy; no other filter is on.
     num_draft_tokens  T, the most tokens drafted in a round.
-    policy            how our arms choose up to T: a name of `dvi.speculator.POLICIES`.
+    policy            how our arms choose up to T: a name of `dvi.decode.speculator.POLICIES`.
     batch_size        the most prompts answered together; the goodput rule measures its costs for as many.
     rule              what our arms that draft verify by.
     """

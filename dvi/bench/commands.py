@@ -19,8 +19,8 @@ from dvi.terminal import finish, make_console, quieten_transformers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dvi.decode.speculator import SelfSpeculator
     from dvi.records import Learner
-    from dvi.speculator import SelfSpeculator
 
 RIVALS = get_args(Rival)
 MODES = ("frozen", "online", "online_untrained")

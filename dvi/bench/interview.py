@@ -14,9 +14,9 @@ from dvi.audit import logits_in_blocks
 from dvi.bench.answers import AnsweredTurn, Detail, FirstDifference
 from dvi.bench.questions import Conversation, Prompt, Question
 from dvi.bench.records import Arm, ArmAnswer
+from dvi.decode.speculator import SelfSpeculator
 from dvi.model.split import SplitModel
 from dvi.records import RoundStats
-from dvi.speculator import SelfSpeculator
 
 # A prompt leaves room for the whole answer, or for this share of the context where that is less: answers are mostly
 # short, and a prompt that is cut asks something else than the question.

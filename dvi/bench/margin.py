@@ -23,9 +23,9 @@ from dvi.bench.margin_quality import ANSWER_MARK, final_number, negative_log_lik
 from dvi.bench.margin_report import RESULTS_FILE, Line, make_report
 from dvi.bench.questions import Conversation, Question, load_questions, select
 from dvi.bench.records import ArmAnswer
+from dvi.decode.speculator import SelfSpeculator
+from dvi.decode.verification import MarginRule, StrictRule, TypicalRule, VerifyRule
 from dvi.progress import Stage, doing, each
-from dvi.speculator import SelfSpeculator
-from dvi.verification import MarginRule, StrictRule, TypicalRule, VerifyRule
 from dvi.whole_files import write_whole
 
 SCORED_TASK = "math_reasoning"  # GSM8K questions, whose references end in a number

@@ -20,7 +20,7 @@ from rich.console import Console
 from dvi.bench.margin_quality import shared_share
 from dvi.bench.statistics import Interval, median_interval
 from dvi.bench.tables import MISSING, ReportTable
-from dvi.verification import StrictRule
+from dvi.decode.verification import StrictRule
 from dvi.whole_files import write_picture, write_whole
 
 RESULTS_FILE, REPORT_JSON, REPORT_MARKDOWN, REPORT_PNG = "results.jsonl", "report.json", "report.md", "margin.png"

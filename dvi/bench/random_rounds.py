@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dvi.decoding import RowState, VerifiedRound, draft_and_verify
+from dvi.decode.round import RowState, VerifiedRound, draft_and_verify
+from dvi.decode.sampling import SamplingBatch
+from dvi.decode.speculator import SelfSpeculator
+from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength
 from dvi.model.cuda_graph import RoundGraphs
 from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.records import SamplingParams
-from dvi.sampling import SamplingBatch
-from dvi.speculator import SelfSpeculator
-from dvi.verification import StrictRule
 
 
 @dataclasses.dataclass(frozen=True)

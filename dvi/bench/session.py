@@ -19,10 +19,10 @@ from dvi.bench.questions import Conversation, load_questions
 from dvi.bench.report import make_report
 from dvi.bench.rivals import rival_plans
 from dvi.bench.spec_bench import RUN_FILE, BenchSettings, run_spec_bench
+from dvi.decode.speculator import SelfSpeculator
+from dvi.decode.verification import make_rule
 from dvi.model.pretrained import read_tokenizer
 from dvi.settings import PaperConfig, VerifySettings
-from dvi.speculator import SelfSpeculator
-from dvi.verification import make_rule
 
 ARM_OF_MODE = {"frozen": "speculative", "online": "online", "online_untrained": "online_untrained"}
 

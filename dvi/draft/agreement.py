@@ -1,8 +1,8 @@
 """How often drafted tokens are accepted that look alike to a companion: P(accept | S, A), learned while serving.
 
 S and A are of `dvi.draft.companions`. Knows such pairs, as numbers of the host, and what became of them; knows no
-tensors, models, rows or costs. After Speculative Verification (Kim et al. 2025, arXiv 2509.24328), whose adaptive bins have come
-to 272, 16 of S times 17 of A.
+tensors, models, rows or costs. After Speculative Verification (Kim et al. 2025, arXiv 2509.24328), whose adaptive bins
+have come to 272, 16 of S times 17 of A.
 """
 # N samples, J bins of S, K bins of A in each of them.
 

@@ -84,7 +84,7 @@ class DraftSight:
     logits_BV       the drafter's at this position, before temperature and filters (warped greedy distributions are
                     one-hot and say nothing).
     agreements      S of depths 0 .. depth, float32 [B] each, and
-    token_ratios    A of depths 0 .. depth - 1, where a companion drafts along (`dvi.draft.companions`); else both empty.
+    token_ratios    A of depths 0 .. depth - 1, where a companion drafts along, see `dvi.draft.companions`; else none.
                     Where the output cannot depend on what is verified, in greedy and Gumbel-coupled rounds, also A of
                     this depth: it tells of the token drawn here.
     """

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from dvi.bench.machine import describe_machine
-from dvi.decoding import PREFILL_CHUNK, DecodingBatch
-from dvi.decoding import Sequence as Row
+from dvi.decode.round import PREFILL_CHUNK, DecodingBatch
+from dvi.decode.round import Sequence as Row
+from dvi.decode.speculator import EXACT_WIDTH, Prompt, SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength
 from dvi.model.devices import is_tensor_parallel
@@ -40,7 +41,6 @@ from dvi.records import SamplingParams
 from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice, Request
 from dvi.serving.scheduler import SchedulerLimits
-from dvi.speculator import EXACT_WIDTH, Prompt, SelfSpeculator
 
 ROWS, DRAFT_TOKENS, WIDTHS = (1, 2, 4, 8, 16, 32), (0, 1, 2, 4, 8), (1, 16, 64, 256, PREFILL_CHUNK)
 FAR_CONTEXT = 512

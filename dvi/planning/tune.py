@@ -18,18 +18,18 @@ import yaml
 from rich.console import Console
 
 from dvi.bench.machine import describe_machine
+from dvi.decode.precision import settle_dtype
+from dvi.decode.speculator import build_speculator
 from dvi.planning.frontier import Choice, find_frontier, plans_table, plot_frontier
 from dvi.planning.measurement import DRAFT_TOKENS, measure_workload, obtain_profile
 from dvi.planning.plans import LatencyBound, PlanSpace
 from dvi.planning.search import Evaluator, NoFeasiblePlan, search
 from dvi.planning.simulator import Simulator
 from dvi.planning.workload import Workload, read_acceptance, read_lengths
-from dvi.precision import settle_dtype
 from dvi.progress import doing
 from dvi.records import ServingPlan
 from dvi.serving.scheduler import SchedulerLimits
 from dvi.settings import ServeConfig
-from dvi.speculator import build_speculator
 from dvi.traffic import read_prompts
 from dvi.whole_files import write_whole
 

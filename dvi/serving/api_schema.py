@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dvi.decode.speculator import GOODPUT_BUCKETS
 from dvi.records import SamplingParams
 from dvi.seeds import SEED_SPAN, answer_seed
 from dvi.serving.protocol import ApiError, invalid
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice
 from dvi.settings import DraftSettings, RequestSettings, ServeSettings
-from dvi.speculator import GOODPUT_BUCKETS
 
 MAX_DRAFT_TOKENS = GOODPUT_BUCKETS[-1]
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below: logits / temperature overflows, and it is greedy all the same

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
+from dvi.decode.round import PREFILL_CHUNK, DecodingBatch, Sequence
+from dvi.decode.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, SelfSpeculator
+from dvi.decode.text import TextStream
 from dvi.draft.length_policies import CostTable, GoodputLength, LengthPolicy
 from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import MAX_DEPTH
@@ -21,8 +23,6 @@ from dvi.records import RoundStats, ServingPlan, Transitions
 from dvi.serving.prefix_cache import PrefixCache
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice, Load, Request, RequestOutput, StepReport
 from dvi.serving.scheduler import Scheduler, SchedulerLimits
-from dvi.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, SelfSpeculator
-from dvi.text import TextStream
 
 PREFIX_CHUNK = 5 * EXACT_WIDTH  # positions; a multiple of the fixed width, so that exact mode's passes stay aligned
 FIRST_ROWS = 4  # of a lane's cache, which grows: most lanes never see more

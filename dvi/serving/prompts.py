@@ -12,8 +12,8 @@ from functools import lru_cache
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from dvi.decode.text import check_token_ids
 from dvi.model.end_tokens import special_tokens
-from dvi.text import check_token_ids
 
 # A Unicode noncharacter, which no text for interchange holds: it marks where a message's special tokens are cut apart.
 _CUT = "\ufdd0"

@@ -18,7 +18,7 @@ class DraftChoice:
     """How a request is drafted for. Rows that share a choice decode together.
 
     drafter           "default", the one that learns, or the name of a loaded adapter.
-    policy            a name of `dvi.speculator.POLICIES`.
+    policy            a name of `dvi.decode.speculator.POLICIES`.
     num_draft_tokens  the most in a round; 0 decodes plainly.
     may_draft_less    a plan may set a lower number: the server chose this one, not the client.
     """

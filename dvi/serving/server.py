@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from dvi.decode.speculator import SelfSpeculator
 from dvi.records import Learner
 from dvi.serving.access import Access
 from dvi.serving.connections import BoundedServer, http_options
@@ -28,7 +29,6 @@ from dvi.serving.sockets import KEEP_ALIVE_S, MAX_HEADER_BYTES
 from dvi.serving.turns import Turns
 from dvi.settings import ServeConfig
 from dvi.signals import SIGNAL_BASE
-from dvi.speculator import SelfSpeculator
 
 FLUSH_S = 5  # for clients to read the end of what the engine has finished
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.config import load_config, write_provenance
+from dvi.decode.precision import dtype_of_run, settle_dtype
 from dvi.loss_schedule import PRESETS
-from dvi.precision import dtype_of_run, settle_dtype
 from dvi.progress import doing
 from dvi.settings import LearningSettings, SamplingSettings, TrainConfig
 from trainers.experiments.ablation_cells import NUM_BLOCKS, AblationArm, CellRunner

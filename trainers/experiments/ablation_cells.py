@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from dvi.bench.machine import describe_machine
+from dvi.decode.speculator import PLAIN, build_speculator
 from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import build_drafter
 from dvi.progress import doing, each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import ReplayBatch, SamplingParams, Transitions, UpdateReport
 from dvi.settings import LearningSettings, TrainConfig
-from dvi.speculator import PLAIN, build_speculator
 from trainers.experiments.ablation_figures import (
     OFFLINE,
     OFFLINE_EPOCHS,

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from dvi.bench.machine import describe_machine
 from dvi.config import write_provenance
-from dvi.precision import dtype_of_run, settle_dtype
+from dvi.decode.precision import dtype_of_run, settle_dtype
+from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams
 from dvi.settings import MACHINE_KEYS, LearningSettings, TrainConfig
-from dvi.speculator import SelfSpeculator, build_speculator
 from dvi.traffic import Messages, read_prompts
 from trainers.evaluation import SpeedProbe
 from trainers.experiments.cell_folder import CellFolder

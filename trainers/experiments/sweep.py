@@ -19,15 +19,15 @@ from rich.console import Console
 
 from dvi.bench.machine import describe_machine
 from dvi.bench.statistics import Interval, median_interval
+from dvi.decode.precision import settle_dtype
+from dvi.decode.speculator import PLAIN, SelfSpeculator, build_speculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import MAX_DEPTH, DrafterConfig
-from dvi.precision import settle_dtype
 from dvi.progress import each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import TrainConfig
-from dvi.speculator import PLAIN, SelfSpeculator, build_speculator
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.sweep_report import make_report, write_report
 from trainers.job import read_traffic

@@ -17,8 +17,8 @@ from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
+from dvi.decode.speculator import default_split_layer
 from dvi.settings import DraftSettings
-from dvi.speculator import default_split_layer
 from dvi.whole_files import write_picture, write_whole
 
 Row = dict[str, Any]

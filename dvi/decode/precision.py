@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dvi.bench.machine import describe_machine
 from dvi.config import setting_of_run
-from dvi.decoding import DecodingBatch, Sequence
+from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength
 from dvi.measured import cache_folder, measured_path
 from dvi.model.adapter_store import read_manifest
@@ -36,7 +37,6 @@ from dvi.model.starting_drafter import settle_adapter
 from dvi.progress import doing
 from dvi.records import SamplingParams
 from dvi.settings import ModelSettings, ServeConfig, TrainConfig, WarmupConfig
-from dvi.verification import StrictRule
 from dvi.whole_files import write_whole
 
 Config = TypeVar("Config", bound=TrainConfig | ServeConfig | WarmupConfig)

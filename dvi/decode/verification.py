@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dvi.decode.sampling import sample_from
 from dvi.records import Verdict
-from dvi.sampling import sample_from
 from dvi.settings import VerifySettings
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from dvi.decode.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
+from dvi.decode.verification import VerifyRule, verify_by_rejection, verify_greedy
 from dvi.draft.companions import agreement, token_ratio
 from dvi.draft.length_policies import DraftSight, LengthPolicy, RoundInfo, RoundOutcome
 from dvi.model.cuda_graph import RoundGraphs, can_capture
@@ -26,8 +28,6 @@ from dvi.model.kv_cache import KeysAndValues, Placement
 from dvi.model.ragged import Packing, is_worth_packing
 from dvi.model.split import SplitModel
 from dvi.records import Draft, RoundStats, SamplingParams, TokenLogprobs, Transitions, Verdict
-from dvi.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
-from dvi.verification import VerifyRule, verify_by_rejection, verify_greedy
 
 PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations
 CLUE_UNITS = 2**20  # clues cross to the host among integers, in these units

@@ -16,7 +16,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dvi.decoding import PREFILL_CHUNK, DecodingBatch, Sequence
+from dvi.decode.precision import choose_dtype, settle_dtype
+from dvi.decode.round import PREFILL_CHUNK, DecodingBatch, Sequence
+from dvi.decode.text import TextStream, check_token_ids
+from dvi.decode.verification import StrictRule, VerifyRule, make_rule
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.companion_model import ModelCompanion, load_companion
 from dvi.draft.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
@@ -39,14 +42,11 @@ from dvi.model.end_tokens import end_token_ids
 from dvi.model.exact import ExactSplit
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
-from dvi.precision import choose_dtype, settle_dtype
 from dvi.progress import shown_as
 from dvi.records import GenerationResult, Learner, SamplingParams
 from dvi.seeds import AnswerSeeds, Seeds, prompt_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
-from dvi.text import TextStream, check_token_ids
 from dvi.traffic import Messages, as_text, why_no_text
-from dvi.verification import StrictRule, VerifyRule, make_rule
 
 _LOG = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class SelfSpeculator:
         split_layer   layers 0 .. split_layer - 1 draft; default the adapter's, or one in sixteen (0: the embedding).
         drafter       "anchored", "recurrent", "lora_head", or a whole DrafterConfig; ignored with an adapter.
         dtype         "auto" is the adapter's; without one bfloat16 on GPUs, and on CPUs whichever of float32 and
-                      bfloat16 decodes plainly faster here, see `dvi.precision`.
+                      bfloat16 decodes plainly faster here, see `dvi.decode.precision`.
         device        "auto" takes a CUDA device when there is one; only that goes with another placement than "single".
         placement     "single", "device_map" or "tensor", see `dvi.model.devices`.
         adapter       folder written by `save_drafter`.

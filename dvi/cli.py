@@ -459,7 +459,7 @@ def top(
 ) -> None:
     """Show a server's figures as they change. Until it is gone; its key comes from DVI_API_KEY."""
     from dvi.serving.access import API_KEY_VARIABLE
-    from dvi.serving.live import fetch_from, show
+    from dvi.serving.metrics.terminal_view import fetch_from, show
 
     show(fetch_from(url, os.environ.get(API_KEY_VARIABLE)), console=make_console(), until=lambda: False)
 
@@ -676,8 +676,8 @@ def _show_in_background(loop: EngineLoop, *, until: Callable[[], bool]) -> None:
     """The live figures, beside a server that needs the main thread for its signals."""
     import threading
 
-    from dvi.serving.dashboard import status
-    from dvi.serving.live import show
+    from dvi.serving.metrics.dashboard import status
+    from dvi.serving.metrics.terminal_view import show
 
     arguments = {"console": make_console(), "until": until}
     threading.Thread(target=show, args=(lambda: status(loop),), kwargs=arguments, name="live", daemon=True).start()

@@ -19,7 +19,7 @@ from dvi.records import DrafterVersion, RoundStats
 from dvi.serving.access import Access
 from dvi.serving.http_api import build_app
 from dvi.serving.loop import EngineLoop
-from dvi.serving.monitor import Monitor
+from dvi.serving.metrics.monitor import Monitor
 from dvi.serving.request import Draining, Request, RequestOutput
 from dvi.serving.server import Server, build_loop
 from dvi.serving.sockets import open_socket, url_of

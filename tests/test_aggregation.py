@@ -8,7 +8,7 @@ from serving_doubles import stories_config
 
 from dvi.records import RoundStats
 from dvi.serving.aggregation import GAUGES, ServerCounts, combine, expose, numbers, total
-from dvi.serving.monitor import Monitor
+from dvi.serving.metrics.monitor import Monitor
 from dvi.serving.request import Load, Request, RequestOutput, StepReport
 from trainers.server_job import build_serving
 

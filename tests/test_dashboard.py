@@ -21,9 +21,9 @@ import uvicorn
 from rich.console import Console
 
 from dvi.records import LossWeights, RoundStats, SamplingParams, UpdateReport
-from dvi.serving import dashboard
-from dvi.serving.live import fetch_from, show
-from dvi.serving.monitor import Monitor
+from dvi.serving.metrics import dashboard
+from dvi.serving.metrics.monitor import Monitor
+from dvi.serving.metrics.terminal_view import fetch_from, show
 from dvi.serving.request import Load, Request, RequestOutput, StepReport
 
 ROOT = Path(__file__).parents[1]

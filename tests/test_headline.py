@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dvi.serving.headline import headline
+from dvi.serving.metrics.headline import headline
 
 
 def snapshot(*, now=None, course=(), train_share=None, level="fast", **total):

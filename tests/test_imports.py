@@ -37,15 +37,15 @@ ROWS = (
     "dvi.planning.simulator dvi.planning.search",
     "dvi.planning.frontier dvi.planning.replan",
     "dvi.zero3",
-    "dvi.serving.request dvi.serving.figures dvi.serving.aggregation dvi.serving.protocol dvi.serving.sockets "
-    "dvi.serving.connections dvi.serving.model_names dvi.serving.turns",
+    "dvi.serving.request dvi.serving.metrics.figures dvi.serving.aggregation dvi.serving.protocol "
+    "dvi.serving.sockets dvi.serving.connections dvi.serving.model_names dvi.serving.turns",
     "dvi.serving.replicas",
     "dvi.serving.scheduler dvi.serving.prefix_cache dvi.serving.access dvi.serving.api_schema",
     "dvi.bench.guarded",
-    "dvi.serving.engine dvi.serving.exposition dvi.serving.monitor",
-    "dvi.serving.headline dvi.serving.loop dvi.serving.live dvi.serving.client dvi.serving.body_reading "
-    "dvi.serving.prompts dvi.serving.token_texts dvi.serving.replies dvi.serving.door",
-    "dvi.serving.dashboard dvi.serving.admin_api",
+    "dvi.serving.engine dvi.serving.metrics.prometheus dvi.serving.metrics.monitor",
+    "dvi.serving.metrics.headline dvi.serving.loop dvi.serving.metrics.terminal_view dvi.serving.client "
+    "dvi.serving.body_reading dvi.serving.prompts dvi.serving.token_texts dvi.serving.replies dvi.serving.door",
+    "dvi.serving.metrics.dashboard dvi.serving.admin_api",
     "dvi.serving.http_api",
     "dvi.serving.server dvi.serving.relay dvi.serving.front_page",
     "dvi.serving.front_door dvi.serving.place",

@@ -24,9 +24,9 @@ from dvi.decode.verification import MarginRule, StrictRule
 from dvi.draft.length_policies import FixedLength
 from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.records import SamplingParams
-from dvi.serving import dashboard
-from dvi.serving.figures import Figures
-from dvi.serving.live import show
+from dvi.serving.metrics import dashboard
+from dvi.serving.metrics.figures import Figures
+from dvi.serving.metrics.terminal_view import show
 from dvi.telemetry import read_metrics
 from tests.random_traffic import serving, stretch, trainer_of
 from trainers.evaluation import HeldOutRequests

@@ -12,8 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dvi.records import LossWeights, RoundStats, SamplingParams, UpdateReport
-from dvi.serving.figures import MAX_LABELS, OTHER, Figures, Histogram, Series
-from dvi.serving.monitor import NEWEST_S, NUM_BINS_SINCE_START, NUM_RECENT_BINS, NUM_VERSIONS, Monitor
+from dvi.serving.metrics.figures import MAX_LABELS, OTHER, Figures, Histogram, Series
+from dvi.serving.metrics.monitor import NEWEST_S, NUM_BINS_SINCE_START, NUM_RECENT_BINS, NUM_VERSIONS, Monitor
 from dvi.serving.request import Load, Request, RequestOutput, StepReport
 
 DAY_S = 86400.0

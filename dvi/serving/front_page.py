@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from prometheus_client.core import Metric
 
 from dvi.serving.aggregation import total
-from dvi.serving.figures import ratio
+from dvi.serving.metrics.figures import ratio
 from dvi.serving.replicas import Replica
 
 REFRESH_S = 5

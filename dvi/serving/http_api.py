@@ -35,9 +35,9 @@ from dvi.serving.api_schema import (
     sampling_params,
 )
 from dvi.serving.body_reading import parse_body
-from dvi.serving.dashboard import routes as dashboard_routes
 from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.loop import EngineLoop
+from dvi.serving.metrics.dashboard import routes as dashboard_routes
 from dvi.serving.model_names import ModelNames, last_part
 from dvi.serving.prompts import PromptEncoder
 from dvi.serving.protocol import ADAPTERS_HEADER, TRAIN_HEADER, ApiError

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 from dvi.model.adapter_store import load_drafter
 from dvi.records import DrafterVersion, Learner, ServingPlan, Transitions
 from dvi.serving.engine import Engine
-from dvi.serving.monitor import Monitor
+from dvi.serving.metrics.monitor import Monitor
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, Load, QueueFull, Request, RequestOutput
 from dvi.serving.turns import who_gives_way
 

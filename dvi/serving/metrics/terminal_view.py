@@ -1,6 +1,6 @@
 """The dashboard's figures at a terminal: `dvi top`, `dvi serve --live`.
 
-Knows the snapshot that `dvi.serving.dashboard.status` gives; measures nothing itself.
+Knows the snapshot that `dvi.serving.metrics.dashboard.status` gives; measures nothing itself.
 """
 
 from __future__ import annotations

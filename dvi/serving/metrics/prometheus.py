@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from dvi.serving.figures import Split
-    from dvi.serving.monitor import Readings
+    from dvi.serving.metrics.figures import Split
+    from dvi.serving.metrics.monitor import Readings
 
 
 def expose(readings: Readings) -> bytes:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from dvi.records import UpdateReport
-from dvi.serving import exposition
-from dvi.serving.figures import Figures, Labels, Series, Split, printable, ratio, rounded
+from dvi.serving.metrics import prometheus
+from dvi.serving.metrics.figures import Figures, Labels, Series, Split, printable, ratio, rounded
 from dvi.serving.request import Load, Request, RequestOutput, StepReport
 
 NEWEST_S = 30.0  # what "now" means in a figure that must be averaged over something
@@ -189,7 +189,7 @@ class Monitor:
 
     def exposition(self) -> bytes:
         """The counts in Prometheus' text format."""
-        return exposition.expose(self._readings(with_history=False))
+        return prometheus.expose(self._readings(with_history=False))
 
     def snapshot(self) -> dict:
         """Plain JSON: what dashboard and terminal show. Numbers without a value are None; times are since the epoch.

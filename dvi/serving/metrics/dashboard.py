@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from dvi.serving.figures import printable
-from dvi.serving.headline import headline
+from dvi.serving.metrics.figures import printable
+from dvi.serving.metrics.headline import headline
 
 if TYPE_CHECKING:
     from dvi.serving.loop import EngineLoop
 
-PAGE = resources.files("dvi.serving").joinpath("dashboard.html").read_text(encoding="utf-8")
+PAGE = resources.files("dvi.serving.metrics").joinpath("dashboard.html").read_text(encoding="utf-8")
 
 
 def routes(loop: EngineLoop) -> APIRouter:

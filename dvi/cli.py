@@ -486,7 +486,7 @@ def verify(
 
     check_model(model)
     quieten_transformers()
-    from dvi.audit import PROMPTS, audit, divergence_table
+    from dvi.inspect.audit import PROMPTS, audit, divergence_table
     from dvi.traffic import read_prompts
 
     if prompts is None:
@@ -606,28 +606,28 @@ def inspect(
 ) -> None:
     """Show what an adapter or a model is. How a model would be split, and what memory it would take."""
     quieten_transformers()
-    from dvi import inspection
+    from dvi.inspect import machine
 
     console = make_console()
-    if inspection.is_adapter(path):
-        facts = inspection.describe_adapter(path)
+    if machine.is_adapter(path):
+        facts = machine.describe_adapter(path)
     else:
         overrides = [*(overrides or ()), *([f"model.split_layer={split_layer}"] if split_layer is not None else ())]
         if path.endswith((".yaml", ".yml")):
-            settings = inspection.load_settings(path, overrides)
+            settings = machine.load_settings(path, overrides)
             model, dtype = settings.model.path, None if dtype == "auto" else dtype
         else:
             model, settings = path, load_config(None, overrides)
         from trainers.memory import learner_memory
 
-        facts = inspection.describe_model(
+        facts = machine.describe_model(
             model, settings, dtype=dtype, positions=positions, check=check, learner_memory=learner_memory
         )
     # A run's settings are long, and in config.yaml beside it; the JSON line has them. Memory has a table of its own.
     shown = {name: facts[name] for name in facts if name not in ("config", "demand", "memory", "devices")}
-    console.print(inspection.facts_table(shown, title=path))
+    console.print(machine.facts_table(shown, title=path))
     if "memory" in facts:
-        console.print(inspection.memory_table(facts))
+        console.print(machine.memory_table(facts))
     finish("inspect", source=path, **facts)
 
 
@@ -635,7 +635,7 @@ def inspect(
 def doctor() -> None:
     """Check this machine. Versions, devices, precisions, exact mode, and what is missing."""
     quieten_transformers()
-    from dvi.inspection import describe_machine, facts_table
+    from dvi.inspect.machine import describe_machine, facts_table
 
     facts = describe_machine()
     make_console().print(facts_table(facts, title="this machine"))

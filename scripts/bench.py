@@ -24,13 +24,13 @@ from rich.table import Table
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dvi import SamplingParams, SelfSpeculator
-from dvi.bench.machine import describe_machine
 from dvi.bench.rivals import layer_calls
 from dvi.bench.statistics import median_interval
 from dvi.config import load_config
 from dvi.decode.speculator import GOODPUT_BUCKETS, PLAIN
 from dvi.draft.length_policies import FixedLength, GoodputLength, LengthPolicy
 from dvi.draft.measure_costs import measure_costs
+from dvi.hardware import describe_machine
 from dvi.model.drafter import DrafterConfig
 from dvi.records import RoundStats
 from dvi.traffic import read_prompts

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dvi.bench.machine import describe_machine
 from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength
+from dvi.hardware import describe_machine
 from dvi.planning.measurement import DRAFT_TOKENS, measure_overheads, measure_passes
 from dvi.planning.plans import Forecast
 from dvi.planning.profile import LatencyProfile

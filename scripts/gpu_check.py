@@ -35,7 +35,6 @@ from torch import Tensor
 import dvi.decode.round
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.guarded import Box, Journal, Part, Skipped, guard, run_parts
-from dvi.bench.machine import describe_machine
 from dvi.bench.random_rounds import (
     Rounds,
     Shape,
@@ -51,6 +50,7 @@ from dvi.bench.rivals import rival_plans
 from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
+from dvi.hardware import describe_machine
 from dvi.model.cuda_graph import RoundGraphs
 from dvi.records import SamplingParams, Transitions
 from dvi.settings import LearningSettings

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import dvi.audit
-from dvi.audit import audit, divergence_table, logits_in_blocks
+import dvi.inspect.audit
 from dvi.decode.speculator import SelfSpeculator
+from dvi.inspect.audit import audit, divergence_table, logits_in_blocks
 from dvi.model.drafter import DrafterConfig
 from dvi.records import Verdict
 from tests.exact_doubles import self_check_left_out
@@ -51,12 +51,12 @@ def test_right_decoding_matches_and_has_really_drafted(load, mode):
 
 def test_noise_is_the_difference_between_passes_of_one_row_and_of_a_block(load, monkeypatch):
     """Catches noise that is never measured, or is not what the report calls by that name."""
-    honest = dvi.audit.logits_in_blocks
+    honest = dvi.inspect.audit.logits_in_blocks
 
     def rounding(split, ids, *, start, width):
         return honest(split, ids, start=start, width=width) + (1e-3 if width > 1 else 0.0)
 
-    monkeypatch.setattr("dvi.audit.logits_in_blocks", rounding)
+    monkeypatch.setattr("dvi.inspect.audit.logits_in_blocks", rounding)
     assert run(load()).noise == pytest.approx(1e-3, rel=1e-6)
 
 
@@ -83,20 +83,20 @@ def test_a_verifier_that_accepts_everything_is_found_and_not_explained(load, mod
 def test_a_difference_within_the_noise_is_explained_in_fast_mode_and_never_in_exact(load, monkeypatch):
     """Catches rounding reported as a bug, and the excuse of rounding where bits are promised."""
     monkeypatch.setattr("dvi.decode.round.verify_greedy", AcceptEverything())
-    monkeypatch.setattr("dvi.audit._noise", lambda split, ids, start, other: (torch.arange(512.0), 1e6))
+    monkeypatch.setattr("dvi.inspect.audit._noise", lambda split, ids, start, other: (torch.arange(512.0), 1e6))
     assert run(load("fast")).num_unexplained == 0
     assert run(load("exact")).num_unexplained == 2
 
 
 def test_a_text_that_only_ends_earlier_is_never_explained(load, monkeypatch):
     """Catches a lost token passed off as rounding, and an infinite gap that JSON cannot hold."""
-    decode = dvi.audit._decode
+    decode = dvi.inspect.audit._decode
 
     def losing_the_last(*args, num_draft_tokens):
         ids, stats = decode(*args, num_draft_tokens=num_draft_tokens)
         return ids[: len(ids) - (num_draft_tokens > 0)], stats
 
-    monkeypatch.setattr("dvi.audit._decode", losing_the_last)
+    monkeypatch.setattr("dvi.inspect.audit._decode", losing_the_last)
     (first, _) = run(load()).divergences
     assert (first.position, first.other_token, first.gap, first.is_explained) == (23, None, None, False)
 

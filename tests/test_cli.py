@@ -176,18 +176,18 @@ def test_an_export_takes_the_place_of_another_only_by_force(run_folder, tmp_path
 
 def test_verify_reports_matches_and_fails_where_a_difference_has_no_explanation(monkeypatch):
     """Catches an audit whose finding does not reach the exit code."""
-    import dvi.audit
+    import dvi.inspect.audit
 
     arguments = ("verify", STORIES, "--limit", 2, "--max-new-tokens", 12)
     code, facts, _, stderr = dvi_command(*arguments)
     assert code == 0 and facts["num_matches"] == facts["num_prompts"] == 2 and "2 of 2 prompts match" in stderr
-    decode = dvi.audit._decode
+    decode = dvi.inspect.audit._decode
 
     def other_token_when_drafting(*args, num_draft_tokens):
         ids, stats = decode(*args, num_draft_tokens=num_draft_tokens)
         return [*ids[:-1], ids[-1] ^ (num_draft_tokens > 0)], stats
 
-    monkeypatch.setattr(dvi.audit, "_decode", other_token_when_drafting)
+    monkeypatch.setattr(dvi.inspect.audit, "_decode", other_token_when_drafting)
     code, facts, _, stderr = dvi_command(*arguments)
     assert (code, facts["num_unexplained"], facts["num_matches"]) == (1, 2, 0) and stderr.count(" NO ") == 2
 

@@ -15,7 +15,7 @@ ROWS = (
     "dvi.arguments dvi.starter",
     "dvi.decode.sampling dvi.telemetry dvi.decode.verification dvi.model.kv_cache dvi.model.ragged "
     "dvi.draft.costs dvi.model.cuda_graph dvi.traffic dvi.prompt_files dvi.model.context dvi.durable "
-    "dvi.model.chat_templates dvi.model.gguf dvi.measured dvi.bench.machine dvi.seeds dvi.model.end_tokens",
+    "dvi.model.chat_templates dvi.model.gguf dvi.measured dvi.hardware dvi.seeds dvi.model.end_tokens",
     "dvi.model.pretrained",
     "dvi.model.devices",
     "dvi.model.conversion",
@@ -25,7 +25,7 @@ ROWS = (
     "dvi.draft.companions dvi.draft.agreement",
     "dvi.draft.length_policies dvi.draft.companion_model",
     "dvi.draft.companion_length",
-    "dvi.model.adapter_store dvi.memory_plan",
+    "dvi.model.adapter_store dvi.inspect.memory_plan",
     "dvi.decode.round dvi.model.exact dvi.draft.measure_costs dvi.decode.text",
     "dvi.model.starting_drafter",
     "dvi.decode.precision",
@@ -51,7 +51,7 @@ ROWS = (
     "dvi.serving.front_door dvi.serving.place",
     "dvi.planning.measurement",
     "dvi.planning.controller dvi.planning.tune",
-    "dvi.audit dvi.inspection trainers.drift trainers.budget trainers.ledger trainers.versions "
+    "dvi.inspect.audit dvi.inspect.machine trainers.drift trainers.budget trainers.ledger trainers.versions "
     "trainers.checkpoint trainers.ballot trainers.channel",
     "trainers.student trainers.shards trainers.messages",
     "trainers.sharded_student",

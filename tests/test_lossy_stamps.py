@@ -13,7 +13,6 @@ from rich.console import Console
 from serving_doubles import STORIES, client_of, stories_config, stories_loop
 from test_cli import dvi_command
 
-from dvi.audit import audit
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.questions import Conversation, Question
 from dvi.bench.report import make_report
@@ -22,6 +21,7 @@ from dvi.config import load_config
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import MarginRule, StrictRule
 from dvi.draft.length_policies import FixedLength
+from dvi.inspect.audit import audit
 from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.records import SamplingParams
 from dvi.serving.metrics import dashboard

@@ -15,10 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dvi import losses, memory_plan
+from dvi import losses
 from dvi.config import load_config
 from dvi.decode.speculator import SelfSpeculator
-from dvi.memory_plan import MemoryPlan, SplitShape
+from dvi.inspect import memory_plan
+from dvi.inspect.memory_plan import MemoryPlan, SplitShape
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.records import LossWeights, ReplayBatch, SamplingParams

@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_module_every_configuration_and_the_marks_of_types
     configs = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file()]
     assert len(configs) > 10
     expected = [*ours, *(Path("dvi") / path for path in configs), "dvi/py.typed", "trainers/py.typed"]
-    expected += ["dvi/serving/dashboard.html", "dvi/bench/data/spec_bench/question.jsonl"]
+    expected += ["dvi/serving/metrics/dashboard.html", "dvi/bench/data/spec_bench/question.jsonl"]
     assert [str(path) for path in expected if not (site / path).is_file()] == []
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dvi.audit import logits_in_blocks
 from dvi.bench.answers import AnsweredTurn, Detail, FirstDifference
 from dvi.bench.questions import Conversation, Prompt, Question
 from dvi.bench.records import Arm, ArmAnswer
 from dvi.decode.speculator import SelfSpeculator
+from dvi.inspect.audit import logits_in_blocks
 from dvi.model.split import SplitModel
 from dvi.records import RoundStats
 

@@ -24,15 +24,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dvi.audit import find_divergence, logits_in_blocks
 from dvi.bench.length_report import FIXED, PLAIN_DECODING, Line, make_report
-from dvi.bench.machine import describe_machine
 from dvi.bench.questions import BUNDLED_QUESTIONS
 from dvi.decode.round import DecodingBatch
 from dvi.decode.speculator import GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodput_buckets
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.length_policies import LengthPolicy
 from dvi.draft.measure_costs import measure_costs
+from dvi.hardware import describe_machine
+from dvi.inspect.audit import find_divergence, logits_in_blocks
 from dvi.progress import Stage, doing
 from dvi.records import GREEDY_TEMPERATURE, RoundStats, SamplingParams
 from dvi.traffic import NoPromptsError, read_prompts

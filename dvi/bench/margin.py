@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 
 from dvi.bench.arms import ArmOptions, OurArm, plans_of_ours
-from dvi.bench.machine import describe_machine
 from dvi.bench.margin_quality import ANSWER_MARK, final_number, negative_log_likelihood
 from dvi.bench.margin_report import RESULTS_FILE, Line, make_report
 from dvi.bench.questions import Conversation, Question, load_questions, select
 from dvi.bench.records import ArmAnswer
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import MarginRule, StrictRule, TypicalRule, VerifyRule
+from dvi.hardware import describe_machine
 from dvi.progress import Stage, doing, each
 from dvi.whole_files import write_whole
 

@@ -12,8 +12,8 @@ from itertools import takewhile
 
 import torch
 
-from dvi.audit import logits_in_one_pass
 from dvi.decode.speculator import SelfSpeculator
+from dvi.inspect.audit import logits_in_one_pass
 
 ANSWER_MARK = "####"  # GSM8K's, before the final number
 # No minus after a digit or a letter: in 12-5 it takes away.

@@ -21,10 +21,10 @@ from rich.console import Console
 
 from dvi.bench.answers import DETAILS_FILE, AnswerFile, DetailFile, answer_line
 from dvi.bench.interview import Interview, Outcome, first_difference
-from dvi.bench.machine import describe_machine
 from dvi.bench.questions import TASKS, Conversation, Question, select, task_of
 from dvi.bench.records import Arm, ArmPlan
 from dvi.decode.speculator import SelfSpeculator
+from dvi.hardware import describe_machine
 from dvi.progress import Stage, doing
 from dvi.records import GREEDY_TEMPERATURE
 from dvi.whole_files import write_whole

@@ -22,11 +22,11 @@ from typing import TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dvi.bench.machine import describe_machine
 from dvi.config import setting_of_run
 from dvi.decode.round import DecodingBatch, Sequence
 from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength
+from dvi.hardware import describe_machine
 from dvi.measured import cache_folder, measured_path
 from dvi.model.adapter_store import read_manifest
 from dvi.model.devices import num_processes

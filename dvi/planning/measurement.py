@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dvi.bench.machine import describe_machine
 from dvi.decode.round import PREFILL_CHUNK, DecodingBatch
 from dvi.decode.round import Sequence as Row
 from dvi.decode.speculator import EXACT_WIDTH, Prompt, SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength
+from dvi.hardware import describe_machine
 from dvi.model.devices import is_tensor_parallel
 from dvi.model.exact import ExactSplit
 from dvi.model.split import SplitModel

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dvi.bench.machine import describe_machine
 from dvi.decode.speculator import PLAIN, build_speculator
 from dvi.draft.length_policies import FixedLength
+from dvi.hardware import describe_machine
 from dvi.model.drafter import build_drafter
 from dvi.progress import doing, each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds

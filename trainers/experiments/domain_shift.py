@@ -14,10 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dvi.bench.machine import describe_machine
 from dvi.config import write_provenance
 from dvi.decode.precision import dtype_of_run, settle_dtype
 from dvi.decode.speculator import SelfSpeculator, build_speculator
+from dvi.hardware import describe_machine
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams
 from dvi.settings import MACHINE_KEYS, LearningSettings, TrainConfig

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dvi.bench.machine import describe_machine
 from dvi.bench.statistics import Interval, median_interval
 from dvi.decode.precision import settle_dtype
 from dvi.decode.speculator import PLAIN, SelfSpeculator, build_speculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
+from dvi.hardware import describe_machine
 from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.progress import each
 from dvi.recordings import RecordedText, decode_answers, record, replay_rounds

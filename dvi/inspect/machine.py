@@ -21,7 +21,7 @@ from dvi import software
 from dvi.config import load_config
 from dvi.decode.precision import known_dtype
 from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator, choose_split_layer
-from dvi.memory_plan import DEVICE_GB, SplitShape
+from dvi.inspect.memory_plan import DEVICE_GB, SplitShape
 from dvi.model.adapter_store import MANIFEST_FILE, read_manifest
 from dvi.model.context import max_positions_of, why_shorter
 from dvi.model.drafter import DRAFTER_KINDS, DrafterConfig

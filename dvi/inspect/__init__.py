@@ -1,0 +1,1 @@
+"""What is there, what it takes, and whether it changes a token."""

@@ -8,9 +8,9 @@ from dvi.signals import handled
 def main() -> None:
     """`dvi`, and `python -m dvi`."""
     with handled():
-        from dvi import cli
+        from dvi.cli.main import main as command
 
-        cli.main()
+        command()
 
 
 if __name__ == "__main__":

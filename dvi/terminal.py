@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvi.progress import doing
 
-is_json_asked = False  # by --json, see dvi.cli
+is_json_asked = False  # by --json, see dvi.cli.main
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -180,7 +180,7 @@ def cold_help_s() -> float:
     times = []
     for _ in range(5):
         start_s = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "dvi.cli", "--help"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "dvi", "--help"], check=True, capture_output=True)
         times.append(time.perf_counter() - start_s)
     return round(statistics.median(times), 3)
 

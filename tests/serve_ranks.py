@@ -105,7 +105,7 @@ def _serve(environment: dict[str, str], log: Path, arguments: list[str]) -> None
     os.environ.update(environment)
     import torch
 
-    from dvi.cli import app
+    from dvi.cli.main import app
     from dvi.serving import engine
 
     torch.set_num_threads(1)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dvi.arguments import MANIFEST_FILE, load_arguments
+from dvi.cli.arguments import MANIFEST_FILE, load_arguments
+from dvi.cli.starter import SOURCES, set_value, starter, write_starter
 from dvi.config import load_config
 from dvi.key_names import SYNONYMS, all_keys
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
-from dvi.starter import SOURCES, set_value, starter, write_starter
 
 ROOT = Path(__file__).parents[1]
 STORIES = str(ROOT / "tests/stories260k")

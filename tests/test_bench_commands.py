@@ -7,9 +7,9 @@ import json
 import pytest
 from test_cli import STORIES, dvi_command
 
-from dvi.bench.commands import MODES, RIVALS
 from dvi.bench.rivals import RIVAL_ARMS
 from dvi.bench.session import ARM_OF_MODE
+from dvi.cli.bench import MODES, RIVALS
 from dvi.decode.speculator import SelfSpeculator
 from tests.exact_doubles import self_check_left_out
 

@@ -11,9 +11,9 @@ from test_cli import STORIES, dvi_command
 
 import dvi.bench.length_policies as length_policies
 from dvi import SelfSpeculator
-from dvi.bench.commands import COMPANIONS, LENGTH_POLICIES
 from dvi.bench.length_policies import LengthSettings, Stream, run_lengths
 from dvi.bench.length_report import plot_lengths, report_tables, summarise
+from dvi.cli.bench import COMPANIONS, LENGTH_POLICIES
 from dvi.decode.speculator import PLAIN
 from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DrafterConfig

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import dvi.cli
+from dvi import __version__
+from dvi.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 STORIES = str(ROOT / "tests/stories260k")
@@ -27,7 +28,7 @@ FAST = ("--policy", "fixed", "--max-new-tokens", "12")
 
 def dvi_command(*arguments):
     """(exit code, the JSON of the last line or None, stdout before it, stderr)."""
-    result = CliRunner().invoke(dvi.cli.app, list(map(str, arguments)), catch_exceptions=False)
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     *before, last = result.stdout.splitlines() or [""]
     facts = json.loads(last) if last.startswith("{") else None
     return result.exit_code, facts, "\n".join(before), result.stderr
@@ -54,7 +55,8 @@ def run_folder(tmp_path_factory):
 def test_importing_the_command_line_imports_no_heavy_library():
     """Catches an import that makes `dvi --help` wait for torch."""
     code = (
-        "import sys, dvi.cli; heavy = {'torch', 'transformers', 'pydantic', 'datasets', 'trainers', 'rich.console'}; "
+        "import sys, dvi.cli.main\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'datasets', 'trainers', 'rich.console'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -64,9 +66,9 @@ def test_importing_the_command_line_imports_no_heavy_library():
 def test_help_of_the_program_and_of_every_verb_imports_no_heavy_library():
     """Catches a verb whose help imports what only its work needs, and a verb that is missing."""
     code = (
-        "import sys; from typer.testing import CliRunner; import dvi.cli\n"
+        "import sys; from typer.testing import CliRunner; from dvi.cli.main import app\n"
         f"for verb in {('',) + VERBS}:\n"
-        "    result = CliRunner().invoke(dvi.cli.app, [*verb.split(), '--help'])\n"
+        "    result = CliRunner().invoke(app, [*verb.split(), '--help'])\n"
         "    assert result.exit_code == 0 and 'Usage' in result.stdout, verb\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'trainers'} & set(sys.modules)))"
     )
@@ -227,7 +229,7 @@ def test_printed_settings_are_a_configuration_file_without_running_anything(tmp_
     from dvi.config import load_config
 
     result = CliRunner().invoke(
-        dvi.cli.app, ["train", str(ROOT / "configs/demo/demo.yaml"), "train.lr=1e-5", "--print-config"]
+        app, ["train", str(ROOT / "configs/demo/demo.yaml"), "train.lr=1e-5", "--print-config"]
     )
     (tmp_path / "printed.yaml").write_text(result.stdout, encoding="utf-8")
     assert load_config(tmp_path / "printed.yaml") == load_config(ROOT / "configs/demo/demo.yaml", ["train.lr=1e-5"])
@@ -380,14 +382,14 @@ def test_a_terminated_job_saves_a_checkpoint_and_says_so(tmp_path):
 
 def test_the_version_is_printed_alone():
     """Catches a version that needs a verb, or that comes with a JSON line."""
-    result = CliRunner().invoke(dvi.cli.app, ["--version"])
-    assert (result.exit_code, result.stdout) == (0, f"dvi {dvi.__version__}\n")
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"dvi {__version__}\n")
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS, "bench spec-bench", "bench report"])
 def test_h_is_help(verb):
     """Catches a verb that does not inherit the short form."""
-    short, long = (CliRunner().invoke(dvi.cli.app, [*verb.split(), option]) for option in ("-h", "--help"))
+    short, long = (CliRunner().invoke(app, [*verb.split(), option]) for option in ("-h", "--help"))
     assert short.exit_code == 0 and short.stdout == long.stdout
 
 
@@ -411,7 +413,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch)
 def test_a_server_takes_a_model_and_its_commonest_settings_as_options():
     """Catches an option that does not reach the settings, and a command that needs a file."""
     options = ("--port", "8001", "--host", "localhost", "--adapter", "some/drafter")
-    result = CliRunner().invoke(dvi.cli.app, ["serve", STORIES, "train.enabled=false", *options, "--print-config"])
+    result = CliRunner().invoke(app, ["serve", STORIES, "train.enabled=false", *options, "--print-config"])
     settings = yaml.safe_load(result.stdout)
     assert settings["model"]["path"] == STORIES and settings["drafter"]["adapter"] == "some/drafter"
     assert (settings["serve"]["host"], settings["serve"]["port"]) == ("localhost", 8001)
@@ -435,7 +437,7 @@ def test_init_writes_a_file_that_its_verb_reads(tmp_path):
     for verb in ("serve", "train"):
         code, facts, _, stderr = dvi_command("init", tmp_path, "--for", verb, "--model", STORIES)
         assert code == 0 and facts["file"] == str(tmp_path / f"{verb}.yaml") and f"dvi {verb} {facts['file']}" in stderr
-        result = CliRunner().invoke(dvi.cli.app, [verb, facts["file"], "--print-config"])
+        result = CliRunner().invoke(app, [verb, facts["file"], "--print-config"])
         assert yaml.safe_load(result.stdout)["model"]["path"] == STORIES
 
 
@@ -453,7 +455,7 @@ def test_the_json_line_is_for_pipes_and_for_terminals_that_ask(arguments, is_sho
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     with pytest.raises(SystemExit) as ended:
-        dvi.cli.app(["init", *arguments])
+        app(["init", *arguments])
     assert ended.value.code == 0 and ('"command": "init"' in terminal.getvalue()) == is_shown
     assert (tmp_path / "a.yaml").is_file() != (tmp_path / "--json/serve.yaml").is_file()
 
@@ -462,7 +464,7 @@ def test_the_json_line_is_for_pipes_and_for_terminals_that_ask(arguments, is_sho
 def test_the_list_of_verbs_is_whole_at_80_columns(group, monkeypatch):
     """Catches a verb whose line ends in dots, and a page wider than a terminal."""
     monkeypatch.setenv("COLUMNS", "80")
-    help_text = CliRunner().invoke(dvi.cli.app, [*group.split(), "-h"]).stdout
+    help_text = CliRunner().invoke(app, [*group.split(), "-h"]).stdout
     assert "..." not in help_text.partition("Commands:")[2] and max(map(len, help_text.splitlines())) <= 80
 
 
@@ -470,7 +472,7 @@ def test_the_list_of_verbs_is_whole_at_80_columns(group, monkeypatch):
 def test_no_help_is_wider_than_80_columns(verb, monkeypatch):
     """Catches a default or a list of choices that is wrapped by the terminal in the middle of a word."""
     monkeypatch.setenv("COLUMNS", "80")
-    lines = CliRunner().invoke(dvi.cli.app, [*verb.split(), "-h"]).stdout.splitlines()
+    lines = CliRunner().invoke(app, [*verb.split(), "-h"]).stdout.splitlines()
     assert max(map(len, lines)) <= 80
 
 

@@ -10,8 +10,8 @@ import torch
 from gguf_files import write_gguf
 from typer.testing import CliRunner
 
-import dvi.cli
 from dvi import SelfSpeculator
+from dvi.cli.main import app
 from dvi.model.adapter_store import read_manifest
 from dvi.model.gguf import find_gguf, read_config, read_model, read_tokenizer
 
@@ -130,7 +130,7 @@ def test_several_devices_are_refused_with_the_way_round(tmp_path):
 
 def _dvi(*arguments):
     """(stdout before the last line, the last line's JSON) of a verb that succeeds."""
-    result = CliRunner().invoke(dvi.cli.app, list(arguments), catch_exceptions=False)
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, (arguments, result.stderr)
     *before, last = result.stdout.splitlines()
     return before, json.loads(last)

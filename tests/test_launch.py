@@ -21,7 +21,7 @@ from trainers.shards import CHECKPOINTS, rank_folder
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 180
 POLL_S = 0.05
-TRAIN = ("-m", "dvi.cli", "train", "configs/online/reference.yaml")
+TRAIN = ("-m", "dvi", "train", "configs/online/reference.yaml")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
 

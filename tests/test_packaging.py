@@ -138,7 +138,7 @@ def test_a_wheel_works_in_an_empty_folder(site, tmp_path):
 import sys
 from typer.testing import CliRunner
 from dvi.bench.questions import BUNDLED_QUESTIONS
-from dvi.cli import app
+from dvi.cli.main import app
 
 def dvi(*arguments):
     result = CliRunner().invoke(app, list(arguments))

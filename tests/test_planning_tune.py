@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import dvi.cli
+from dvi.cli.main import app
 from dvi.config import load_config, to_yaml
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace
 from dvi.planning.search import NoFeasiblePlan
@@ -45,7 +45,7 @@ def tune(folder, *arguments):
     """(exit code, the JSON of the last line or None, stderr), the profile kept in the folder."""
     command = ["tune", str(folder / "serve.yaml"), "--prompts", str(folder / "prompts.jsonl"), "--seconds", "0"]
     result = CliRunner(env={"XDG_CACHE_HOME": str(folder)}).invoke(
-        dvi.cli.app, [*command, *map(str, arguments)], catch_exceptions=False
+        app, [*command, *map(str, arguments)], catch_exceptions=False
     )
     last = (result.stdout.splitlines() or [""])[-1]
     return result.exit_code, json.loads(last) if last else None, " ".join(result.stderr.split())
@@ -71,7 +71,7 @@ def test_a_plan_is_measured_found_and_written_as_settings_that_a_server_takes(fo
     )
     assert planned.draft.policy == "fixed" and differing(config, planned) <= CHANGED
     command = ["serve", str(folder / "serve.yaml"), str(folder / "out/plan.yaml"), "--print-config"]
-    assert CliRunner().invoke(dvi.cli.app, command).stdout == to_yaml(planned)
+    assert CliRunner().invoke(app, command).stdout == to_yaml(planned)
     written = json.loads((folder / "out/frontier.json").read_text())
     assert written["tuned"] == facts["tuned"] and written["frontier"][-1] == facts["tuned"]
     assert (folder / "out/frontier.png").read_bytes().startswith(b"\x89PNG")

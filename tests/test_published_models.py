@@ -20,7 +20,7 @@ from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import dvi.cli
+from dvi.cli.main import app
 from dvi.model import conversion, published_models
 from dvi.model.conversion import ModelSource, read_source
 from dvi.model.published_models import MODELS, PublishedModel, get_model
@@ -68,7 +68,7 @@ def _sha256(path: Path) -> str:
 
 def _get(*arguments):
     """(exit code, the last line's JSON or None, what went to stderr on one line)."""
-    result = CliRunner().invoke(dvi.cli.app, ["model", "get", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["model", "get", *map(str, arguments)], catch_exceptions=False)
     lines = result.stdout.splitlines()
     return result.exit_code, json.loads(lines[-1]) if lines else None, " ".join(result.stderr.split())
 

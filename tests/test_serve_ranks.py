@@ -303,7 +303,7 @@ def test_a_door_ends_with_the_process_that_opened_it():
     """Catches a door that stays behind when its server was killed, and holds the port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        command = [sys.executable, "-m", "dvi.cli", "route", "http://127.0.0.1:9", "--socket", str(listener.fileno())]
+        command = [sys.executable, "-m", "dvi", "route", "http://127.0.0.1:9", "--socket", str(listener.fileno())]
         door = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             pass_fds=[listener.fileno()], text=True,
@@ -467,7 +467,7 @@ def test_without_learning_replicas_are_independent(tmp_path):
 def test_torchrun_starts_a_server_and_ends_it_when_a_replica_is_killed(tmp_path):
     """Catches a server that only the tests' own launcher can start, or whose end torchrun does not understand."""
     log, folder = tmp_path / "log", tmp_path / "state"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dvi.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dvi"]
     command += ["serve", str(Path(__file__).parents[1] / "configs/online/serve.yaml"), *SETTINGS]
     with log.open("wb") as file:
         launcher = subprocess.Popen(

@@ -35,7 +35,7 @@ def run_paper(
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
         raise ValueError(
-            f"dvi bench paper runs in one process, got {num_ranks} ranks; train with torchrun -m dvi.cli train, then "
+            f"dvi bench paper runs in one process, got {num_ranks} ranks; train with torchrun -m dvi train, then "
             "measure with dvi bench spec-bench --adapter"
         )
     config = settle_dtype(config, earlier=dtype_of_run(config.output.folder))

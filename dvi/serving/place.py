@@ -106,7 +106,7 @@ class DoorProcess:
         listener.listen()  # clients that come before the door is there wait for it
         self._url, self._drain_s, self._is_closing = url_of(listener), serve.drain_s, False
         command = [
-            sys.executable, "-m", "dvi.cli", "route", *urls, "--host", serve.host, "--drain-s", str(serve.drain_s),
+            sys.executable, "-m", "dvi", "route", *urls, "--host", serve.host, "--drain-s", str(serve.drain_s),
             "--socket", str(listener.fileno()),
         ]  # fmt: skip
         if serve.keys_file is not None:

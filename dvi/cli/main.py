@@ -20,10 +20,10 @@ import typer
 from typer.core import TyperGroup
 
 from dvi import __version__, terminal
-from dvi.arguments import check_model, load_arguments
-from dvi.bench.commands import app as bench_app
+from dvi.cli.arguments import check_model, load_arguments
+from dvi.cli.bench import app as bench_app
+from dvi.cli.model import app as model_app
 from dvi.config import load_config, to_yaml
-from dvi.model_commands import app as model_app
 from dvi.progress import shown_on
 from dvi.settings import (
     DrafterSettings,
@@ -149,7 +149,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
     """Write a commented file of settings to start from."""
-    from dvi.starter import write_starter
+    from dvi.cli.starter import write_starter
 
     path = write_starter(place, verb=verb, model=model, overwrite=force)
     say(f"wrote {path}: dvi {verb} {path}")

@@ -222,7 +222,7 @@ class ReplayBatch:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the loss terms at one step; see `dvi.losses` for each formula."""
+    """Weights of the loss terms at one step; see `trainers.learning.losses` for each formula."""
 
     forward_kl: float = 0.0
     reverse_kl: float = 0.0

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvi.records import Transitions
-from dvi.replay import ReplayBuffer
+from trainers.learning.replay import ReplayBuffer
 
 HIDDEN_SIZE = 64  # a million rows take 0.6 GB
 ROUND_LEN = 4

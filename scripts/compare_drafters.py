@@ -26,9 +26,9 @@ from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.progress import shown_on
-from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.settings import LearningSettings
 from trainers import OnlineTrainer
+from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
 from trainers.warmup import RecordingLearner
 
 POSITIONS_PER_STEP = 8  # answer positions for each optimizer step: 4 rounds at two tokens a round, as online

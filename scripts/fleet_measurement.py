@@ -20,10 +20,10 @@ from dvi.config import load_config
 from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
-from dvi.losses import forward_kl, log_probs
 from dvi.records import SamplingParams
 from dvi.traffic import read_prompts
 from trainers import OnlineTrainer
+from trainers.learning.losses import forward_kl, log_probs
 
 ROWS = (1, 4, 16)
 NUM_DRAFT_TOKENS, PREFILL_WIDTH = 4, 64

@@ -54,7 +54,7 @@ from dvi.hardware import describe_machine
 from dvi.model.cuda_graph import RoundGraphs
 from dvi.records import SamplingParams, Transitions
 from dvi.settings import LearningSettings
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
 
 ROOT = Path(__file__).parents[1]
 TOTAL_S = 480.0

@@ -21,7 +21,7 @@ from dvi.distributed import PeerLostError
 from tests.random_traffic import SETTINGS, serving, stretch
 from trainers.channel import GlooChannel
 from trainers.dedicated import DedicatedLearner
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
 from trainers.shipping import ShippingLearner
 
 NUM_RANKS = 3

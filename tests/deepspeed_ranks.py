@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvi.distributed import Peers, join, wait
-from dvi.losses import BatchTotals, RewardBaseline
 from dvi.records import LossWeights, ReplayBatch
 from tests.random_traffic import HIDDEN, SETTINGS, VOCAB_SIZE, serving
-from trainers.sharded_student import ZeroStudent, build_student, is_launched_with_deepspeed
-from trainers.student import Student
+from trainers.learning.losses import BatchTotals, RewardBaseline
+from trainers.learning.student import Student
+from trainers.learning.zero_student import ZeroStudent, build_student, is_launched_with_deepspeed
 
 CONFIG = dataclasses.replace(SETTINGS, clip_norm=0.5)  # below the norm of the first steps' gradients
 WEIGHTS = LossWeights(forward_kl=1.0, policy_gradient=0.5, accepted_ce=0.3)

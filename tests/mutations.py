@@ -18,13 +18,13 @@ class Mutation:
 
 DECODING, VERIFICATION, SAMPLING = "dvi/decode/round.py", "dvi/decode/verification.py", "dvi/decode/sampling.py"
 CACHE, DIRECT, DRAFTER = "dvi/model/kv_cache.py", "dvi/model/llama_path.py", "dvi/model/drafter.py"
-ONLINE, REPLAY = "trainers/online.py", "dvi/replay.py"
+ONLINE, REPLAY = "trainers/learning/online.py", "trainers/learning/replay.py"
 
 ENGINE = "dvi/serving/engine.py"
 TEST_DECODING, TEST_ENGINE = "tests/test_decoding.py", "tests/test_engine.py"
 TEST_PACKED = "tests/test_packed.py"
 TEST_LAW = "tests/test_sampling_law_engine.py"
-STUDENT, TEST_RANKS = "trainers/student.py", "tests/test_data_parallel.py"
+STUDENT, TEST_RANKS = "trainers/learning/student.py", "tests/test_data_parallel.py"
 TEST_ONLINE, TEST_FAULTS = "tests/test_online.py", "tests/test_learner_faults.py"
 
 MUTATIONS = [
@@ -216,7 +216,7 @@ MUTATIONS = [
     ),
     # Learning
     Mutation(
-        "policy_gradient_with_the_sign_inverted", "dvi/losses.py",
+        "policy_gradient_with_the_sign_inverted", "trainers/learning/losses.py",
         "return -ratio_M.clamp(low, high)", "return ratio_M.clamp(low, high)", "tests/test_policy_gradient_learns.py",
     ),
     Mutation(
@@ -230,20 +230,20 @@ MUTATIONS = [
         "candidate < best * (1 - config.canary_tolerance)", "candidate > best * (1 - config.canary_tolerance)",
         TEST_ONLINE,
     ),
-    Mutation("budget_not_charged", "trainers/budget.py", "self._credit_s -= seconds", "pass", TEST_ONLINE),
+    Mutation("budget_not_charged", "trainers/learning/budget.py", "self._credit_s -= seconds", "pass", TEST_ONLINE),
     Mutation(
-        "gaps_not_preferred", "trainers/budget.py",
+        "gaps_not_preferred", "trainers/learning/budget.py",
         "CREDIT_CAP_S / 2 if now_s - self._gap_s < GAP_MEMORY_S else 0.0", "0.0", "tests/test_budget.py",
     ),
     Mutation(
-        "slices_averaged_over_themselves", "dvi/losses.py", "totals or BatchTotals.of(batch)", "BatchTotals.of(batch)",
-        TEST_ONLINE,
+        "slices_averaged_over_themselves", "trainers/learning/losses.py", "totals or BatchTotals.of(batch)",
+        "BatchTotals.of(batch)", TEST_ONLINE,
     ),
     Mutation(
         "finite_before_the_canary_only", ONLINE, "if not student.is_finite():", "if False:", TEST_FAULTS,
     ),
     Mutation(
-        "moments_not_looked_at", "trainers/student.py",
+        "moments_not_looked_at", "trainers/learning/student.py",
         "tensors = [*self.drafter.parameters(), *moments]", "tensors = [*self.drafter.parameters()]", TEST_FAULTS,
     ),
     Mutation(

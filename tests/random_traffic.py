@@ -14,7 +14,7 @@ from dvi.model.drafter import build_drafter
 from dvi.records import Transitions
 from dvi.settings import LearningSettings
 from tests.drafter_doubles import small_config
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
 
 HIDDEN, VOCAB_SIZE, WIDTH = 12, 30, 4
 SETTINGS = LearningSettings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainers.budget import CREDIT_CAP_S, GAP_MEMORY_S, MAX_STEPS_OWED, TimeBudget
+from trainers.learning.budget import CREDIT_CAP_S, GAP_MEMORY_S, MAX_STEPS_OWED, TimeBudget
 
 
 def used_s(budget: TimeBudget, *, until_s: float, piece_s: float = 0.005, gap_every_s: float | None = None) -> float:

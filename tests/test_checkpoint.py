@@ -16,8 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from trainers import checkpoint
-from trainers.checkpoint import SUMS_FILE, TENSORS_FILE, TREE_FILE, CheckpointStore
+from trainers.learning import checkpoint
+from trainers.learning.checkpoint import SUMS_FILE, TENSORS_FILE, TREE_FILE, CheckpointStore
 
 # What a save may do to the disk, each a step at which a process can die.
 SYSCALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod")
@@ -386,7 +386,7 @@ def test_a_refused_system_call_raises_oserror_and_leaves_a_checkpoint(
 def test_a_second_process_on_a_locked_folder_is_refused_at_once(tmp_path: Path) -> None:
     """Would catch two runs that prune each other's checkpoints, and a lock that outlives its owner."""
     program = (
-        "import sys; from trainers.checkpoint import CheckpointStore; "
+        "import sys; from trainers.learning.checkpoint import CheckpointStore; "
         f"store = CheckpointStore({str(tmp_path)!r}); print('locked', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen(

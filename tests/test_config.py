@@ -250,7 +250,7 @@ def test_a_server_and_a_run_have_their_own_keys_and_defaults():
 
 def test_every_loss_schedule_can_be_chosen_and_no_other():
     """Catches a preset added to the schedules only, or a choice that fails when training starts."""
-    from dvi.loss_schedule import PRESETS
+    from trainers.learning.loss_schedule import PRESETS
 
     for preset in PRESETS:
         assert load_config(None, [f"train.schedule={preset}"]).train.schedule == preset

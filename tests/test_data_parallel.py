@@ -15,12 +15,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dvi.distributed import PeerLostError, join, wait
-from dvi.losses import BatchTotals, RewardBaseline
 from dvi.records import LossWeights, ReplayBatch
 from tests.random_traffic import SETTINGS, serving, stretch
 from tests.ranks import run_ranks, try_ranks
-from trainers.online import SMALLEST_PART, OnlineTrainer
-from trainers.student import Student
+from trainers.learning.losses import BatchTotals, RewardBaseline
+from trainers.learning.online import SMALLEST_PART, OnlineTrainer
+from trainers.learning.student import Student
 
 # Every term that has a mean of its own: each is taken over other positions, of which the halves have different numbers.
 WEIGHTS = LossWeights(

@@ -24,6 +24,7 @@ from tests.random_traffic import HIDDEN, SETTINGS, VOCAB_SIZE, assert_same, serv
 from tests.tiny_models import tiny_model
 from trainers.channel import Kind, Message
 from trainers.dedicated import DedicatedLearner
+from trainers.learning.online import OnlineTrainer
 from trainers.messages import (
     COLUMNS,
     FACTS,
@@ -33,7 +34,6 @@ from trainers.messages import (
     pack_facts,
     unpack_experience,
 )
-from trainers.online import OnlineTrainer
 from trainers.shipping import FRAME_POSITIONS, MAX_UNTAKEN, Ending, ShippingLearner
 
 LIMIT_S = 60.0  # of a whole job: a bound on a hang, many times what it takes

@@ -25,8 +25,8 @@ from torch import Tensor
 from dvi.distributed import SOLO
 from tests import deepspeed_ranks
 from tests.random_traffic import serving
-from trainers import sharded_student
-from trainers.student import Student
+from trainers.learning import zero_student
+from trainers.learning.student import Student
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs/accelerate"
@@ -220,7 +220,7 @@ def test_the_strategy_and_the_launch_choose_the_student(monkeypatch):
     monkeypatch.setattr(sharded_student, "ZeroStudent", record("zero"))
 
     def chosen(strategy: str) -> tuple:
-        return sharded_student.build_student(None, None, SimpleNamespace(strategy=strategy))
+        return zero_student.build_student(None, None, SimpleNamespace(strategy=strategy))
 
     assert [chosen(name) for name in ("ddp", "zero1", "zero2")] == [("plain", None), ("zero", 1), ("zero", 2)]
     monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file")  # as accelerate launch does
@@ -233,7 +233,7 @@ def test_without_deepspeed_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     plain_student()
     with pytest.raises(ValueError, match=r"pip install 'draft-verify-improve\[deepspeed\]'"):
-        sharded_student.ZeroStudent(serving().split, serving().drafter, deepspeed_ranks.CONFIG, stage=1)
+        zero_student.ZeroStudent(serving().split, serving().drafter, deepspeed_ranks.CONFIG, stage=1)
 
 
 @pytest.mark.parametrize(
@@ -254,4 +254,4 @@ def test_a_launch_that_does_not_suit_a_drafter_is_refused(settings, complaint, m
     monkeypatch.setitem(sys.modules, "deepspeed.ops", ModuleType("deepspeed.ops"))
     sys.modules["deepspeed"].ops = sys.modules["deepspeed.ops"]
     with pytest.raises(ValueError, match=complaint):
-        sharded_student.ZeroStudent(serving().split, serving().drafter, deepspeed_ranks.CONFIG)
+        zero_student.ZeroStudent(serving().split, serving().drafter, deepspeed_ranks.CONFIG)

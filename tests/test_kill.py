@@ -25,8 +25,8 @@ import torch
 
 from dvi.settings import LearningSettings
 from tests.test_online import serving, stretch
-from trainers.checkpoint import CheckpointStore
-from trainers.online import OnlineTrainer
+from trainers.learning.checkpoint import CheckpointStore
+from trainers.learning.online import OnlineTrainer
 from trainers.serving import ServingLearner
 
 CHECKPOINT_EVERY_S = 0.05

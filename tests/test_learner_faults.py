@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-import trainers.online
-import trainers.student
+import trainers.learning.online
+import trainers.learning.student
 from dvi.records import Transitions
 from tests.random_traffic import VOCAB_SIZE, WIDTH, is_finite, serving, state_of, stretch, trainer_of
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
 
 # As a server has it: in pieces, and nothing published that no canary has seen.
 SERVED = {"blocks_per_slice": 4, "steps_per_publish": 2, "steps_per_canary": 2, "warmup_steps": 5, "ramp_steps": 5}
@@ -26,7 +26,7 @@ STEPS_BETWEEN = 3
 @pytest.fixture(autouse=True)
 def small_canary(monkeypatch):
     """Enough for these drafters, and a quarter of the time."""
-    monkeypatch.setattr(trainers.online, "CANARY_BLOCKS", 64)
+    monkeypatch.setattr(trainers.learning.online, "CANARY_BLOCKS", 64)
 
 
 def spoil(tensor: torch.Tensor, value: float, dice: random.Random) -> None:
@@ -36,13 +36,13 @@ def spoil(tensor: torch.Tensor, value: float, dice: random.Random) -> None:
 
 
 def bad_loss(trainer: OnlineTrainer, value: float, dice: random.Random, patch: pytest.MonkeyPatch) -> None:
-    compute = trainers.student.losses.compute
+    compute = trainers.learning.student.losses.compute
 
     def spoilt_compute(*args: object, **options: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         total, terms = compute(*args, **options)
         return total * value, terms
 
-    patch.setattr(trainers.student.losses, "compute", spoilt_compute)
+    patch.setattr(trainers.learning.student.losses, "compute", spoilt_compute)
 
 
 def bad_gradient(trainer: OnlineTrainer, value: float, dice: random.Random, patch: pytest.MonkeyPatch) -> None:

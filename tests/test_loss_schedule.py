@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dvi.loss_schedule import KL_FLOOR, PRESETS, LossSchedule
 from dvi.records import LossWeights
+from trainers.learning.loss_schedule import KL_FLOOR, PRESETS, LossSchedule
 
 
 def test_default_weights_follow_the_documented_formula():

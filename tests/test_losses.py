@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from dvi import losses
 from dvi.records import LossWeights, ReplayBatch
 from tests.random_traffic import serving, trainer_of
+from trainers.learning import losses
 
 HALF_HALF = torch.tensor([[0.5, 0.5]]).log()
 QUARTER = torch.tensor([[0.25, 0.75]]).log()

@@ -26,12 +26,12 @@ from dvi.decode.verification import (
 )
 from dvi.draft.length_policies import FixedLength
 from dvi.records import GenerationResult, SamplingParams, Transitions
-from dvi.replay import ReplayBuffer
 from dvi.settings import VerifySettings
 from tests.drafter_doubles import MemoryDrafter, plain_text, random_drafter, small_config
 from tests.exact_doubles import self_check_left_out
 from tests.test_lossless_law import TOLERANCE, always, law_error, measured_law, random_instances, target_law
 from tests.tiny_models import tiny_model
+from trainers.learning.replay import ReplayBuffer
 
 INF, NAN = math.inf, math.nan
 PROMPTS = [[5, 9, 33], [7], [1, 2, 3, 4], [60, 60], [11, 30, 2]]

@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dvi import losses
 from dvi.config import load_config
 from dvi.decode.speculator import SelfSpeculator
 from dvi.inspect import memory_plan
@@ -23,11 +22,11 @@ from dvi.inspect.memory_plan import MemoryPlan, SplitShape
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.records import LossWeights, ReplayBatch, SamplingParams
-from dvi.replay import ReplayBuffer
 from dvi.settings import DrafterSettings, LearningSettings, ServeConfig, TrainConfig
-from trainers import online
-from trainers.memory import learner_memory
-from trainers.versions import KEPT_VERSIONS
+from trainers.learning import losses, online
+from trainers.learning.memory import learner_memory
+from trainers.learning.replay import ReplayBuffer
+from trainers.learning.versions import KEPT_VERSIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs/online"
 TINY_VOCAB, TRIMMED_VOCAB = 64, 40

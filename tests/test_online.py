@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import trainers.budget
-import trainers.online
-import trainers.student
+import trainers.learning.budget
+import trainers.learning.online
+import trainers.learning.student
 from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DRAFTER_KINDS
@@ -33,9 +33,9 @@ from tests.random_traffic import (
     stretch,
     trainer_of,
 )
-from trainers.checkpoint import CheckpointStore
-from trainers.drift import AcceptanceTrend
-from trainers.online import OnlineTrainer
+from trainers.learning.acceptance_trend import AcceptanceTrend
+from trainers.learning.checkpoint import CheckpointStore
+from trainers.learning.online import OnlineTrainer
 
 STORIES = Path(__file__).parent / "stories260k"
 
@@ -82,7 +82,7 @@ def test_a_step_waits_for_data_and_for_its_turn():
 def test_training_takes_no_more_than_its_share_of_the_time(monkeypatch):
     """Catches a budget that is measured but not kept, and credit that grows without bound in a quiet hour."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(trainers.online, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(trainers.learning.online, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     trainer = trainer_of(serving(), budget=0.1)
     add_gradient = trainer._student.add_gradient
 
@@ -102,7 +102,7 @@ def test_training_takes_no_more_than_its_share_of_the_time(monkeypatch):
     for _ in range(100):
         trainer.observe([stretch(0)])
         trainer.step_if_due()
-    assert trainer.train_s - before <= trainers.budget.CREDIT_CAP_S / 0.9 + 0.5
+    assert trainer.train_s - before <= trainers.learning.budget.CREDIT_CAP_S / 0.9 + 0.5
 
 
 # In pieces
@@ -163,7 +163,7 @@ def test_a_call_does_one_piece_and_nothing_that_serves_moves_before_the_last():
         num_calls += 1
     assert num_calls == num_slices + 1  # the gradients, the update, and the call that publishes
     assert speculator.drafter.version == 1
-    assert pieces_of(trainer) == num_slices + 1 + trainers.online.CANARY_BLOCKS // 4 + 1
+    assert pieces_of(trainer) == num_slices + 1 + trainers.learning.online.CANARY_BLOCKS // 4 + 1
     assert set(sizes) == {4}
 
 
@@ -269,16 +269,16 @@ def test_no_key_fills_more_than_its_share_of_a_step(monkeypatch):
 
 
 def poison_loss(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
-    compute = trainers.student.losses.compute
-    patch.setattr(trainers.student.losses, "compute", lambda *a, **k: (compute(*a, **k)[0] * torch.nan, {}))
+    compute = trainers.learning.student.losses.compute
+    patch.setattr(trainers.learning.student.losses, "compute", lambda *a, **k: (compute(*a, **k)[0] * torch.nan, {}))
 
 
 def poison_gradient(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
-    compute = trainers.student.losses.compute
+    compute = trainers.learning.student.losses.compute
     weight = trainer.drafter.draft_head.lora_A
     # sqrt at 0: a finite loss whose gradient is infinite.
     patch.setattr(
-        trainers.student.losses, "compute",
+        trainers.learning.student.losses, "compute",
         lambda *a, **k: ((lambda total, values: (total + (0 * weight.sum()).sqrt(), values))(*compute(*a, **k))),
     )  # fmt: skip
 

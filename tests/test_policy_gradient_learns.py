@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi import losses
-from dvi.loss_schedule import LossSchedule
 from dvi.records import ReplayBatch
+from trainers.learning import losses
+from trainers.learning.loss_schedule import LossSchedule
 
 ACCEPTANCE = torch.tensor([[0.1, 0.5, 0.9], [0.8, 0.4, 0.3]])
 OPTIMUM = (0.9 + 0.8) / 2

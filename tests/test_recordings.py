@@ -9,11 +9,11 @@ import torch
 
 from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import FixedLength
-from dvi.recordings import decode_answers, record, replay_rounds
 from dvi.records import RoundStats, SamplingParams
 from dvi.settings import LearningSettings
 from tests.drafter_doubles import small_config
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
+from trainers.learning.recordings import decode_answers, record, replay_rounds
 from trainers.warmup import learn_from_recordings
 
 STORIES = Path(__file__).parent / "stories260k"
@@ -73,7 +73,7 @@ def test_rounds_of_several_texts_add_up_however_many_are_computed_at_once(monkey
     one_by_one = RoundStats()
     for text in texts:
         one_by_one.add(replay_rounds(speculator.drafter, [text], num_draft_tokens=NUM_DRAFT_TOKENS))
-    monkeypatch.setattr("dvi.recordings.ROUNDS_AT_ONCE", 7)
+    monkeypatch.setattr("trainers.learning.recordings.ROUNDS_AT_ONCE", 7)
     assert replay_rounds(speculator.drafter, texts, num_draft_tokens=NUM_DRAFT_TOKENS) == one_by_one
 
 
@@ -120,7 +120,7 @@ def test_a_text_too_short_for_a_round_has_none():
 
 def test_recorded_states_are_those_that_decoding_shows_its_learner(monkeypatch):
     """Catches states of the wrong layer, shifted positions, and a seam between chunks of a long text."""
-    monkeypatch.setattr("dvi.recordings.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("trainers.learning.recordings.PREFILL_CHUNK", 16)
     speculator = trained_speculator()
     prompt_ids = speculator.encode("Once upon a time there was a little girl")
     policy = FixedLength(NUM_DRAFT_TOKENS)

@@ -14,8 +14,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from dvi.records import ReplayBatch, Transitions
-from dvi.replay import ReplayBuffer
 from dvi.tenancy import tenant_id
+from trainers.learning.replay import ReplayBuffer
 
 HIDDEN = 2
 SEGMENT_LEN = 4

@@ -26,10 +26,10 @@ from tests.test_checkpoint import assert_equal
 from tests.test_online import serving, stretch
 from trainers import ledger as ledger_module
 from trainers import serving as serving_job
-from trainers.checkpoint import CheckpointStore
 from trainers.job import load_run
+from trainers.learning.checkpoint import CheckpointStore
+from trainers.learning.online import OnlineTrainer
 from trainers.ledger import TrafficLedger
-from trainers.online import OnlineTrainer
 from trainers.server_job import build_serving
 from trainers.serving import ServingLearner
 

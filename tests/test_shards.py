@@ -13,12 +13,12 @@ from rich.console import Console
 
 from dvi.config import load_config
 from dvi.records import SamplingParams
-from dvi.replay import ReplayBuffer
 from dvi.telemetry import METRICS_FILE
 from tests.random_traffic import serving, stretch
 from tests.ranks import run_ranks, try_ranks
-from trainers.checkpoint import TENSORS_FILE, CheckpointStore, pack, whole_steps
 from trainers.job import Job
+from trainers.learning.checkpoint import TENSORS_FILE, CheckpointStore, pack, whole_steps
+from trainers.learning.replay import ReplayBuffer
 from trainers.place import Place
 from trainers.shards import CHECKPOINTS, load_saved, rank_folder
 

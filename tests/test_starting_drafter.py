@@ -21,7 +21,7 @@ from dvi.model.starting_drafter import adapter_of_run, drafter_beside, settle_ad
 from dvi.settings import ServeConfig
 from tests.drafter_doubles import small_config
 from trainers import server_job
-from trainers.memory import learner_memory
+from trainers.learning.memory import learner_memory
 from trainers.server_job import build_serving
 
 ROOT = Path(__file__).parents[1]

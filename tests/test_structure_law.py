@@ -15,7 +15,7 @@ from dvi.records import SamplingParams
 from dvi.settings import LearningSettings
 from tests.drafter_doubles import random_drafter, randomise, small_config
 from tests.tiny_models import tiny_model
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
 
 KINDS = list(DRAFTER_KINDS)
 PROMPT = [5, 9, 33, 2, 17]

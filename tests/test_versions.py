@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.random_traffic import assert_same, serving, state_of, stretch, trainer_of
-from trainers.online import OnlineTrainer
-from trainers.versions import KEPT_VERSIONS, LISTED_VERSIONS, Snapshot, VersionHistory
+from trainers.learning.online import OnlineTrainer
+from trainers.learning.versions import KEPT_VERSIONS, LISTED_VERSIONS, Snapshot, VersionHistory
 
 
 def test_publishing_what_serves_already_is_counted_and_not_done():

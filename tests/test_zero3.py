@@ -16,11 +16,11 @@ from dvi.config import load_config
 from dvi.decode.speculator import SelfSpeculator
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
-from dvi.recordings import RecordedText, record
 from dvi.settings import WarmupConfig
 from dvi.telemetry import read_metrics
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
+from trainers.learning.recordings import RecordedText, record
 from trainers.warmup import run_warmup
 
 pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's: pip install 'draft-verify-improve[deepspeed]'")
@@ -43,7 +43,7 @@ def record_sharded(folder: str) -> dict:
     """By architecture and dtype, what a rank records and holds."""
     # Nothing may be compiled: where there is no compiler it would fail.
     os.environ["PATH"] = ""
-    from dvi.zero3 import ShardedBackbone
+    from trainers.learning.zero3 import ShardedBackbone
 
     distributed.init_process_group("gloo")
     found = {}
@@ -135,7 +135,7 @@ def test_each_rank_holds_half_of_the_weights_and_gathers_none_for_good(ranks):
 
 def test_float64_is_refused_with_the_reason():
     """Norms would silently be rounded to float32."""
-    from dvi.zero3 import ShardedBackbone
+    from trainers.learning.zero3 import ShardedBackbone
 
     with pytest.raises(ValueError, match=r"needs float32 or bfloat16, got torch\.float64; try float32"):
         ShardedBackbone("nowhere", split_layer=1, dtype=torch.float64)

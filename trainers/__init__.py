@@ -1,5 +1,5 @@
 """Training beside serving: the only package that knows both."""
 
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
 
 __all__ = ["OnlineTrainer"]

@@ -19,10 +19,10 @@ from dvi.records import Transitions, UpdateReport
 from dvi.signals import Interrupted, Signals
 from dvi.telemetry import MetricsWriter
 from dvi.terminal import say
-from trainers.ballot import Ballot
 from trainers.channel import GlooChannel
 from trainers.dedicated import DedicatedLearner
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
+from trainers.learning.rank_report import Ballot
 from trainers.place import Place
 from trainers.shipping import ShippingLearner
 

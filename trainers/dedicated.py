@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from dvi.distributed import POLL_S, PeerLostError
 from dvi.records import UpdateReport
 from trainers.channel import Channel, Kind, Message
+from trainers.learning.online import OnlineTrainer
 from trainers.messages import (
     NONE,
     MessageError,
@@ -23,7 +24,6 @@ from trainers.messages import (
     unpack_experience,
     unpack_facts,
 )
-from trainers.online import OnlineTrainer
 from trainers.shipping import Ending
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from dvi import progress
 from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength, LengthPolicy
-from dvi.recordings import RecordedText, record, replay_rounds
 from dvi.records import GenerationResult, RoundStats, SamplingParams
+from trainers.learning.recordings import RecordedText, record, replay_rounds
 
 PROBE_SHARE = 0.02  # of the time that plain decoding for comparison may take
 PROBE_TOKENS = 16

@@ -39,10 +39,10 @@ from dvi.telemetry import METRICS_FILE, MetricsWriter, read_metrics
 from dvi.traffic import Messages
 from dvi.whole_files import write_whole
 from trainers.attendance import Attendance, Desk, attend
-from trainers.checkpoint import CheckpointStore, check_counts
 from trainers.evaluation import HeldOutRequests, Measurement, SpeedProbe, drafts_alike, headline
 from trainers.held_out_curve import HeldOutCurve
-from trainers.online import OWN, OnlineTrainer
+from trainers.learning.checkpoint import CheckpointStore, check_counts
+from trainers.learning.online import OWN, OnlineTrainer
 from trainers.picture import plot_run
 from trainers.place import Place
 from trainers.position import TrafficPosition, read_traffic, what_to_expect

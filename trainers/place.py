@@ -15,8 +15,8 @@ from rich.console import Console
 
 from dvi.distributed import SOLO, join
 from dvi.settings import TrainConfig, WarmupConfig
-from trainers.checkpoint import CheckpointStore
-from trainers.sharded_student import is_launched_with_deepspeed
+from trainers.learning.checkpoint import CheckpointStore
+from trainers.learning.zero_student import is_launched_with_deepspeed
 from trainers.shards import CHECKPOINTS, rank_folder
 
 

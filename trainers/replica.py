@@ -14,10 +14,10 @@ from pathlib import Path
 
 from dvi.distributed import PeerLostError, Peers
 from dvi.records import DrafterVersion, Transitions, UpdateReport
-from trainers.ballot import Ballot
-from trainers.checkpoint import CheckpointStore
+from trainers.learning.checkpoint import CheckpointStore
+from trainers.learning.online import OWN, OnlineTrainer
+from trainers.learning.rank_report import Ballot
 from trainers.ledger import TrafficLedger
-from trainers.online import OWN, OnlineTrainer
 from trainers.serving import ServingLearner, logger, promise
 from trainers.shards import SavedRun
 

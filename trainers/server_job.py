@@ -18,8 +18,8 @@ from dvi.model.adapter_store import read_manifest
 from dvi.model.starting_drafter import adapter_of_run, settle_adapter, with_adapter
 from dvi.settings import AUTO_ADAPTER, ServeConfig
 from dvi.telemetry import MetricsWriter
-from trainers.checkpoint import CheckpointStore
-from trainers.online import OnlineTrainer
+from trainers.learning.checkpoint import CheckpointStore
+from trainers.learning.online import OnlineTrainer
 from trainers.replica import ReplicaLearner
 from trainers.serving import ServingLearner
 from trainers.shards import CHECKPOINTS, SavedRun, load_saved, rank_folder

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dvi.distributed import SOLO, Peers
-from trainers.checkpoint import pack, peek, read_checkpoint, unpack, whole_steps
+from trainers.learning.checkpoint import pack, peek, read_checkpoint, unpack, whole_steps
 
 CHECKPOINTS, RANKS = "checkpoints", "ranks"
 _NOTHING = torch.zeros(0, dtype=torch.uint8)

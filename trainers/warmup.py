@@ -18,20 +18,20 @@ from torch import nn
 
 from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.distributed import wait
-from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams, UpdateReport
 from dvi.settings import WarmupConfig
 from dvi.signals import Interrupted, Signals
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
-from dvi.zero3 import ShardedBackbone, ShardedSpeculator
-from trainers.ballot import Ballot
 from trainers.evaluation import weights_alike
 from trainers.job import Job, Request, read_own_traffic, resume_job, settle_place
-from trainers.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
+from trainers.learning.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
+from trainers.learning.rank_report import Ballot
+from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
+from trainers.learning.zero3 import ShardedBackbone, ShardedSpeculator
+from trainers.learning.zero_student import is_launched_with_deepspeed
 from trainers.place import Place
 from trainers.progress import RunDisplay
-from trainers.sharded_student import is_launched_with_deepspeed
 
 BATCHES_AT_ONCE = 4  # batches of prompts that are decoded before their texts are learnt from: rows that end refill
 SCHEDULES = ("kl_only", "lk")  # the others need rewards, and nothing is drafted here

@@ -300,7 +300,7 @@ def paper(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 def _learner_maker(learning: Any) -> Callable[[SelfSpeculator], Learner]:
     def make_learner(speculator: SelfSpeculator) -> Learner:
-        from trainers.online import OnlineTrainer
+        from trainers.learning.online import OnlineTrainer
 
         return OnlineTrainer(speculator, learning)
 

@@ -618,7 +618,7 @@ def inspect(
             model, dtype = settings.model.path, None if dtype == "auto" else dtype
         else:
             model, settings = path, load_config(None, overrides)
-        from trainers.memory import learner_memory
+        from trainers.learning.memory import learner_memory
 
         facts = machine.describe_model(
             model, settings, dtype=dtype, positions=positions, check=check, learner_memory=learner_memory

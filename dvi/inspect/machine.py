@@ -70,7 +70,7 @@ def describe_model(
     check         load the weights and compare the split with the plain model, which takes the model's memory; None
                   does so for a small model in a local folder. Without it the shape alone is looked at, and a model
                   whose forward hides something may still turn out not to be splittable.
-    learner_memory  what a learner keeps, asked where the settings have one: `trainers.memory.learner_memory`.
+    learner_memory  what a learner keeps, asked where the settings have one: `trainers.learning.memory.learner_memory`.
     Raises ValueError when there is no such model, and for settings that do not fit it.
     """
     settings = settings or TrainConfig()

@@ -5,7 +5,7 @@
               (accelerate's hooks move weights and activations).
 "tensor"      one process per GPU under torchrun; each holds a part of every layer (transformers' own plan), and all run
               the same rounds in lock-step.
-"zero3"       the same parts, gathered for every pass over whole texts: see `dvi.zero3`, which loads such a model.
+"zero3"       the same parts, gathered for every pass over whole texts: `trainers.learning.zero3` loads such a model.
 
 Knows modules, devices and process groups; knows nothing of drafting. On several GPUs, and with NCCL, nothing here has
 been tried.

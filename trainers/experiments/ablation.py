@@ -16,13 +16,13 @@ from rich.console import Console
 
 from dvi.config import load_config, write_provenance
 from dvi.decode.precision import dtype_of_run, settle_dtype
-from dvi.loss_schedule import PRESETS
 from dvi.progress import doing
 from dvi.settings import LearningSettings, SamplingSettings, TrainConfig
 from trainers.experiments.ablation_cells import NUM_BLOCKS, AblationArm, CellRunner
 from trainers.experiments.ablation_figures import BASELINE, OFFLINE, Cell, read_cell
 from trainers.experiments.ablation_report import write_report
 from trainers.experiments.cell_folder import CellFolder
+from trainers.learning.loss_schedule import PRESETS
 
 DEFAULT_ARMS = ("kl_only", "kl_pg", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk", *OFFLINE)
 RESERVED = ("enabled", "schedule", "budget", "seed")  # fixed by an arm's name, by the seeds, or by the comparison

@@ -23,7 +23,6 @@ from dvi.draft.length_policies import FixedLength
 from dvi.hardware import describe_machine
 from dvi.model.drafter import build_drafter
 from dvi.progress import doing, each
-from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import ReplayBatch, SamplingParams, Transitions, UpdateReport
 from dvi.settings import LearningSettings, TrainConfig
 from trainers.experiments.ablation_figures import (
@@ -37,7 +36,8 @@ from trainers.experiments.ablation_figures import (
 )
 from trainers.experiments.domain_shift import encode
 from trainers.job import read_traffic
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
+from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
 from trainers.warmup import learn_from_recordings
 
 NUM_BLOCKS = 12  # of the traffic; held-out figures are taken after each

@@ -18,7 +18,6 @@ from dvi.config import write_provenance
 from dvi.decode.precision import dtype_of_run, settle_dtype
 from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.hardware import describe_machine
-from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import SamplingParams
 from dvi.settings import MACHINE_KEYS, LearningSettings, TrainConfig
 from dvi.traffic import Messages, read_prompts
@@ -26,7 +25,8 @@ from trainers.evaluation import SpeedProbe
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.domain_shift_report import write_report
 from trainers.experiments.streams import MIXED, Stream, domain_files, parse_stream, paths_of, read_phases
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
+from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
 from trainers.progress import RunDisplay
 
 DEFAULT_STREAMS = ("math,medical,math", "math,code,math", "mixed")

@@ -25,13 +25,13 @@ from dvi.draft.measure_costs import measure_costs
 from dvi.hardware import describe_machine
 from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.progress import each
-from dvi.recordings import RecordedText, decode_answers, record, replay_rounds
 from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import TrainConfig
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.sweep_report import make_report, write_report
 from trainers.job import read_traffic
-from trainers.online import OnlineTrainer
+from trainers.learning.online import OnlineTrainer
+from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
 from trainers.warmup import learn_from_recordings
 
 POSITIONS_PER_ROUND = 2  # a step is owed every train.rounds_per_step rounds; a drafter half learnt commits two tokens

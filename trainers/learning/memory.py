@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dvi.model.split import SplitModel
 from dvi.records import LearnerMemory
-from dvi.replay import ReplayBuffer
 from dvi.settings import LearningSettings
-from trainers.online import CANARY_BLOCKS
-from trainers.versions import KEPT_VERSIONS
+from trainers.learning.online import CANARY_BLOCKS
+from trainers.learning.replay import ReplayBuffer
+from trainers.learning.versions import KEPT_VERSIONS
 
 
 def learner_memory(learning: LearningSettings, split: SplitModel) -> LearnerMemory:

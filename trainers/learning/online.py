@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from dvi.distributed import POLL_S, SOLO, PeerLostError, Peers, Pieces, Progress
-from dvi.loss_schedule import LossSchedule
-from dvi.losses import BatchTotals, RewardBaseline
 from dvi.model.drafter import MAX_DEPTH, choose_draft_tokens
 from dvi.records import DrafterVersion, ReplayBatch, Transitions, UpdateReport
-from dvi.replay import ReplayBuffer
 from dvi.settings import LearningSettings
-from trainers import ballot
-from trainers.ballot import Ballot, Notices
-from trainers.budget import TimeBudget
-from trainers.checkpoint import check_counts
-from trainers.drift import AcceptanceTrend
-from trainers.sharded_student import build_student
-from trainers.student import copy_state
-from trainers.versions import Snapshot, State, VersionHistory
+from trainers.learning import rank_report
+from trainers.learning.acceptance_trend import AcceptanceTrend
+from trainers.learning.budget import TimeBudget
+from trainers.learning.checkpoint import check_counts
+from trainers.learning.loss_schedule import LossSchedule
+from trainers.learning.losses import BatchTotals, RewardBaseline
+from trainers.learning.rank_report import Ballot, Notices
+from trainers.learning.replay import ReplayBuffer
+from trainers.learning.student import copy_state
+from trainers.learning.versions import Snapshot, State, VersionHistory
+from trainers.learning.zero_student import build_student
 
 MIN_POSITIONS_PER_BLOCK = 2  # replay positions per sampled block before the first step: below it, batches repeat
 CANARY_BLOCKS = 256  # fewer, and the score's noise alone looks like a loss of a tenth
@@ -405,9 +405,9 @@ class OnlineTrainer:
         message = torch.cat([mine.tensor(), totals.values_K.cpu()])
         yield from self._peers.total(message)
         self._ticked_s = time.perf_counter()
-        self.agreed = Ballot.of(message[: ballot.SIZE])
+        self.agreed = Ballot.of(message[: rank_report.SIZE])
         yield Progress.WORKED
-        return self.agreed, BatchTotals(message[ballot.SIZE :].to(totals.values_K.device))
+        return self.agreed, BatchTotals(message[rank_report.SIZE :].to(totals.values_K.device))
 
     def _step_in_pieces(
         self, batch: ReplayBatch, totals: BatchTotals, acceptance: float | None

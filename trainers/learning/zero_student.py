@@ -18,12 +18,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from dvi.distributed import SOLO, Peers, Pieces, wait
-from dvi.losses import BatchTotals, RewardBaseline
 from dvi.records import LossWeights, ReplayBatch
 from dvi.settings import LearningSettings
 from dvi.software import install_extra
-from trainers.student import Student
-from trainers.versions import State
+from trainers.learning.losses import BatchTotals, RewardBaseline
+from trainers.learning.student import Student
+from trainers.learning.versions import State
 
 STAGES = (1, 2)
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -25,8 +25,8 @@ from dvi.model.drafter import DrafterConfig
 from dvi.model.pretrained import read_config, read_tokenizer, refuse_gguf
 from dvi.model.split import fingerprint_of_head, post_head_of, refuse_unsplittable
 from dvi.model.views_path import Anatomy, dissect
-from dvi.recordings import RecordedText
 from dvi.software import install_extra
+from trainers.learning.recordings import RecordedText
 
 
 class ShardedBackbone:

@@ -17,13 +17,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dvi import losses
 from dvi.distributed import SOLO, Peers, Pieces
-from dvi.losses import BatchTotals, RewardBaseline
 from dvi.model.drafter import build_drafter
 from dvi.records import LossWeights, ReplayBatch
 from dvi.settings import LearningSettings
-from trainers.versions import State
+from trainers.learning import losses
+from trainers.learning.losses import BatchTotals, RewardBaseline
+from trainers.learning.versions import State
 
 # One bucket for all gradients: each message costs its latency, and none is large.
 BUCKET_MB = 4096

@@ -1,0 +1,1 @@
+"""A drafter learns: experience, losses, steps, versions."""

@@ -19,10 +19,10 @@ from torch import nn
 
 from dvi.distributed import PeerLostError
 from tests.random_traffic import SETTINGS, serving, stretch
-from trainers.channel import GlooChannel
-from trainers.dedicated import DedicatedLearner
 from trainers.learning.online import OnlineTrainer
-from trainers.shipping import ShippingLearner
+from trainers.ranks.channel import GlooChannel
+from trainers.ranks.dedicated import DedicatedLearner
+from trainers.ranks.shipping import ShippingLearner
 
 NUM_RANKS = 3
 LAST_VERSION = 12  # a rank has served its traffic when it has come so far

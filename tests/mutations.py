@@ -266,7 +266,7 @@ MUTATIONS = [
     ),
     Mutation("gradient_of_every_slice_sent", STUDENT, "is_kept = not is_last and", "is_kept = False and", TEST_RANKS),
     Mutation(
-        "means_over_a_rank_s_own_positions", ONLINE, "BatchTotals(message[ballot.SIZE :].to(totals.values_K.device))",
+        "means_over_a_rank_s_own_positions", ONLINE, "BatchTotals(message[rank_report.SIZE :].to(totals.values_K.device))",
         "totals", TEST_RANKS,
     ),
     Mutation(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dvi.telemetry import METRICS_FILE, read_metrics
 from trainers.learning.checkpoint import read_checkpoint, whole_steps
-from trainers.shards import CHECKPOINTS, rank_folder
+from trainers.ranks.shards import CHECKPOINTS, rank_folder
 
 STORIES = Path(__file__).parent / "stories260k"
 SETTINGS = (

@@ -22,10 +22,10 @@ from tests.dedicated_ranks import NUM_RANKS, run_ranks
 from tests.drafter_doubles import small_config
 from tests.random_traffic import HIDDEN, SETTINGS, VOCAB_SIZE, assert_same, serving, state_of, stretch
 from tests.tiny_models import tiny_model
-from trainers.channel import Kind, Message
-from trainers.dedicated import DedicatedLearner
 from trainers.learning.online import OnlineTrainer
-from trainers.messages import (
+from trainers.ranks.channel import Kind, Message
+from trainers.ranks.dedicated import DedicatedLearner
+from trainers.ranks.messages import (
     COLUMNS,
     FACTS,
     REQUESTS_PER_RANK,
@@ -34,7 +34,7 @@ from trainers.messages import (
     pack_facts,
     unpack_experience,
 )
-from trainers.shipping import FRAME_POSITIONS, MAX_UNTAKEN, Ending, ShippingLearner
+from trainers.ranks.shipping import FRAME_POSITIONS, MAX_UNTAKEN, Ending, ShippingLearner
 
 LIMIT_S = 60.0  # of a whole job: a bound on a hang, many times what it takes
 

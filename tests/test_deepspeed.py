@@ -216,8 +216,8 @@ def test_the_strategy_and_the_launch_choose_the_student(monkeypatch):
     def record(kind: str) -> Callable[..., tuple]:
         return lambda split, drafter, config, *, peers, stage=None: (kind, stage)
 
-    monkeypatch.setattr(sharded_student, "Student", record("plain"))
-    monkeypatch.setattr(sharded_student, "ZeroStudent", record("zero"))
+    monkeypatch.setattr(zero_student, "Student", record("plain"))
+    monkeypatch.setattr(zero_student, "ZeroStudent", record("zero"))
 
     def chosen(strategy: str) -> tuple:
         return zero_student.build_student(None, None, SimpleNamespace(strategy=strategy))

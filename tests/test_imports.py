@@ -53,15 +53,15 @@ ROWS = (
     "dvi.planning.controller dvi.planning.tune",
     "dvi.inspect.audit dvi.inspect.machine trainers.learning.acceptance_trend trainers.learning.budget "
     "trainers.ledger trainers.learning.versions trainers.learning.checkpoint trainers.learning.rank_report "
-    "trainers.channel",
-    "trainers.learning.student trainers.shards trainers.messages",
+    "trainers.ranks.channel",
+    "trainers.learning.student trainers.ranks.shards trainers.ranks.messages",
     "trainers.learning.zero_student",
     "trainers.learning.online",
-    "trainers.shipping",
-    "trainers.dedicated trainers.learning.memory",
-    "trainers.evaluation trainers.progress trainers.picture trainers.held_out_curve trainers.place "
+    "trainers.ranks.shipping",
+    "trainers.ranks.dedicated trainers.learning.memory",
+    "trainers.evaluation trainers.progress trainers.picture trainers.held_out_curve trainers.ranks.launch "
     "trainers.position",
-    "trainers.attendance",
+    "trainers.ranks.roles",
     "trainers.job",
     "trainers.serving trainers.warmup trainers.paper_run",
     "trainers.replica",

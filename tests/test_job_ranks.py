@@ -20,7 +20,7 @@ from tests.job_interruptions import after_requests, terminate
 from tests.ranks import run_ranks, try_ranks
 from tests.tiny_models import tiny_model
 from trainers.job import load_run, run_training
-from trainers.shards import CHECKPOINTS, rank_folder
+from trainers.ranks.shards import CHECKPOINTS, rank_folder
 
 STORIES = Path(__file__).parent / "stories260k"
 TEXTS = ("Once upon a time", "Lily and Tom went", "One day a bird", "The sun was", "A big bear", "Ben had a")
@@ -153,7 +153,7 @@ def test_a_learner_that_dies_ends_the_job_with_an_error_that_names_it(settings):
 
 def die_as_learner(config: TrainConfig) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainers.dedicated.DedicatedLearner.run", lambda *_: os._exit(1))
+        patch.setattr("trainers.ranks.dedicated.DedicatedLearner.run", lambda *_: os._exit(1))
         run_training(config, console=Console(quiet=True))
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.rank_jobs import job_settings, saved, served
 from tests.ranks import free_port
-from trainers.shards import CHECKPOINTS, rank_folder
+from trainers.ranks.shards import CHECKPOINTS, rank_folder
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 180

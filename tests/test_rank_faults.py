@@ -18,7 +18,7 @@ from tests.rank_jobs import job_settings, saved, served
 from tests.ranks import Ranks, run_ranks, try_ranks
 from trainers.job import Job, run_training
 from trainers.learning import online
-from trainers.shards import CHECKPOINTS
+from trainers.ranks.shards import CHECKPOINTS
 
 PATIENCE_S = 60  # a rank that takes longer to end hung; peer_timeout_s of these jobs is far less
 POLL_S = 0.01

@@ -19,8 +19,8 @@ from tests.ranks import run_ranks, try_ranks
 from trainers.job import Job
 from trainers.learning.checkpoint import TENSORS_FILE, CheckpointStore, pack, whole_steps
 from trainers.learning.replay import ReplayBuffer
-from trainers.place import Place
-from trainers.shards import CHECKPOINTS, load_saved, rank_folder
+from trainers.ranks.launch import Place
+from trainers.ranks.shards import CHECKPOINTS, load_saved, rank_folder
 
 NUM_STRETCHES = 12  # of each of a rank's requests
 SETTINGS = (

@@ -5,8 +5,8 @@ of arithmetic is theirs. A run's folder holds config.yaml, provenance.json, metr
 and at the end acceptance.png, drafter/ and summary.json.
 
 Several ranks, started by torchrun or accelerate, share a run: rank r of n takes every n-th request from the r-th on,
-keeps its own metrics and checkpoints (see `trainers.shards`), and learns with the others (see `trainers.attendance`);
-rank 0 measures and reports.
+keeps its own metrics and checkpoints (see `trainers.ranks.shards`), and learns with the others (see
+`trainers.ranks.roles`); rank 0 measures and reports.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from dvi.signals import Interrupted, Signals
 from dvi.telemetry import METRICS_FILE, MetricsWriter, read_metrics
 from dvi.traffic import Messages
 from dvi.whole_files import write_whole
-from trainers.attendance import Attendance, Desk, attend
 from trainers.evaluation import HeldOutRequests, Measurement, SpeedProbe, drafts_alike, headline
 from trainers.held_out_curve import HeldOutCurve
 from trainers.learning.checkpoint import CheckpointStore, check_counts
 from trainers.learning.online import OWN, OnlineTrainer
 from trainers.picture import plot_run
-from trainers.place import Place
 from trainers.position import TrafficPosition, read_traffic, what_to_expect
 from trainers.progress import RunDisplay, comparison_table
-from trainers.shards import CHECKPOINTS, SavedRun, load_alike, load_saved, rank_folder
+from trainers.ranks.launch import Place
+from trainers.ranks.roles import Attendance, Desk, attend
+from trainers.ranks.shards import CHECKPOINTS, SavedRun, load_alike, load_saved, rank_folder
 
 DRAFTER, PICTURE, SUMMARY = "drafter", "acceptance.png", "summary.json"
 

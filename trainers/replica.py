@@ -18,8 +18,8 @@ from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OWN, OnlineTrainer
 from trainers.learning.rank_report import Ballot
 from trainers.ledger import TrafficLedger
+from trainers.ranks.shards import SavedRun
 from trainers.serving import ServingLearner, logger, promise
-from trainers.shards import SavedRun
 
 END_PATIENCE_S = 10.0  # beyond the time for draining: for clients to read their answers, and for the last tick
 

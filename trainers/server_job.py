@@ -20,9 +20,9 @@ from dvi.settings import AUTO_ADAPTER, ServeConfig
 from dvi.telemetry import MetricsWriter
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
+from trainers.ranks.shards import CHECKPOINTS, SavedRun, load_saved, rank_folder
 from trainers.replica import ReplicaLearner
 from trainers.serving import ServingLearner
-from trainers.shards import CHECKPOINTS, SavedRun, load_saved, rank_folder
 
 log = logging.getLogger(__name__)
 

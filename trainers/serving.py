@@ -23,7 +23,7 @@ from dvi.telemetry import MetricsWriter
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
 from trainers.ledger import TrafficLedger
-from trainers.shards import SavedRun
+from trainers.ranks.shards import SavedRun
 
 RECORD_EVERY_S = 1.0  # of updates in the metrics file: a server runs for months, and a line a second is 30 MB a day
 STEP_PATIENCE_S = 10.0  # a due checkpoint waits so long for the step in progress, which it would have to hurry

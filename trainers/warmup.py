@@ -30,8 +30,8 @@ from trainers.learning.rank_report import Ballot
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
 from trainers.learning.zero3 import ShardedBackbone, ShardedSpeculator
 from trainers.learning.zero_student import is_launched_with_deepspeed
-from trainers.place import Place
 from trainers.progress import RunDisplay
+from trainers.ranks.launch import Place
 
 BATCHES_AT_ONCE = 4  # batches of prompts that are decoded before their texts are learnt from: rows that end refill
 SCHEDULES = ("kl_only", "lk")  # the others need rewards, and nothing is drafted here

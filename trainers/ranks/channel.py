@@ -26,7 +26,7 @@ FAREWELL_S = 1.0  # to a rank that is lost, and whose connection may not know it
 
 
 class Kind(IntEnum):
-    """What a message is. BEAT and CLOSE stay within the channel; see `trainers.shipping` for the others."""
+    """What a message is. BEAT and CLOSE stay within the channel; see `trainers.ranks.shipping` for the others."""
 
     BEAT = 0
     CLOSE = 1

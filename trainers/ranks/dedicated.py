@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from dvi.distributed import POLL_S, PeerLostError
 from dvi.records import UpdateReport
-from trainers.channel import Channel, Kind, Message
 from trainers.learning.online import OnlineTrainer
-from trainers.messages import (
+from trainers.ranks.channel import Channel, Kind, Message
+from trainers.ranks.messages import (
     NONE,
     MessageError,
     Published,
@@ -24,7 +24,7 @@ from trainers.messages import (
     unpack_experience,
     unpack_facts,
 )
-from trainers.shipping import Ending
+from trainers.ranks.shipping import Ending
 
 logger = logging.getLogger(__name__)
 

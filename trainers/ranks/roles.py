@@ -19,12 +19,12 @@ from dvi.records import Transitions, UpdateReport
 from dvi.signals import Interrupted, Signals
 from dvi.telemetry import MetricsWriter
 from dvi.terminal import say
-from trainers.channel import GlooChannel
-from trainers.dedicated import DedicatedLearner
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.rank_report import Ballot
-from trainers.place import Place
-from trainers.shipping import ShippingLearner
+from trainers.ranks.channel import GlooChannel
+from trainers.ranks.dedicated import DedicatedLearner
+from trainers.ranks.launch import Place
+from trainers.ranks.shipping import ShippingLearner
 
 SHIPPING = ("sent_positions", "shed_positions", "sent_bytes")  # of ShippingLearner.stats, for the summary
 

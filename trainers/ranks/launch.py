@@ -17,7 +17,7 @@ from dvi.distributed import SOLO, join
 from dvi.settings import TrainConfig, WarmupConfig
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.zero_student import is_launched_with_deepspeed
-from trainers.shards import CHECKPOINTS, rank_folder
+from trainers.ranks.shards import CHECKPOINTS, rank_folder
 
 
 class Place:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dvi.model.drafter import MAX_DEPTH
 from dvi.records import DrafterVersion, LossWeights, Transitions, UpdateReport
-from trainers.channel import Kind, Message
 from trainers.learning.versions import State
+from trainers.ranks.channel import Kind, Message
 
 COLUMNS = ("token_ids_W", "hidden_WD", "target_hidden_WD", "draft_token_ids_W", "draft_log_probs_W")
 # What is known of a stretch besides its columns, one column each of an int64 table.

@@ -17,8 +17,8 @@ from torch import nn
 from dvi.distributed import POLL_S, PeerLostError
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from dvi.settings import LearningSettings
-from trainers.channel import Channel, Kind, Message
-from trainers.messages import (
+from trainers.ranks.channel import Channel, Kind, Message
+from trainers.ranks.messages import (
     NONE,
     MessageError,
     Round,

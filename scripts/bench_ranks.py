@@ -78,8 +78,8 @@ class Replica:
 
 def run_replica(config: TrainConfig, num_uncounted: int) -> Replica:
     """Runs the job in this process; of its summary and its clocks what is measured here."""
-    from trainers import job
-    from trainers.progress import RunDisplay
+    from trainers.jobs import train
+    from trainers.jobs.progress import RunDisplay
 
     marks: list[tuple[int, float, float]] = []  # tokens, wall and processor seconds as each request ends
 
@@ -91,8 +91,8 @@ def run_replica(config: TrainConfig, num_uncounted: int) -> Replica:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             marks.append((stats.new_tokens, time.perf_counter(), usage.ru_utime + usage.ru_stime))
 
-    job.RunDisplay = Clocks  # this process runs nothing else
-    summary = job.run_training(config, console=Console(quiet=True))
+    train.RunDisplay = Clocks  # this process runs nothing else
+    summary = train.run_training(config, console=Console(quiet=True))
     first, last = marks[num_uncounted - 1], marks[-1]
     own = summary["ranks"][int(os.environ["RANK"])] if "ranks" in summary else summary
     after = summary.get("after") or {}
@@ -330,7 +330,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    CONTEXT.set_forkserver_preload(["torch", "transformers", "accelerate", "trainers.job"])
+    CONTEXT.set_forkserver_preload(["torch", "transformers", "accelerate", "trainers.jobs.train"])
     load, start_s = os.getloadavg()[0], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments, Path(folder))

@@ -28,8 +28,8 @@ from dvi.model.split import SplitModel
 from dvi.progress import shown_on
 from dvi.settings import LearningSettings
 from trainers import OnlineTrainer
+from trainers.jobs.warmup import RecordingLearner
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
-from trainers.warmup import RecordingLearner
 
 POSITIONS_PER_STEP = 8  # answer positions for each optimizer step: 4 rounds at two tokens a round, as online
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from trainers.progress import RunDisplay
+from trainers.jobs.progress import RunDisplay
 
 
 class Crash(Exception):

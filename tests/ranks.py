@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection, wait
 
 # One server has all that is slow to import; every rank is a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "transformers", "accelerate", "trainers.learning.online", "trainers.job"])
+CONTEXT.set_forkserver_preload(
+    ["torch", "transformers", "accelerate", "trainers.learning.online", "trainers.jobs.train"]
+)
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ from dvi.records import RoundStats
 from dvi.serving.aggregation import GAUGES, ServerCounts, combine, expose, numbers, total
 from dvi.serving.metrics.monitor import Monitor
 from dvi.serving.request import Load, Request, RequestOutput, StepReport
-from trainers.server_job import build_serving
+from trainers.jobs.serve import build_serving
 
 
 class Clock:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # The distributions behind every module that a server, its door and its learner import.
 CLOSURE = """
 import importlib.metadata, sys
-import dvi.cli.main, dvi.serving.front_door, dvi.serving.server, trainers.server_job
+import dvi.cli.main, dvi.serving.front_door, dvi.serving.server, trainers.jobs.serve
 by_module = importlib.metadata.packages_distributions()
 modules = {name.partition(".")[0] for name in sys.modules} - {"dvi", "trainers"}
 print(*sorted({name for module in modules for name in by_module.get(module, ())}))

@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-import trainers.evaluation
 import trainers.experiments.domain_shift as domain_shift
 import trainers.experiments.streams as streams
+import trainers.jobs.evaluation
 from dvi.config import load_config, to_yaml
 from dvi.records import GenerationResult, RoundStats, SamplingParams
-from trainers.evaluation import SpeedProbe
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.domain_shift import DEFAULT_STREAMS, VARIANTS, run_drift, varied
 from trainers.experiments.domain_shift_report import goals, phase_figures
 from trainers.experiments.streams import domain_files, parse_stream, read_phases
+from trainers.jobs.evaluation import SpeedProbe
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)
@@ -305,7 +305,7 @@ def test_a_cell_that_another_process_works_on_is_left_to_it_and_then_read(tmp_pa
 def test_a_speed_is_of_the_serving_alone_and_of_its_own_window(monkeypatch):
     """Catches pauses that count as serving, and a window that carries the last one's tokens."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(trainers.evaluation, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(trainers.jobs.evaluation, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def result(*, new_tokens: int, decode_s: float, prefill_s: float = 0.0) -> GenerationResult:
         stats = RoundStats(new_tokens=new_tokens, decode_s=decode_s, prefill_s=prefill_s)

@@ -10,9 +10,9 @@ from dvi.draft.length_policies import FixedLength
 from dvi.records import RoundStats, SamplingParams
 from dvi.telemetry import MetricsWriter, read_metrics
 from tests.tiny_models import tiny_model
-from trainers.evaluation import HeldOutRequests, Measurement, headline
-from trainers.held_out_curve import HeldOutCurve
-from trainers.picture import plot_run, speed_ratios
+from trainers.jobs.evaluation import HeldOutRequests, Measurement, headline
+from trainers.jobs.held_out_curve import HeldOutCurve
+from trainers.jobs.picture import plot_run, speed_ratios
 
 PROMPTS = [[5, 9, 3, 1], [7, 7, 2], [11, 4, 30, 8, 1]]
 PARAMS = SamplingParams(max_new_tokens=24, ignore_eos=True)

@@ -52,20 +52,20 @@ ROWS = (
     "dvi.planning.measurement",
     "dvi.planning.controller dvi.planning.tune",
     "dvi.inspect.audit dvi.inspect.machine trainers.learning.acceptance_trend trainers.learning.budget "
-    "trainers.ledger trainers.learning.versions trainers.learning.checkpoint trainers.learning.rank_report "
-    "trainers.ranks.channel",
+    "trainers.jobs.traffic_counts trainers.learning.versions trainers.learning.checkpoint "
+    "trainers.learning.rank_report trainers.ranks.channel",
     "trainers.learning.student trainers.ranks.shards trainers.ranks.messages",
     "trainers.learning.zero_student",
     "trainers.learning.online",
     "trainers.ranks.shipping",
     "trainers.ranks.dedicated trainers.learning.memory",
-    "trainers.evaluation trainers.progress trainers.picture trainers.held_out_curve trainers.ranks.launch "
-    "trainers.position",
+    "trainers.jobs.evaluation trainers.jobs.progress trainers.jobs.picture trainers.jobs.held_out_curve "
+    "trainers.ranks.launch trainers.jobs.traffic_cursor",
     "trainers.ranks.roles",
-    "trainers.job",
-    "trainers.serving trainers.warmup trainers.paper_run",
-    "trainers.replica",
-    "trainers.server_job",
+    "trainers.jobs.train",
+    "trainers.jobs.serving_learner trainers.jobs.warmup trainers.jobs.paper_run",
+    "trainers.jobs.replica_learner",
+    "trainers.jobs.serve",
     "dvi.bench.records dvi.bench.statistics dvi.bench.questions",
     "dvi.bench.answers dvi.bench.arms dvi.bench.random_rounds",
     "dvi.bench.interview dvi.bench.rivals dvi.bench.figures dvi.bench.margin_quality",

@@ -16,9 +16,9 @@ from dvi.model.adapter_store import read_manifest
 from dvi.signals import handled
 from dvi.telemetry import read_metrics
 from tests.job_interruptions import Crash, after_requests, crash, interrupt, terminate
-from trainers import job as job_module
-from trainers.evaluation import HeldOutRequests, drafts_alike
-from trainers.job import TrafficPosition, load_run, read_traffic, run_training
+from trainers.jobs import train as job_module
+from trainers.jobs.evaluation import HeldOutRequests, drafts_alike
+from trainers.jobs.train import TrafficPosition, load_run, read_traffic, run_training
 
 STORIES = Path(__file__).parent / "stories260k"
 ROWS = [

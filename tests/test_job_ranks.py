@@ -19,7 +19,7 @@ from dvi.telemetry import read_metrics
 from tests.job_interruptions import after_requests, terminate
 from tests.ranks import run_ranks, try_ranks
 from tests.tiny_models import tiny_model
-from trainers.job import load_run, run_training
+from trainers.jobs.train import load_run, run_training
 from trainers.ranks.shards import CHECKPOINTS, rank_folder
 
 STORIES = Path(__file__).parent / "stories260k"
@@ -139,7 +139,7 @@ def replay_sizes(config: TrainConfig) -> int | None:
     """Positions that a resumed rank has to learn from; None where it has no trainer."""
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainers.job.Job.run", lambda job: sizes.append(job.trainer and len(job.trainer.replay)))
+        patch.setattr("trainers.jobs.train.Job.run", lambda job: sizes.append(job.trainer and len(job.trainer.replay)))
         run_training(config, console=Console(quiet=True))
     return sizes[0]
 

@@ -25,9 +25,9 @@ import torch
 
 from dvi.settings import LearningSettings
 from tests.test_online import serving, stretch
+from trainers.jobs.serving_learner import ServingLearner
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
-from trainers.serving import ServingLearner
 
 CHECKPOINT_EVERY_S = 0.05
 MOST_SAVES = 3  # a learner lives for at most so many saves ...

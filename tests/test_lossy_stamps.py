@@ -29,9 +29,9 @@ from dvi.serving.metrics.figures import Figures
 from dvi.serving.metrics.terminal_view import show
 from dvi.telemetry import read_metrics
 from tests.random_traffic import serving, stretch, trainer_of
-from trainers.evaluation import HeldOutRequests
-from trainers.job import run_training
-from trainers.ledger import TrafficLedger
+from trainers.jobs.evaluation import HeldOutRequests
+from trainers.jobs.traffic_counts import TrafficLedger
+from trainers.jobs.train import run_training
 
 RULE, NAME = MarginRule(0.3), "margin 0.3"
 LOSSY = ("verify.rule=margin", "verify.margin_theta=0.3")
@@ -281,7 +281,7 @@ def test_a_drafter_is_marked_when_it_first_serves_what_it_learnt_from_a_lossy_ro
 
 def test_a_servers_ledger_keeps_waived_tokens_apart(monkeypatch):
     """Catches a provenance in which what was granted is the drafter's merit."""
-    monkeypatch.setattr("trainers.ledger.WINDOW_DRAFTED", 8)
+    monkeypatch.setattr("trainers.jobs.traffic_counts.WINDOW_DRAFTED", 8)
     ledger = TrafficLedger()
     ledger.count([granted(0, num_accepted=3, num_waived=2), granted(1, num_accepted=1, num_waived=0)])
     assert (ledger.total.num_accepted, ledger.total.num_waived) == (4, 2)

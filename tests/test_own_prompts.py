@@ -15,10 +15,10 @@ from dvi.model.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from tests.drafter_doubles import small_config
 from tests.job_interruptions import after_requests, interrupt
-from trainers.evaluation import HeldOutRequests
-from trainers.job import run_training
-from trainers.position import LITTLE_TOKENS, read_traffic, what_to_expect
-from trainers.warmup import run_warmup
+from trainers.jobs.evaluation import HeldOutRequests
+from trainers.jobs.traffic_cursor import LITTLE_TOKENS, read_traffic, what_to_expect
+from trainers.jobs.train import run_training
+from trainers.jobs.warmup import run_warmup
 
 STORIES = Path(__file__).parent / "stories260k"
 QUESTIONS = [f"Once upon a time there were {i} bears" for i in range(30)]
@@ -164,7 +164,7 @@ def test_a_row_that_the_template_refuses_or_leaves_out_is_told_before_anything_i
         speculator.tokenizer.chat_template = STRICT_TEMPLATE
         return speculator
 
-    module = "trainers.job" if schema is TrainConfig else "trainers.warmup"
+    module = "trainers.jobs.train" if schema is TrainConfig else "trainers.jobs.warmup"
     monkeypatch.setattr(f"{module}.build_speculator", build)
     monkeypatch.setattr(HeldOutRequests, "measure", lambda *_: pytest.fail("something was measured"))
     run = run_training if schema is TrainConfig else run_warmup

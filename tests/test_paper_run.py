@@ -17,7 +17,7 @@ from dvi.settings import PaperConfig
 from dvi.telemetry import read_metrics
 from tests.job_interruptions import after_requests, interrupt
 from trainers import OnlineTrainer
-from trainers.paper_run import run_paper
+from trainers.jobs.paper_run import run_paper
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {name: ROOT / f"configs/bench/paper_vicuna_7b{name}.yaml" for name in ("", "_anchored")}
@@ -184,15 +184,15 @@ import gc, sys, weakref
 from rich.console import Console
 from dvi.config import load_config
 from dvi.settings import PaperConfig
-from trainers import job
-from trainers.paper_run import run_paper
+from trainers.jobs import train
+from trainers.jobs.paper_run import run_paper
 
-build, models = job.build_speculator, []
+build, models = train.build_speculator, []
 def build_and_remember(config):
     speculator = build(config)
     models.append(weakref.ref(speculator.model))
     return speculator
-job.build_speculator = build_and_remember
+train.build_speculator = build_and_remember
 gc.disable()  # it may come by itself, or not when it matters
 run_paper(load_config(sys.argv[1], schema=PaperConfig), console=Console(quiet=True),
           run_bench=lambda *_: print("alive" if models[0]() else "gone") or {})

@@ -16,7 +16,7 @@ from dvi.config import load_config
 from dvi.distributed import Peers
 from tests.rank_jobs import job_settings, saved, served
 from tests.ranks import Ranks, run_ranks, try_ranks
-from trainers.job import Job, run_training
+from trainers.jobs.train import Job, run_training
 from trainers.learning import online
 from trainers.ranks.shards import CHECKPOINTS
 

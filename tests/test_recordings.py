@@ -12,9 +12,9 @@ from dvi.draft.length_policies import FixedLength
 from dvi.records import RoundStats, SamplingParams
 from dvi.settings import LearningSettings
 from tests.drafter_doubles import small_config
+from trainers.jobs.warmup import learn_from_recordings
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.recordings import decode_answers, record, replay_rounds
-from trainers.warmup import learn_from_recordings
 
 STORIES = Path(__file__).parent / "stories260k"
 NUM_DRAFT_TOKENS = 3

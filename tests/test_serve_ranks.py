@@ -31,10 +31,10 @@ from tests.ranks import run_ranks, try_ranks
 from tests.serve_ranks import PATIENCE_S, SETTINGS, Job, serving_job, wait_until
 from tests.test_engine import engine_of
 from tests.test_loop import Client, Scripted, running, some_requests
+from trainers.jobs.replica_learner import ReplicaLearner
+from trainers.jobs.serve import build_serving
 from trainers.learning.checkpoint import read_checkpoint, whole_steps
 from trainers.ranks.shards import CHECKPOINTS, rank_folder
-from trainers.replica import ReplicaLearner
-from trainers.server_job import build_serving
 
 TEXTS = ("Once upon a time", "The sun was", "A little dog", "She had a red ball")
 

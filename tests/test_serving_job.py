@@ -24,14 +24,14 @@ from dvi.settings import LearningSettings, ServeConfig
 from dvi.telemetry import METRICS_FILE, MetricsWriter, read_metrics
 from tests.test_checkpoint import assert_equal
 from tests.test_online import serving, stretch
-from trainers import ledger as ledger_module
-from trainers import serving as serving_job
-from trainers.job import load_run
+from trainers.jobs import serving_learner as serving_job
+from trainers.jobs import traffic_counts as ledger_module
+from trainers.jobs.serve import build_serving
+from trainers.jobs.serving_learner import ServingLearner
+from trainers.jobs.traffic_counts import TrafficLedger
+from trainers.jobs.train import load_run
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
-from trainers.ledger import TrafficLedger
-from trainers.server_job import build_serving
-from trainers.serving import ServingLearner
 
 STORIES = Path(__file__).parent / "stories260k"
 SETTINGS = LearningSettings(

@@ -34,8 +34,8 @@ from dvi.records import SamplingParams
 from dvi.serving.access import load_access
 from dvi.serving.server import build_loop
 from tests.serving_doubles import CHAT_TEMPLATE, listening, stories_config
+from trainers.jobs.serve import build_serving
 from trainers.learning.versions import KEPT_VERSIONS, LISTED_VERSIONS
-from trainers.server_job import build_serving
 
 LONG_S = float(os.environ.get("DVI_SOAK_SECONDS", "600"))
 NUM_TURNS = 6  # of domains: each comes twice

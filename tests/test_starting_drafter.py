@@ -20,9 +20,9 @@ from dvi.model.adapter_store import MANIFEST_FILE
 from dvi.model.starting_drafter import adapter_of_run, drafter_beside, settle_adapter
 from dvi.settings import ServeConfig
 from tests.drafter_doubles import small_config
-from trainers import server_job
+from trainers.jobs import serve
+from trainers.jobs.serve import build_serving
 from trainers.learning.memory import learner_memory
-from trainers.server_job import build_serving
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT / "tests/stories260k"
@@ -172,12 +172,12 @@ def test_a_folder_that_began_with_a_drafter_has_its_shape_whatever_is_set(model)
 
 def test_a_folder_of_before_adapters_were_remembered_goes_on(model, monkeypatch):
     """Catches a server of an earlier version whose folder is refused by this one."""
-    whole = server_job._drafter_settings
+    whole = serve._drafter_settings
 
     def without(config: ServeConfig) -> dict[str, object]:
         return {key: value for key, value in whole(config).items() if key != "drafter.adapter"}
 
-    monkeypatch.setattr(server_job, "_drafter_settings", without)
+    monkeypatch.setattr(serve, "_drafter_settings", without)
     learner = build_serving(settings(model, drafter__adapter=model.with_name("model-drafter")))[1]
     learner.checkpoint()
     learner.close()
@@ -190,7 +190,7 @@ def test_a_folder_of_before_adapters_were_remembered_goes_on(model, monkeypatch)
 def test_ranks_of_which_one_has_no_such_drafter_start_alike(model, caplog):
     """Catches one drafter on this machine and another on the next, which are then averaged."""
     peers = SimpleNamespace(exchange=lambda adapter: [adapter, None])
-    config = server_job._settle(settings(model), None, model.with_name("state"), peers)
+    config = serve._settle(settings(model), None, model.with_name("state"), peers)
     assert config.drafter.adapter is None and "not all ranks have it" in caplog.text
 
 

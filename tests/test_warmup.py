@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-import trainers.warmup as warmup_module
+import trainers.jobs.warmup as warmup_module
 from dvi.config import load_config
 from dvi.decode.speculator import SelfSpeculator, build_speculator
 from dvi.model.adapter_store import load_drafter, read_manifest
@@ -20,10 +20,10 @@ from dvi.telemetry import read_metrics
 from dvi.traffic import AnsweredPrompt
 from tests.drafter_doubles import small_config
 from tests.job_interruptions import Crash, after_requests, crash, interrupt
-from trainers.job import load_run, run_training
+from trainers.jobs.train import load_run, run_training
+from trainers.jobs.warmup import RecordingLearner, encode_text, learn_from_recordings, run_warmup
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.recordings import decode_answers, record, replay_rounds
-from trainers.warmup import RecordingLearner, encode_text, learn_from_recordings, run_warmup
 
 STORIES = Path(__file__).parent / "stories260k"
 PROMPTS = ["Once upon a time", "Lily and Tom went", "One day a bird", "The sun was", "A big bear", "Ben had a"]

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import trainers.warmup as warmup_module
+import trainers.jobs.warmup as warmup_module
 from dvi.config import load_config
 from dvi.settings import WarmupConfig
 from dvi.telemetry import read_metrics
 from tests.job_interruptions import after_requests, crash, interrupt
 from tests.ranks import run_ranks, try_ranks
-from trainers.job import Job
-from trainers.warmup import run_warmup
+from trainers.jobs.train import Job
+from trainers.jobs.warmup import run_warmup
 
 STORIES = Path(__file__).parent / "stories260k"
 WORDS = ("the", "little", "dog", "and", "a", "big", "red", "bird", "saw", "Lily", "with", "Tom", "in", "the", "sun")

@@ -20,8 +20,8 @@ from dvi.settings import WarmupConfig
 from dvi.telemetry import read_metrics
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_model
+from trainers.jobs.warmup import run_warmup
 from trainers.learning.recordings import RecordedText, record
-from trainers.warmup import run_warmup
 
 pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's: pip install 'draft-verify-improve[deepspeed]'")
 

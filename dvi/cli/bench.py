@@ -283,7 +283,7 @@ def paper(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """The paper's experiment. Train online from a stream of prompts, export the drafter and run Spec-Bench with it."""
     quieten_transformers()
     from dvi.bench.session import bench_paper
-    from trainers.paper_run import run_paper
+    from trainers.jobs.paper_run import run_paper
 
     console = make_console()
 

@@ -262,7 +262,7 @@ def train(
         print(to_yaml(settings), end="")  # and no JSON after it: what is printed is a configuration file
         return
     quieten_transformers()
-    from trainers.job import run_training
+    from trainers.jobs.train import run_training
 
     summary = run_training(settings, console=make_console())
     _finish_job("train", summary)
@@ -288,7 +288,7 @@ def warmup(
         print(to_yaml(settings), end="")
         return
     quieten_transformers()
-    from trainers.warmup import run_warmup
+    from trainers.jobs.warmup import run_warmup
 
     summary = run_warmup(settings, console=make_console())
     _finish_job("warmup", summary)
@@ -339,7 +339,7 @@ def serve(
     leave_a_core(settings)
     with ServerPlace(settings) as place:
         if settings.train.enabled:
-            from trainers.server_job import build_serving
+            from trainers.jobs.serve import build_serving
 
             speculator, learner = build_serving(place.config, place.peers)
         else:
@@ -551,7 +551,7 @@ def export(
         raise FileExistsError(f"{folder} is there already; --force replaces an export, another name keeps both")
     quieten_transformers()
     if run is not None:
-        from trainers.job import load_run
+        from trainers.jobs.train import load_run
 
         speculator, metrics, config = load_run(run, model=model)
     else:

@@ -35,10 +35,10 @@ from trainers.experiments.ablation_figures import (
     ServedRequest,
 )
 from trainers.experiments.domain_shift import encode
-from trainers.job import read_traffic
+from trainers.jobs.train import read_traffic
+from trainers.jobs.warmup import learn_from_recordings
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
-from trainers.warmup import learn_from_recordings
 
 NUM_BLOCKS = 12  # of the traffic; held-out figures are taken after each
 BLOCKS_PER_PLAIN = 3  # one block in so many is decoded plainly too, the last one of every quarter

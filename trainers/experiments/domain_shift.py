@@ -21,13 +21,13 @@ from dvi.hardware import describe_machine
 from dvi.records import SamplingParams
 from dvi.settings import MACHINE_KEYS, LearningSettings, TrainConfig
 from dvi.traffic import Messages, read_prompts
-from trainers.evaluation import SpeedProbe
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.domain_shift_report import write_report
 from trainers.experiments.streams import MIXED, Stream, domain_files, parse_stream, paths_of, read_phases
+from trainers.jobs.evaluation import SpeedProbe
+from trainers.jobs.progress import RunDisplay
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
-from trainers.progress import RunDisplay
 
 DEFAULT_STREAMS = ("math,medical,math", "math,code,math", "mixed")
 PHASE_REQUESTS = 300  # where data.limit does not say

@@ -29,10 +29,10 @@ from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import TrainConfig
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.sweep_report import make_report, write_report
-from trainers.job import read_traffic
+from trainers.jobs.train import read_traffic
+from trainers.jobs.warmup import learn_from_recordings
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
-from trainers.warmup import learn_from_recordings
 
 POSITIONS_PER_ROUND = 2  # a step is owed every train.rounds_per_step rounds; a drafter half learnt commits two tokens
 

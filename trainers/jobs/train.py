@@ -38,13 +38,13 @@ from dvi.signals import Interrupted, Signals
 from dvi.telemetry import METRICS_FILE, MetricsWriter, read_metrics
 from dvi.traffic import Messages
 from dvi.whole_files import write_whole
-from trainers.evaluation import HeldOutRequests, Measurement, SpeedProbe, drafts_alike, headline
-from trainers.held_out_curve import HeldOutCurve
+from trainers.jobs.evaluation import HeldOutRequests, Measurement, SpeedProbe, drafts_alike, headline
+from trainers.jobs.held_out_curve import HeldOutCurve
+from trainers.jobs.picture import plot_run
+from trainers.jobs.progress import RunDisplay, comparison_table
+from trainers.jobs.traffic_cursor import TrafficPosition, read_traffic, what_to_expect
 from trainers.learning.checkpoint import CheckpointStore, check_counts
 from trainers.learning.online import OWN, OnlineTrainer
-from trainers.picture import plot_run
-from trainers.position import TrafficPosition, read_traffic, what_to_expect
-from trainers.progress import RunDisplay, comparison_table
 from trainers.ranks.launch import Place
 from trainers.ranks.roles import Attendance, Desk, attend
 from trainers.ranks.shards import CHECKPOINTS, SavedRun, load_alike, load_saved, rank_folder

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dvi import progress
 from dvi.records import RoundStats, UpdateReport
-from trainers.evaluation import Measurement
+from trainers.jobs.evaluation import Measurement
 
 WINDOW = 50  # newest requests that the shown acceptance is of
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dvi.telemetry import running_mean
 from dvi.whole_files import write_picture
-from trainers.evaluation import Measurement
+from trainers.jobs.evaluation import Measurement
 
 MARGIN = 0.14  # of the traffic's width: the shaded fields of the measurements before it and after it
 DRAFTS, SPEED, WITH_LEARNING = "tab:blue", "tab:green", "tab:gray"

@@ -18,7 +18,7 @@ from rich.console import Console
 from dvi.config import load_config
 from dvi.decode.precision import dtype_of_run, settle_dtype
 from dvi.settings import MACHINE_KEYS, PaperConfig, TrainConfig
-from trainers.job import DRAFTER, SUMMARY, run_training
+from trainers.jobs.train import DRAFTER, SUMMARY, run_training
 
 
 def run_paper(

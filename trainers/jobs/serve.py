@@ -18,11 +18,11 @@ from dvi.model.adapter_store import read_manifest
 from dvi.model.starting_drafter import adapter_of_run, settle_adapter, with_adapter
 from dvi.settings import AUTO_ADAPTER, ServeConfig
 from dvi.telemetry import MetricsWriter
+from trainers.jobs.replica_learner import ReplicaLearner
+from trainers.jobs.serving_learner import ServingLearner
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
 from trainers.ranks.shards import CHECKPOINTS, SavedRun, load_saved, rank_folder
-from trainers.replica import ReplicaLearner
-from trainers.serving import ServingLearner
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from dvi.telemetry import MetricsWriter
+from trainers.jobs.traffic_counts import TrafficLedger
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
-from trainers.ledger import TrafficLedger
 from trainers.ranks.shards import SavedRun
 
 RECORD_EVERY_S = 1.0  # of updates in the metrics file: a server runs for months, and a line a second is 30 MB a day

@@ -1,7 +1,7 @@
 """The learner of a server that is one of several: all learn one drafter, and save, rest and end together.
 
-Knows what `trainers.serving` knows, and the ranks. What a lone server's learner decides for itself is said to the
-others at the next tick, and done when all have agreed; so every rank does it between the same two steps.
+Knows what `trainers.jobs.serving_learner` knows, and the ranks. What a lone server's learner decides for itself is
+said to the others at the next tick, and done when all have agreed; so every rank does it between the same two steps.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from dvi.distributed import PeerLostError, Peers
 from dvi.records import DrafterVersion, Transitions, UpdateReport
+from trainers.jobs.serving_learner import ServingLearner, logger, promise
+from trainers.jobs.traffic_counts import TrafficLedger
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OWN, OnlineTrainer
 from trainers.learning.rank_report import Ballot
-from trainers.ledger import TrafficLedger
 from trainers.ranks.shards import SavedRun
-from trainers.serving import ServingLearner, logger, promise
 
 END_PATIENCE_S = 10.0  # beyond the time for draining: for clients to read their answers, and for the last tick
 

@@ -1,7 +1,7 @@
 """Learning from recorded texts before a drafter serves: the step of online training without the serving.
 
 Knows a corpus, a speculator and a trainer. Of a text nothing is kept but what the replay holds: another epoch decodes
-and records it anew. A run's folder is that of `trainers.job`.
+and records it anew. A run's folder is that of `trainers.jobs.train`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dvi.settings import WarmupConfig
 from dvi.signals import Interrupted, Signals
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
-from trainers.evaluation import weights_alike
-from trainers.job import Job, Request, read_own_traffic, resume_job, settle_place
+from trainers.jobs.evaluation import weights_alike
+from trainers.jobs.progress import RunDisplay
+from trainers.jobs.train import Job, Request, read_own_traffic, resume_job, settle_place
 from trainers.learning.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
 from trainers.learning.rank_report import Ballot
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
 from trainers.learning.zero3 import ShardedBackbone, ShardedSpeculator
 from trainers.learning.zero_student import is_launched_with_deepspeed
-from trainers.progress import RunDisplay
 from trainers.ranks.launch import Place
 
 BATCHES_AT_ONCE = 4  # batches of prompts that are decoded before their texts are learnt from: rows that end refill

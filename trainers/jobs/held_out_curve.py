@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from dvi.telemetry import MetricsWriter
-from trainers.evaluation import HeldOutRequests
+from trainers.jobs.evaluation import HeldOutRequests
 
 CURVE_SHARE = 0.03  # of the run's time
 

@@ -5,14 +5,12 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from dvi.config import load_config, to_yaml, write_provenance
 from dvi.settings import SamplingSettings, ServeConfig, TrainConfig, WarmupConfig
-
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 def write_yaml(folder, text):

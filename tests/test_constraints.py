@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 # The distributions behind every module that a server, its door and its learner import.
 CLOSURE = """
 import importlib.metadata, sys

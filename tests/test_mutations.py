@@ -1,4 +1,4 @@
-"""The tests' own test: every planted fault of `tests.mutations` must make the tests named beside it fail."""
+"""The tests' own test: every planted fault of `tests.support.mutations` must make the tests named beside it fail."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations import MUTATIONS, Mutation
+from tests.support.mutations import MUTATIONS, Mutation
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 COPIED = ("dvi", "trainers", "tests", "configs", "pyproject.toml")
 TESTS_FAILED = 1  # pytest's exit code; an error at collection would be another
 

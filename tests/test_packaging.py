@@ -1,6 +1,7 @@
 """What is built and installed: names, extras, the files that travel, and that a wheel works in an empty folder."""
 
 import email
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from packaging.requirements import Requirement
 import dvi
 from dvi.bundled import bundled, here_or_bundled
 from dvi.software import EXTRAS, extra_of, install_extra, requirements, version_of
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 STORIES = str(ROOT / "tests/stories260k")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", "dvi", "trainers", "configs")
@@ -26,7 +27,8 @@ BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder on which a wheel of this tree has been unpacked, as pip would."""
-    pytest.importorskip("setuptools", reason="builds a wheel")
+    if importlib.util.find_spec("setuptools") is None:  # imported here it would quarrel with a distutils that is there
+        pytest.skip("builds a wheel, which takes setuptools")
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for name in PACKAGED:
         if (ROOT / name).is_dir():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dvi.signals import SIGNAL_BASE, Interrupted, Signals, handled
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -22,7 +22,7 @@ from dvi.draft.costs import CostTable, LiveCosts
 BURST_ROUNDS = 12.0
 # Standard deviations by which doubtful acceptance is overrated. Without, a drafter that pays a little is given up in
 # its first bad stretch and then known by rare probes only; with 1, one that loses a little is tried too often. Of 0,
-# 0.5 and 1 only 0.5 kept both within bounds, simulated as in tests/test_draft_length.py.
+# 0.5 and 1 only 0.5 kept both within bounds, simulated as in tests/draft/test_length_policies.py.
 HOPE = 0.5
 
 

@@ -12,7 +12,7 @@ from statistics import fmean
 
 TOLERANCE = 0.25  # relative: what a plan is made for need not be known better
 # Standard errors of the difference. Lengths have long tails: with 3, about 2 % of unchanged windows of 50 requests seem
-# changed beside a reference of 200, with 4 three in a thousand; simulated as in tests/test_planning_controller.py.
+# changed beside a reference of 200, with 4 three in a thousand; simulated as in tests/planning/test_controller.py.
 NUM_ERRORS = 4.0
 LONGEST_DRAFT = 8  # at which acceptance is judged: about where more of it is worth most
 

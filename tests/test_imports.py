@@ -1,4 +1,4 @@
-"""Imports point down: the table of docs/architecture.md, held by reading every module's import statements."""
+"""Imports point down: which package knows which, held by reading every module's import statements."""
 
 from __future__ import annotations
 
@@ -6,92 +6,45 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.paths import ROOT
 
-# From the bottom up; a module may import from its own row and the rows before it.
-ROWS = (
-    "dvi.settings dvi.software dvi.bundled dvi.key_names dvi.progress dvi.signals dvi.whole_files",
-    "dvi.config dvi.records dvi.tenancy dvi.terminal dvi.distributed",
-    "dvi.cli.arguments dvi.cli.starter",
-    "dvi.decode.sampling dvi.telemetry dvi.decode.verification dvi.model.kv_cache dvi.model.ragged "
-    "dvi.draft.costs dvi.model.cuda_graph dvi.traffic dvi.prompt_files dvi.model.context dvi.durable "
-    "dvi.model.chat_templates dvi.model.gguf dvi.measured dvi.hardware dvi.seeds dvi.model.end_tokens",
-    "dvi.model.pretrained",
-    "dvi.model.devices",
-    "dvi.model.conversion",
-    "dvi.model.published_models",
-    "dvi.model.views_path dvi.model.llama_path dvi.model.split dvi.model.drafter trainers.learning.replay "
-    "trainers.learning.losses trainers.learning.loss_schedule",
-    "dvi.draft.companions dvi.draft.agreement",
-    "dvi.draft.length_policies dvi.draft.companion_model",
-    "dvi.draft.companion_length",
-    "dvi.model.adapter_store dvi.inspect.memory_plan",
-    "dvi.decode.round dvi.model.exact dvi.draft.measure_costs dvi.decode.text",
-    "dvi.model.starting_drafter",
-    "dvi.decode.precision",
-    "dvi.decode.speculator",
-    "trainers.learning.recordings",
-    "dvi.planning.plans dvi.planning.profile dvi.planning.workload dvi.planning.drift",
-    "dvi.planning.steps",
-    "dvi.planning.limits",
-    "dvi.planning.simulator dvi.planning.search",
-    "dvi.planning.frontier dvi.planning.replan",
-    "trainers.learning.zero3",
-    "dvi.serving.request dvi.serving.metrics.figures dvi.serving.aggregation dvi.serving.protocol "
-    "dvi.serving.sockets dvi.serving.connections dvi.serving.model_names dvi.serving.turns",
-    "dvi.serving.replicas",
-    "dvi.serving.scheduler dvi.serving.prefix_cache dvi.serving.access dvi.serving.api_schema",
-    "dvi.bench.guarded",
-    "dvi.serving.engine dvi.serving.metrics.prometheus dvi.serving.metrics.monitor",
-    "dvi.serving.metrics.headline dvi.serving.loop dvi.serving.metrics.terminal_view dvi.serving.client "
-    "dvi.serving.body_reading dvi.serving.prompts dvi.serving.token_texts dvi.serving.replies dvi.serving.door",
-    "dvi.serving.metrics.dashboard dvi.serving.admin_api",
-    "dvi.serving.http_api",
-    "dvi.serving.server dvi.serving.relay dvi.serving.front_page",
-    "dvi.serving.front_door dvi.serving.place",
-    "dvi.planning.measurement",
-    "dvi.planning.controller dvi.planning.tune",
-    "dvi.inspect.audit dvi.inspect.machine trainers.learning.acceptance_trend trainers.learning.budget "
-    "trainers.jobs.traffic_counts trainers.learning.versions trainers.learning.checkpoint "
-    "trainers.learning.rank_report trainers.ranks.channel",
-    "trainers.learning.student trainers.ranks.shards trainers.ranks.messages",
-    "trainers.learning.zero_student",
-    "trainers.learning.online",
-    "trainers.ranks.shipping",
-    "trainers.ranks.dedicated trainers.learning.memory",
-    "trainers.jobs.evaluation trainers.jobs.progress trainers.jobs.picture trainers.jobs.held_out_curve "
-    "trainers.ranks.launch trainers.jobs.traffic_cursor",
-    "trainers.ranks.roles",
-    "trainers.jobs.train",
-    "trainers.jobs.serving_learner trainers.jobs.warmup trainers.jobs.paper_run",
-    "trainers.jobs.replica_learner",
-    "trainers.jobs.serve",
-    "dvi.bench.records dvi.bench.statistics dvi.bench.questions",
-    "dvi.bench.answers dvi.bench.arms dvi.bench.random_rounds",
-    "dvi.bench.interview dvi.bench.rivals dvi.bench.figures dvi.bench.margin_quality",
-    "dvi.bench.spec_bench dvi.bench.harness dvi.bench.charts dvi.bench.tables",
-    "dvi.bench.report dvi.bench.length_report dvi.bench.margin_report",
-    "dvi.bench.session dvi.bench.length_policies dvi.bench.margin",
-    "trainers.experiments.cell_folder trainers.experiments.streams trainers.experiments.ablation_figures",
-    "trainers.experiments.ablation_report trainers.experiments.domain_shift_report "
-    "trainers.experiments.sweep_report",
-    "trainers.experiments.domain_shift trainers.experiments.sweep",
-    "trainers.experiments.ablation_cells",
-    "trainers.experiments.ablation",
-    "dvi.cli.bench dvi.cli.model",
-    "dvi.cli.main",
-    "dvi.__main__ dvi.cli.__main__",
-)
-LEVELS = {module: level for level, row in enumerate(ROWS) for module in row.split()}
-# The only places where the library may reach up, and only when a verb runs.
-REACHES_UP = {"dvi.cli.main", "dvi.cli.bench"}
+# From the bottom up: a package, and those that its modules may import beside their own.
+KNOWS = {
+    "dvi": "",
+    "dvi.model": "dvi",
+    "dvi.draft": "dvi dvi.model",
+    "dvi.decode": "dvi dvi.model dvi.draft",
+    "dvi.inspect": "dvi dvi.model dvi.draft dvi.decode",
+    "dvi.serving": "dvi dvi.model dvi.draft dvi.decode",
+    "dvi.planning": "dvi dvi.model dvi.draft dvi.decode dvi.serving",
+    "dvi.bench": "dvi dvi.model dvi.draft dvi.decode dvi.inspect",
+    "trainers.learning": "dvi dvi.model dvi.decode",
+    "trainers.ranks": "dvi dvi.model dvi.decode trainers.learning",
+    "trainers.jobs": "dvi dvi.model dvi.draft dvi.decode trainers.learning trainers.ranks",
+    "trainers.experiments": "dvi dvi.model dvi.draft dvi.decode dvi.bench trainers.learning trainers.jobs",
+    # The command line imports what a verb needs when the verb runs: serving must run with training absent.
+    "dvi.cli": "dvi dvi.model dvi.draft dvi.decode dvi.inspect dvi.serving dvi.planning dvi.bench",
+}
+DOORS = {"dvi", "trainers"}  # packages whose __init__ passes names on, from anywhere
+LIGHT = ("dvi.cli.main", "dvi.config", "dvi.serving.front_door")  # `--help` is instant; clients wait for a front door
 
 
 def modules() -> dict[str, ast.Module]:
-    """Every module but the packages' own __init__, which only pass names on."""
     paths = [path for folder in ("dvi", "trainers") for path in (ROOT / folder).rglob("*.py")]
     named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
-    return {name: ast.parse(path.read_text()) for name, path in named.items() if not name.endswith("__init__")}
+    trees = {name.removesuffix(".__init__"): ast.parse(path.read_text()) for name, path in named.items()}
+    return {name: tree for name, tree in trees.items() if name not in DOORS}
+
+
+MODULES = modules()
+
+
+def package_of(module: str) -> str:
+    """The package of the table that a module is in; dvi.serving.metrics is a part of dvi.serving."""
+    package = ".".join(module.split(".")[:2])
+    return package if package in KNOWS else module.partition(".")[0]
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -99,20 +52,12 @@ def imported(tree: ast.AST) -> set[str]:
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            # `from trainers import OnlineTrainer` names a package, `from dvi import audit` a module in one.
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            # `from dvi.inspect import machine` names a module in a package, `from trainers import OnlineTrainer` a door.
+            within = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= within & set(MODULES) or {node.module}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name for name in names if name in LEVELS or name == "trainers"}
-
-
-def test_every_import_points_down_or_sideways():
-    """Catches serving that needs training, maths that needs models, and cycles between rows."""
-    found = modules()
-    assert set(found) == set(LEVELS), "a new module takes a row in this table and in docs/architecture.md"
-    for name, tree in found.items():
-        for target in imported(tree):
-            assert LEVELS.get(target, LEVELS["trainers.learning.online"]) <= LEVELS[name], f"{name} imports {target}"
+    return {name for name in names if name in MODULES or name == "trainers"}
 
 
 class WithoutFunctions(ast.NodeTransformer):
@@ -122,21 +67,26 @@ class WithoutFunctions(ast.NodeTransformer):
         return None
 
 
-def test_the_library_imports_training_only_inside_functions_of_the_command_line():
-    """Serving must run with training absent."""
-    for name, tree in modules().items():
-        if name.startswith("dvi."):
-            seen = imported(WithoutFunctions().visit(tree) if name in REACHES_UP else tree)
-            assert not [target for target in seen if target.startswith("trainers")], name
+def test_every_import_points_down():
+    """Catches serving that needs training, maths that needs models, and a module in no package of the table."""
+    assert {package_of(name) for name in MODULES} == set(KNOWS)
+    for name, tree in MODULES.items():
+        package = package_of(name)
+        tree = WithoutFunctions().visit(tree) if package == "dvi.cli" or name == "dvi.__main__" else tree
+        for target in imported(tree):
+            assert package_of(target) in {package, *KNOWS[package].split()}, f"{name} imports {target}"
 
 
-def test_help_and_config_do_not_import_torch():
-    """`dvi --help` is instant."""
-    code = "import sys, dvi.cli.main, dvi.config; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+def test_no_module_imports_itself_by_way_of_others():
+    """Catches two files that only look like two."""
+    arrows = {name: imported(tree) & set(MODULES) for name, tree in modules().items()}
+    while arrows:
+        leaves = {name for name, targets in arrows.items() if not targets & set(arrows) - {name}}
+        assert leaves, f"a circle among {sorted(arrows)}"
+        arrows = {name: targets for name, targets in arrows.items() if name not in leaves}
 
 
-def test_a_front_door_does_not_import_torch():
-    """`dvi serve` on several ranks opens one, and clients wait for it."""
-    code = "import sys, dvi.serving.front_door; print('torch' in sys.modules)"
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_must_answer_at_once_does_not_import_torch(module):
+    code = f"import sys, {module}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

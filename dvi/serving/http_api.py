@@ -38,6 +38,7 @@ from dvi.serving.body_reading import parse_body
 from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.loop import EngineLoop
 from dvi.serving.metrics.dashboard import routes as dashboard_routes
+from dvi.serving.metrics.prometheus import exposition
 from dvi.serving.model_names import ModelNames, last_part
 from dvi.serving.prompts import PromptEncoder
 from dvi.serving.protocol import ADAPTERS_HEADER, TRAIN_HEADER, ApiError
@@ -158,7 +159,7 @@ class _Api:
         )  # fmt: skip
 
     async def metrics(self) -> Response:
-        return Response(self._loop.monitor.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(exposition(self._loop.monitor), media_type=CONTENT_TYPE_LATEST)
 
     # From a body to an answer
 

@@ -24,6 +24,7 @@ from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.records import SamplingParams
 from dvi.serving.metrics import dashboard
 from dvi.serving.metrics.figures import Figures
+from dvi.serving.metrics.prometheus import exposition
 from dvi.serving.metrics.terminal_view import show
 from dvi.telemetry import read_metrics
 from tests.cli.test_main import dvi_command
@@ -101,7 +102,7 @@ def test_a_lossy_server_says_so_before_its_first_request():
     config = stories_config(*LOSSY)
     with stories_loop(config) as loop:
         assert loop.monitor.snapshot()["level"] == "lossy"
-        assert 'dvi:level{level="lossy"} 1.0' in loop.monitor.exposition().decode()
+        assert 'dvi:level{level="lossy"} 1.0' in exposition(loop.monitor).decode()
 
 
 def test_waived_tokens_add_up_over_stretches_of_time():

@@ -20,6 +20,7 @@ from dvi.planning.profile import LatencyProfile
 from dvi.planning.replan import Proposal
 from dvi.records import RoundStats, ServingPlan
 from dvi.serving.api_schema import CompletionBody, draft_choice
+from dvi.serving.metrics.prometheus import exposition
 from dvi.serving.request import DraftChoice, RequestOutput
 from dvi.settings import DraftSettings, ServeSettings
 from tests.serving.test_engine import Gathered, alone, engine_of, greedy, random_prompts, request_of
@@ -386,7 +387,7 @@ def test_plan_and_reasons_are_shown_to_scrapers_and_admins():
     planned = Planned(Proposal(OTHER, forecast(), forecast(token_p99_s=0.030)))
     planned.controller._tell = loop.monitor.on_plan
     planned.see(some("usual", MIN_WINDOW, seed=0))
-    families = text_string_to_metric_families(loop.monitor.exposition().decode())
+    families = text_string_to_metric_families(exposition(loop.monitor).decode())
     samples = {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
     assert samples["dvi:plan_max_rows",] == 2 and samples["dvi:plan_forecast_token_p99_s",] == 0.008
     assert samples["dvi:replans_total", "unplanned"] == 1
@@ -397,7 +398,7 @@ def test_plan_and_reasons_are_shown_to_scrapers_and_admins():
 def test_without_a_planner_nothing_is_shown_of_plans():
     """Catches empty gauges on every server's page."""
     loop = FakeLoop(engine=None)
-    assert loop.monitor.snapshot()["plan"] == {} and b"plan" not in loop.monitor.exposition()
+    assert loop.monitor.snapshot()["plan"] == {} and b"plan" not in exposition(loop.monitor)
 
 
 def test_a_server_without_a_bound_loads_nothing_of_planning():

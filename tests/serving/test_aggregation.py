@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dvi.records import RoundStats
 from dvi.serving.aggregation import GAUGES, ServerCounts, combine, expose, numbers, total
 from dvi.serving.metrics.monitor import Monitor
+from dvi.serving.metrics.prometheus import exposition
 from dvi.serving.request import Load, Request, RequestOutput, StepReport
 from tests.support.serving_doubles import stories_config
 from trainers.jobs.serve import build_serving
@@ -47,7 +48,7 @@ def counts_of(text, at_s=0.0, counts=None):
 
 def together(**servers):
     """(by name and labels, families) of servers that all answer."""
-    families = combine({name: (counts_of(monitor.exposition()), True) for name, monitor in servers.items()})
+    families = combine({name: (counts_of(exposition(monitor)), True) for name, monitor in servers.items()})
     return values_of(families), families
 
 
@@ -101,14 +102,14 @@ def test_every_gauge_of_the_table_is_one_that_a_server_has(tmp_path):
     _, learner = build_serving(config)
     monitor = Monitor()
     monitor.on_learner_stats(learner.stats())
-    names = {family.name for family in text_string_to_metric_families(monitor.exposition().decode())}
+    names = {family.name for family in text_string_to_metric_families(exposition(monitor).decode())}
     learner.close()
     assert set(GAUGES) <= names | {"dvi:learner_phase"}
 
 
 def test_a_server_that_is_gone_keeps_its_counts_and_loses_its_gauges():
     """Catches a rate that turns negative when a replica vanishes, and requests that run on a dead machine."""
-    a, b = (counts_of(busy_monitor(drafted=10, accepted=5, running=2).exposition()) for _ in range(2))
+    a, b = (counts_of(exposition(busy_monitor(drafted=10, accepted=5, running=2))) for _ in range(2))
     values = values_of(combine({"a": (a, True), "b": (b, False)}))
     assert values["dvi:spec_decode_num_draft_tokens_total",] == 20 and values["dvi:num_requests_running",] == 2
     assert ("dvi:drafter_version", ("replica", "b")) not in values
@@ -146,7 +147,7 @@ def test_counts_of_zero_are_there():
 
 def test_one_server_alone_is_exposed_as_it_is():
     """Catches counts changed on the way through: with one server nothing is reduced but labels."""
-    text = busy_monitor(drafted=10, accepted=5, running=2).exposition()
+    text = exposition(busy_monitor(drafted=10, accepted=5, running=2))
     before = {(s.name, *sorted(s.labels.items())): s.value
               for family in text_string_to_metric_families(text.decode()) for s in family.samples}  # fmt: skip
     after = values_of(combine({"a": (counts_of(text), True)}))

@@ -14,6 +14,7 @@ import pytest
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from dvi.serving.engine import Engine
 from dvi.serving.loop import EngineLoop
+from dvi.serving.metrics.prometheus import exposition
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice, Draining, QueueFull, Request, RequestOutput
 from tests.serving.test_engine import FIXED, alone, engine_of, greedy, random_prompts, request_of
 from tests.support.drafter_doubles import randomise
@@ -171,7 +172,7 @@ def test_gauges_follow_cancelled_and_waiting_requests_without_another_step():
         loop.call(lambda: None).result(PATIENCE_S)
         load = loop.monitor.load()
         assert (load.num_running, load.num_waiting, load.num_cached_positions) == (0, 0, 0)
-        assert "dvi:num_requests_running 0.0" in loop.monitor.exposition().decode()
+        assert "dvi:num_requests_running 0.0" in exposition(loop.monitor).decode()
 
 
 @pytest.mark.parametrize("where", ["observe", "step", "stats"])

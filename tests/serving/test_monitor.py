@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dvi.records import LossWeights, RoundStats, SamplingParams, UpdateReport
 from dvi.serving.metrics.figures import MAX_LABELS, OTHER, Figures, Histogram, Series
 from dvi.serving.metrics.monitor import NEWEST_S, NUM_BINS_SINCE_START, NUM_RECENT_BINS, NUM_VERSIONS, Monitor
+from dvi.serving.metrics.prometheus import exposition
 from dvi.serving.request import Load, Request, RequestOutput, StepReport
 
 DAY_S = 86400.0
@@ -52,7 +53,7 @@ def finish(monitor: Monitor, *, tenant: str = "", domain: str = "", reason: str 
 
 def samples(monitor: Monitor) -> dict[tuple[str, tuple], float]:
     """The exposition as a Prometheus server reads it: {(name, labels): value}."""
-    families = text_string_to_metric_families(monitor.exposition().decode())
+    families = text_string_to_metric_families(exposition(monitor).decode())
     return {(s.name, tuple(s.labels.items())): s.value for family in families for s in family.samples}
 
 
@@ -275,7 +276,7 @@ def test_ten_thousand_names_become_few_labels():
         assert len(splits) == MAX_LABELS + 1 and splits[-1]["name"] == OTHER
         assert sum(split["num_requests"] for split in splits) == 10_000
     assert len(snapshot["rejected"]) == MAX_LABELS + 1
-    assert len(monitor.exposition().splitlines()) < 1000
+    assert len(exposition(monitor).splitlines()) < 1000
 
 
 # What is shown
@@ -304,7 +305,7 @@ def test_a_snapshot_is_strict_json_whatever_the_learner_reports():
     monitor.on_learner_stats({"train_s": 1.0, "acceptance_trend": math.nan})
     snapshot = json.loads(json.dumps(monitor.snapshot(), allow_nan=False))
     assert snapshot["update"]["grad_norm"] is None and snapshot["learner"]["acceptance_trend"] is None
-    monitor.exposition()
+    exposition(monitor)
 
 
 def test_nothing_of_prompts_or_answers_is_kept():
@@ -314,7 +315,7 @@ def test_nothing_of_prompts_or_answers_is_kept():
     output = RequestOutput(1, text="CANARY", token_ids=[987654321], finish_reason="stop", error="CANARY",
                            stats=rounds((4, 2), decode_s=1.0))  # fmt: skip
     monitor.on_finish(request, output)
-    for text in (json.dumps(monitor.snapshot()), monitor.exposition().decode()):
+    for text in (json.dumps(monitor.snapshot()), exposition(monitor).decode()):
         assert "CANARY" not in text and "987654321" not in text
 
 
@@ -421,7 +422,7 @@ def test_readings_are_not_touched_by_what_is_counted_after_them():
         finish(monitor, tenant="alice", stats=rounds((4, 2), decode_s=1.0), first_token_s=0.1)
 
     count()
-    readings = monitor._readings(with_history=True)
+    readings = monitor.readings(with_history=True)
     before = pickle.dumps(readings)
     count()
     assert pickle.dumps(readings) == before

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from dvi.records import UpdateReport
-from dvi.serving.metrics import prometheus
 from dvi.serving.metrics.figures import Figures, Labels, Series, Split, printable, ratio, rounded
 from dvi.serving.request import Load, Request, RequestOutput, StepReport
 
@@ -187,10 +186,6 @@ class Monitor:
 
     # Read by anyone
 
-    def exposition(self) -> bytes:
-        """The counts in Prometheus' text format."""
-        return prometheus.expose(self._readings(with_history=False))
-
     def snapshot(self) -> dict:
         """Plain JSON: what dashboard and terminal show. Numbers without a value are None; times are since the epoch.
 
@@ -202,7 +197,7 @@ class Monitor:
         plan, replans     the plan in force and its reason, empty where nobody plans; how often it was looked at, by
                           reason.
         """
-        readings = self._readings(with_history=True)
+        readings = self.readings(with_history=True)
         now_s = readings.uptime_s
         newest, newest_start_s = Figures(), max(0.0, math.ceil((now_s - NEWEST_S) / BIN_S) * BIN_S)
         for start_s, figures in readings.recent:
@@ -257,7 +252,7 @@ class Monitor:
             "since_start": self._columns(readings.since_start, readings.since_start_bin_s, now_s),
         }
 
-    def _readings(self, *, with_history: bool) -> Readings:
+    def readings(self, *, with_history: bool) -> Readings:
         load = self.load()
         with self._lock:
             readings = Readings(

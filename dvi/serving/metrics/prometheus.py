@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-if TYPE_CHECKING:
-    from dvi.serving.metrics.figures import Split
-    from dvi.serving.metrics.monitor import Readings
+from dvi.serving.metrics.figures import Split
+from dvi.serving.metrics.monitor import Monitor, Readings
 
 
-def expose(readings: Readings) -> bytes:
+def exposition(monitor: Monitor) -> bytes:
     """The text of one scrape; its content type is `prometheus_client.CONTENT_TYPE_LATEST`."""
     registry = CollectorRegistry()
-    registry.register(_Scrape(readings))
+    registry.register(_Scrape(monitor.readings(with_history=False)))
     return generate_latest(registry)
 
 

@@ -114,7 +114,8 @@ class Draft:
     probs_BTV       the distribution each token was drawn from, after all warping; None when drafting was greedy.
     log_probs_BT    log-probability under the drafter, unwarped, of each token; None when nobody learns from it.
     drafter_version the version whose weights drafted every token of this round.
-    clues_BTC       where a companion drafted along: (S, A) of each position, float32, see `dvi.draft.companions`.
+    companion_scores_BTC  where a companion drafted along: (S, A) of each position, float32, see
+                    `dvi.draft.companions`.
     """
 
     token_ids_BT: Tensor
@@ -124,7 +125,7 @@ class Draft:
     probs_BTV: Tensor | None
     log_probs_BT: Tensor | None
     drafter_version: int
-    clues_BTC: Tensor | None = None
+    companion_scores_BTC: Tensor | None = None
 
     __repr__ = _repr_with_shapes
 

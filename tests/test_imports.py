@@ -52,7 +52,7 @@ def imported(tree: ast.AST) -> set[str]:
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            # `from dvi.inspect import machine` names a module in a package, `from trainers import OnlineTrainer` a door.
+            # `from dvi.inspect import machine` names a module, `from trainers import OnlineTrainer` a door.
             within = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= within & set(MODULES) or {node.module}
         elif isinstance(node, ast.Import):

@@ -20,9 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from dvi.bench.answers import DETAILS_FILE, AnswerFile, DetailFile, answer_line
-from dvi.bench.interview import Interview, Outcome, first_difference
 from dvi.bench.questions import TASKS, Conversation, Question, select, task_of
 from dvi.bench.records import Arm, ArmPlan
+from dvi.bench.timed_arm import ArmTimer, Outcome, first_difference
 from dvi.decode.speculator import SelfSpeculator
 from dvi.hardware import describe_machine
 from dvi.progress import Stage, doing
@@ -144,7 +144,7 @@ class _Run:
             raise ValueError(f"a run needs an arm that can run here, got {reasons or 'no arm'}")
         self.questions, self.template, self.split = questions, conversation.template, speculator.split
         self.folder, self.settings = folder, settings
-        self.interview = Interview(speculator, conversation, max_new_tokens=settings.max_new_tokens)
+        self.timer = ArmTimer(speculator, conversation, max_new_tokens=settings.max_new_tokens)
         self.dtype = str(speculator.split.dtype).removeprefix("torch.")
 
     def open(self) -> None:
@@ -248,7 +248,7 @@ class _Run:
         is_compared = self.settings.is_greedy
         return {
             "settings": asdict(self.settings), "template": self.template, "dtype": self.dtype,
-            "context": self.interview.context, "room": self.interview.room, "reference": self.running[0].name,
+            "context": self.timer.context, "room": self.timer.room, "reference": self.running[0].name,
             "arms": [
                 {"name": plan.name, "title": plan.title, "model_id": self._model_id(plan.name),
                  "na_reason": plan.na_reason, "is_learning": plan.is_learning, "is_lossy": plan.is_lossy,
@@ -297,7 +297,7 @@ class _Run:
         return plan.build() if plan.is_learning and self.settings.warmups else arm
 
     def _ask(self, arm: Arm, chunk: list[Question], repetition: int) -> list[Outcome]:
-        return self.interview.ask(arm, chunk, seed=10**8 * repetition + chunk[0].question_id)
+        return self.timer.ask(arm, chunk, seed=10**8 * repetition + chunk[0].question_id)
 
     def _write(
         self, asked: dict[str, list[Outcome]], answers: dict[str, AnswerFile], details: DetailFile

@@ -333,25 +333,25 @@ def serve(
     access = load_access(settings.serve.keys_file)
     access.check_host(settings.serve.host)
     quieten_transformers()
-    from dvi.serving.place import ServerPlace
+    from dvi.serving.launch import ServerLaunch
     from dvi.serving.server import Server, build_loop, leave_a_core, run_server
 
     leave_a_core(settings)
-    with ServerPlace(settings) as place:
+    with ServerLaunch(settings) as launch:
         if settings.train.enabled:
             from trainers.jobs.serve import build_serving
 
-            speculator, learner = build_serving(place.config, place.peers)
+            speculator, learner = build_serving(launch.config, launch.peers)
         else:
             from dvi.decode.speculator import build_speculator
 
-            speculator, learner = build_speculator(place.config), None
+            speculator, learner = build_speculator(launch.config), None
         loop = build_loop(settings, speculator, learner)
         if settings.serve.has_bound:
             from dvi.planning.controller import build_controller
 
             loop.planner = build_controller(settings, loop)
-        server, url, num_ranks = Server(settings, loop, access), place.url, place.peers.num_ranks
+        server, url, num_ranks = Server(settings, loop, access), launch.url, launch.peers.num_ranks
 
         def announce() -> None:
             ranks = "" if num_ranks == 1 else f" on {num_ranks} ranks"
@@ -361,8 +361,8 @@ def serve(
                 _show_in_background(loop, until=lambda: server.should_exit)
 
         loop.engine.costs()  # takes seconds, on some ranks more than on others, and the door opens when all have them
-        place.announce(server, announce)
-        run_server(server, loop, place.listener)
+        launch.announce(server, announce)
+        run_server(server, loop, launch.listener)
     _finish_job("serve", {"url": url, "drafter_version": speculator.drafter.version})
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dvi.decode.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.decode.verification import VerifyRule, verify_by_rejection, verify_greedy
 from dvi.draft.companions import agreement, token_ratio
-from dvi.draft.length_policies import DraftSight, LengthPolicy, RoundInfo, RoundOutcome
+from dvi.draft.length_policies import DraftContext, LengthPolicy, RoundInfo, RoundOutcome
 from dvi.model.cuda_graph import RoundGraphs, can_capture
 from dvi.model.drafter import MAX_DEPTH, Drafter
 from dvi.model.kv_cache import KeysAndValues, Placement
@@ -30,7 +30,7 @@ from dvi.model.split import SplitModel
 from dvi.records import Draft, RoundStats, SamplingParams, TokenLogprobs, Transitions, Verdict
 
 PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations
-CLUE_UNITS = 2**20  # clues cross to the host among integers, in these units
+SCORE_UNITS = 2**20  # companion scores cross to the host among integers, in these units
 
 
 @dataclass
@@ -159,7 +159,7 @@ def propose(
             token_ratios.append(token_ratio(logits_BV, companion_BV, head.to_draft_ids(drawn_B)))
         told = token_ratios if may_tell_drawn else token_ratios[:-1]
         counts_B = counts_B & (depth < state.room_B)
-        counts_B = counts_B & policy.keep(DraftSight(depth, counts_B, logits_BV, agreements, told))
+        counts_B = counts_B & policy.keep(DraftContext(depth, counts_B, logits_BV, agreements, told))
         if num_positions is not None:
             num_open = int(counts_B.count_nonzero())
             if num_open == 0:
@@ -175,7 +175,7 @@ def propose(
         hidden.append(shallow(token_B, num_draft_tokens))
 
     token_ids_BT = torch.stack(tokens, 1) if tokens else token_B.new_zeros(token_B.shape[0], 0)
-    clues = [torch.stack(both, -1) for both in zip(agreements, token_ratios, strict=True)][: len(tokens)]
+    scores = [torch.stack(both, -1) for both in zip(agreements, token_ratios, strict=True)][: len(tokens)]
     return Draft(
         token_ids_BT=token_ids_BT,
         num_drafted_B=torch.stack(counted, 1).sum(1) if counted else torch.zeros_like(token_B),
@@ -183,7 +183,7 @@ def propose(
         num_positions=num_positions,
         probs_BTV=torch.stack(probs, 1) if probs else None,
         log_probs_BT=_log_probs(drafter, logits, token_ids_BT) if wants_log_probs and tokens else None,
-        clues_BTC=torch.stack(clues, 1) if clues else None,
+        companion_scores_BTC=torch.stack(scores, 1) if scores else None,
         drafter_version=drafter.version,
     )
 
@@ -245,7 +245,7 @@ class VerifiedRound:
     anchor_BD     the final hidden state at the position whose logits gave next_token.
     for_host_BH   int64 [B, T + 5]: drafted ids, is_finite, next token, num_waived, num_accepted, num_drafted. is_finite
                   is 0 where the verifier's final states hold NaN or infinity: nothing of such a row may be used. Where
-                  a companion drafts along, 2 T clues follow the drafted ids, in units of 1 / CLUE_UNITS.
+                  a companion drafts along, 2 T companion scores follow the drafted ids, in 1 / SCORE_UNITS.
     logits_BUV    the verifier's, where somebody wants log-probabilities.
     """
 
@@ -275,10 +275,11 @@ def draft_and_verify(
     counts_B5 = torch.stack(
         [is_finite_B, verdict.next_token_B, num_waived_B, verdict.num_accepted_B, draft.num_drafted_B], dim=1
     )
-    clues = [] if draft.clues_BTC is None else [(draft.clues_BTC * CLUE_UNITS).long().flatten(1)]
+    scores_BTC = draft.companion_scores_BTC
+    scores = [] if scores_BTC is None else [(scores_BTC * SCORE_UNITS).long().flatten(1)]
     return VerifiedRound(
         draft, verdict, input_ids_BU, final_BUD, anchor_BD=final_BUD[row_B, verdict.num_accepted_B],
-        for_host_BH=torch.cat([draft.token_ids_BT, *clues, counts_B5], dim=1),
+        for_host_BH=torch.cat([draft.token_ids_BT, *scores, counts_B5], dim=1),
         logits_BUV=logits_BUV if keeps_logits else None,
     )
 
@@ -450,7 +451,10 @@ class DecodingBatch:
         seconds = time.perf_counter() - start_s if len(self._graphs or ()) == num_captures else None
         self.policy.observe(RoundOutcome(
             [r[-1] for r in host_rows], [min(r[-2], end) for r, end in zip(host_rows, ends, strict=True)],
-            seconds=seconds, clues=None if verified.draft.clues_BTC is None else [_clues(r) for r in host_rows],
+            seconds=seconds,
+            companion_scores=(
+                None if verified.draft.companion_scores_BTC is None else [_companion_scores(r) for r in host_rows]
+            ),
             limits=[min(pair) for pair in zip(rooms, ends, strict=True)],
         ))
         return transitions
@@ -594,10 +598,10 @@ def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
     return ids_BU, torch.cat([is_accepted_BT, torch.ones_like(ids_BU[:, :1], dtype=torch.bool)], dim=1)
 
 
-def _clues(host_row: list[int]) -> list[tuple[float, float]]:
-    """(S, A) of each drafted position, out of a row for the host that has T ids, 2 T clues and 5 counts."""
+def _companion_scores(host_row: list[int]) -> list[tuple[float, float]]:
+    """(S, A) of each drafted position, out of a row for the host that has T ids, 2 T companion scores and 5 counts."""
     num_drafts = (len(host_row) - 5) // 3
-    numbers = [units / CLUE_UNITS for units in host_row[num_drafts:-5]]
+    numbers = [units / SCORE_UNITS for units in host_row[num_drafts:-5]]
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 

@@ -43,7 +43,7 @@ from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import (
     BURST_ROUNDS,
     AcceptanceEstimate,
-    DraftSight,
+    DraftContext,
     GoodputLength,
     RoundInfo,
     RoundOutcome,
@@ -112,7 +112,7 @@ class CompanionLength(GoodputLength):
         return length
 
     def observe(self, outcome: RoundOutcome) -> None:
-        if outcome.clues is not None:
+        if outcome.companion_scores is not None:
             self.estimate.observe(_samples(outcome))
         num_rows, num_wanted, seconds = outcome.num_rows, outcome.num_drafted, outcome.seconds
         if self._length:
@@ -140,32 +140,32 @@ class CompanionLength(GoodputLength):
 
     # Within a round
 
-    def keep(self, sight: DraftSight) -> Tensor:
+    def keep(self, context: DraftContext) -> Tensor:
         if not self._has_rule:
-            return sight.is_open_B
-        num_rows = len(sight.is_open_B)
-        if sight.depth == 0:
+            return context.is_open_B
+        num_rows = len(context.is_open_B)
+        if context.depth == 0:
             self._num_wanted, self._survival = [0] * num_rows, [1.0] * num_rows
-        for row in self._worth_their_time(sight, self._reach(sight)):
+        for row in self._worth_their_time(context, self._reach(context)):
             self._num_wanted[row] += 1
         if self._keeps_all:
-            return sight.is_open_B
-        return torch.tensor([num_wanted > sight.depth for num_wanted in self._num_wanted])
+            return context.is_open_B
+        return torch.tensor([num_wanted > context.depth for num_wanted in self._num_wanted])
 
-    def _reach(self, sight: DraftSight) -> list[float]:
+    def _reach(self, context: DraftContext) -> list[float]:
         """The chance, row by row, that this position is reached and accepted, if it counts."""
-        agreements = sight.agreements[-1].tolist()
-        bins, told = self.estimate.bins, sight.token_ratios
+        agreements = context.agreements[-1].tolist()
+        bins, told = self.estimate.bins, context.token_ratios
         if told:
-            newest = zip(sight.agreements[len(told) - 1].tolist(), told[-1].tolist(), strict=True)
+            newest = zip(context.agreements[len(told) - 1].tolist(), told[-1].tolist(), strict=True)
             self._survival = [s * bins.given_both(*both) for s, both in zip(self._survival, newest, strict=True)]
-        if len(told) > sight.depth:  # of this very position
+        if len(told) > context.depth:  # of this very position
             return self._survival
         return [s * bins.given_agreement(a) for s, a in zip(self._survival, agreements, strict=True)]
 
-    def _worth_their_time(self, sight: DraftSight, reach: list[float]) -> list[int]:
+    def _worth_their_time(self, context: DraftContext, reach: list[float]) -> list[int]:
         """The open rows that go on at this depth."""
-        depth, is_open = sight.depth, sight.is_open_B.tolist()
+        depth, is_open = context.depth, context.is_open_B.tolist()
         num_rows, num_positions = len(reach), len(reach) + sum(self._num_wanted)
         open_rows = [row for row, num in enumerate(self._num_wanted) if num == depth and is_open[row]]
         open_rows.sort(key=reach.__getitem__, reverse=True)
@@ -185,9 +185,9 @@ class CompanionLength(GoodputLength):
 def _samples(outcome: RoundOutcome) -> list[tuple[float, float, bool]]:
     """(S, A, accepted) of the positions that were reached: the accepted ones, and the first rejected one."""
     return [
-        (*clues[depth], depth < num_accepted)
-        for clues, num_reached, num_accepted in zip(
-            outcome.clues, outcome.num_reached, outcome.num_accepted, strict=True
+        (*companion_scores[depth], depth < num_accepted)
+        for companion_scores, num_reached, num_accepted in zip(
+            outcome.companion_scores, outcome.num_reached, outcome.num_accepted, strict=True
         )
         for depth in range(num_reached)
     ]

@@ -50,13 +50,13 @@ class RoundOutcome:
                   where all can.
     seconds       wall time of the whole round; None where it was not measured, or would mislead (a round that captured
                   a graph).
-    clues         where a companion drafted along: (S, A) of each of the row's T positions, counted or not.
+    companion_scores  where a companion drafted along: (S, A) of each of the row's T positions, counted or not.
     """
 
     num_drafted: list[int]
     num_accepted: list[int]
     seconds: float | None = None
-    clues: list[list[tuple[float, float]]] | None = None
+    companion_scores: list[list[tuple[float, float]]] | None = None
     limits: list[int] | None = None
 
     @property
@@ -76,7 +76,7 @@ class RoundOutcome:
 
 
 @dataclass(frozen=True)
-class DraftSight:
+class DraftContext:
     """All that may be known when it is decided whether the position at `depth` of a draft counts. B rows.
 
     depth           0..T-1.
@@ -110,8 +110,8 @@ class LengthPolicy(Protocol):
         """T for the coming round, out of `buckets`; called once per round. Where no row has room for so much, fewer
         are drafted: a row near the end of its text never counts more than it could keep."""
 
-    def keep(self, sight: DraftSight) -> Tensor:
-        """bool [B]: whether position `sight.depth` counts as drafted; num_drafted is a row's leading run of True."""
+    def keep(self, context: DraftContext) -> Tensor:
+        """bool [B]: whether position `context.depth` counts as drafted; num_drafted is a row's leading run of True."""
 
     def observe(self, outcome: RoundOutcome) -> None:
         """Takes in the outcome of the round last chosen for."""
@@ -128,8 +128,8 @@ class FixedLength:
     def choose(self, info: RoundInfo) -> int:
         return self.buckets[0]
 
-    def keep(self, sight: DraftSight) -> Tensor:
-        return torch.ones_like(sight.is_open_B)
+    def keep(self, context: DraftContext) -> Tensor:
+        return torch.ones_like(context.is_open_B)
 
     def observe(self, outcome: RoundOutcome) -> None:
         """Nothing to learn."""
@@ -147,8 +147,8 @@ class ConfidenceStop(FixedLength):
             raise ValueError(f"threshold must be in [0, 1], got {threshold}; 0 never stops")
         self.threshold = threshold
 
-    def keep(self, sight: DraftSight) -> Tensor:
-        return sight.logits_BV.softmax(-1).amax(-1) >= self.threshold
+    def keep(self, context: DraftContext) -> Tensor:
+        return context.logits_BV.softmax(-1).amax(-1) >= self.threshold
 
 
 class AcceptanceEstimate:
@@ -306,8 +306,8 @@ class GoodputLength:
         place = self.buckets.index(current)
         return sorted({0, *self.buckets[max(place - 1, 0) : place + 2], self.buckets[-1]} - {current})
 
-    def keep(self, sight: DraftSight) -> Tensor:
-        return torch.ones_like(sight.is_open_B)
+    def keep(self, context: DraftContext) -> Tensor:
+        return torch.ones_like(context.is_open_B)
 
     def observe(self, outcome: RoundOutcome) -> None:
         self.acceptance.observe(outcome)

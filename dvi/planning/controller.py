@@ -156,7 +156,7 @@ def is_worthwhile(proposal: Proposal, bound: LatencyBound) -> bool:
     """
     new, present = proposal.forecast, proposal.present
     if not new.meets(bound):
-        return present.strain(bound) > WORTHWHILE * new.strain(bound)
+        return present.worst_ratio(bound) > WORTHWHILE * new.worst_ratio(bound)
     return not present.meets(bound) or new.tokens_per_s > WORTHWHILE * present.tokens_per_s
 
 

@@ -73,8 +73,8 @@ class Forecast:
     first_token_p99_s: float
 
     def meets(self, bound: LatencyBound) -> bool:
-        return self.strain(bound) <= 1
+        return self.worst_ratio(bound) <= 1
 
-    def strain(self, bound: LatencyBound) -> float:
+    def worst_ratio(self, bound: LatencyBound) -> float:
         """The larger of the two shares latency / bound: above 1 the bound is broken."""
         return max(self.token_p99_s / bound.token_s, self.first_token_p99_s / bound.first_token_s)

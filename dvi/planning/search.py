@@ -135,8 +135,8 @@ def search(
 
 
 def _rank(plan: ServingPlan, forecast: Forecast, bound: LatencyBound) -> Rank:
-    strain = forecast.strain(bound)
-    return 0.0 if strain <= 1 else strain, -forecast.tokens_per_s, plan
+    worst_ratio = forecast.worst_ratio(bound)
+    return 0.0 if worst_ratio <= 1 else worst_ratio, -forecast.tokens_per_s, plan
 
 
 def _corners(box: PlanSpace) -> tuple[ServingPlan, ServingPlan]:

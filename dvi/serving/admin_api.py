@@ -17,8 +17,8 @@ from fastapi import APIRouter, Depends, Request
 from dvi.serving.access import ADMIN_KEY_VARIABLE, Access, adapter_folder, check_name
 from dvi.serving.api_schema import KeyBody, NameBody, SaveBody, VersionBody
 from dvi.serving.body_reading import parse_body
-from dvi.serving.door import read_body
 from dvi.serving.loop import EngineLoop
+from dvi.serving.middleware import read_body
 from dvi.serving.protocol import ADMIN_TIMEOUT_S, ApiError, invalid
 from dvi.serving.request import DEFAULT_DRAFTER, Draining
 from dvi.settings import ServeConfig

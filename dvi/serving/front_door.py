@@ -32,8 +32,8 @@ from dvi import __version__
 from dvi.serving import aggregation
 from dvi.serving.access import API_KEY_VARIABLE, Access, is_loopback, load_access
 from dvi.serving.connections import BoundedServer, http_options
-from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.front_page import PAGE_HEADERS, front_page
+from dvi.serving.middleware import Middleware, error_response, read_body, routing_error
 from dvi.serving.protocol import ADMIN_TIMEOUT_S, ApiError
 from dvi.serving.relay import Message, Relay, conversation_of, message_of
 from dvi.serving.replicas import Fleet, Replica
@@ -70,7 +70,7 @@ class FrontDoor:
             openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lambda _: self.watching()
         )
         app.add_middleware(
-            Door, access=self._access, max_body_bytes=self._settings.max_body_bytes, on_rejected=self._on_rejected
+            Middleware, access=self._access, max_body_bytes=self._settings.max_body_bytes, on_rejected=self._on_rejected
         )
         app.add_exception_handler(ApiError, error_response)
         app.add_exception_handler(HTTPException, routing_error)

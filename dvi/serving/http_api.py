@@ -35,10 +35,10 @@ from dvi.serving.api_schema import (
     sampling_params,
 )
 from dvi.serving.body_reading import parse_body
-from dvi.serving.door import Door, error_response, read_body, routing_error
 from dvi.serving.loop import EngineLoop
 from dvi.serving.metrics.dashboard import routes as dashboard_routes
 from dvi.serving.metrics.prometheus import exposition
+from dvi.serving.middleware import Middleware, error_response, read_body, routing_error
 from dvi.serving.model_names import ModelNames, last_part
 from dvi.serving.prompts import PromptEncoder
 from dvi.serving.protocol import ADAPTERS_HEADER, TRAIN_HEADER, ApiError
@@ -64,7 +64,9 @@ def build_app(loop: EngineLoop, config: ServeConfig, access: Access) -> FastAPI:
     """
     api = _Api(loop, config)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Door, access=access, max_body_bytes=config.serve.max_body_bytes, on_rejected=api.on_rejected)
+    app.add_middleware(
+        Middleware, access=access, max_body_bytes=config.serve.max_body_bytes, on_rejected=api.on_rejected
+    )
     app.add_exception_handler(ApiError, error_response)
     app.add_exception_handler(HTTPException, routing_error)
     app.state.tokenising = api.tokenising

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from dvi import SamplingParams, SelfSpeculator
 from dvi.bench.answers import DETAILS_FILE, check_answer, read_answers, read_details
-from dvi.bench.interview import count_tokens
 from dvi.bench.questions import Conversation, Question
 from dvi.bench.records import ArmAnswer, ArmPlan
 from dvi.bench.spec_bench import BenchSettings, run_spec_bench
+from dvi.bench.timed_arm import count_tokens
 from dvi.decode.speculator import PLAIN
 from dvi.draft.length_policies import FixedLength
 from dvi.records import RoundStats
@@ -404,7 +404,7 @@ def test_an_answer_beyond_the_context_is_a_failure(run, tmp_path):
 def test_a_batch_is_decoded_together_turn_by_turn_and_shares_its_time(run, tmp_path, monkeypatch):
     """Catches a batch whose time counts once per question, a turn asked of a question that has none, and lost order."""
     log, clock = [], itertools.count(step=6.0)
-    monkeypatch.setattr("dvi.bench.interview.time.perf_counter", lambda: next(clock))  # 6 s between two looks
+    monkeypatch.setattr("dvi.bench.timed_arm.time.perf_counter", lambda: next(clock))  # 6 s between two looks
     run(plan("plain", log), batch_size=3)
     assert [len(prompts) for _, prompts, _ in log] == [3, 2, 1]
     lines = {line["question_id"]: line["choices"][0] for line in model_answers(tmp_path, "plain")}

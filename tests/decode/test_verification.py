@@ -16,7 +16,7 @@ from dvi.decode.verification import (
     verify_by_rejection,
     verify_greedy,
 )
-from dvi.draft.length_policies import ConfidenceStop, DraftSight
+from dvi.draft.length_policies import ConfidenceStop, DraftContext
 from dvi.records import SamplingParams
 
 FALSE_ALARM = 1e-6
@@ -201,8 +201,8 @@ def judge_a_round(batch: SamplingBatch, seen: SeenTokens, start_B, draft_logits_
         logits_B1V = draft_logits_BTV[:, depth, None]
         probs.append(batch.warp(logits_B1V, seen.after_drafts(drafts_BT)))
         ids.append(sample_from(probs[-1][:, 0], uniform(batch.seed_B, start_B, depth, Role.DRAFT)))
-        sight = DraftSight(depth, torch.ones_like(start_B, dtype=torch.bool), logits_B1V[:, 0])
-        keep.append(ConfidenceStop(depths, threshold=0.3).keep(sight))
+        context = DraftContext(depth, torch.ones_like(start_B, dtype=torch.bool), logits_B1V[:, 0])
+        keep.append(ConfidenceStop(depths, threshold=0.3).keep(context))
         drafts_BT = torch.stack(ids, 1)
     num_drafted_B = count_leading(torch.stack(keep, 1))
     seen_before = seen.with_drafts(drafts_BT)

@@ -111,6 +111,6 @@ def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, 
         verified = draft_and_verify(
             split, drafter, cache, state, policy, 3, StrictRule(), wants_log_probs=True
         )
-    num_clues = 0 if policy.companion is None else 6
-    assert verified.for_host_BH.shape == (2, 8 + num_clues)
+    num_scores = 0 if policy.companion is None else 6
+    assert verified.for_host_BH.shape == (2, 8 + num_scores)
     assert verified.draft.hidden_BUD.shape == (2, 4, 16)

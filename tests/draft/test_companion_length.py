@@ -21,7 +21,7 @@ from dvi.draft.length_policies import (
     HOPE,
     AcceptanceEstimate,
     ConfidenceStop,
-    DraftSight,
+    DraftContext,
     FixedLength,
     GoodputLength,
     RoundInfo,
@@ -65,8 +65,8 @@ def lengths_of(
     counts_B = torch.zeros(len(s_BT), dtype=torch.int64)
     for depth in range(len(s_TB)):
         told = list(a_TB[: depth + is_told])
-        sight = DraftSight(depth, is_open_B, torch.zeros(len(s_BT), 1), list(s_TB[: depth + 1]), told)
-        is_open_B = is_open_B & policy.keep(sight)
+        context = DraftContext(depth, is_open_B, torch.zeros(len(s_BT), 1), list(s_TB[: depth + 1]), told)
+        is_open_B = is_open_B & policy.keep(context)
         counts_B += is_open_B
     return counts_B.tolist()
 
@@ -149,7 +149,7 @@ def test_elsewhere_than_on_cpus_nothing_is_left_out_and_nothing_is_looked_at():
     policy.estimate.observe([(0.5, 0.5, False)] * FIRST_FIT)
     assert policy.choose(RoundInfo(2)) == 4
     open_B, numbers_B = torch.ones(2, dtype=torch.bool, device="meta"), torch.zeros(2, device="meta")
-    assert policy.keep(DraftSight(0, open_B, numbers_B[:, None], [numbers_B], [])) is open_B
+    assert policy.keep(DraftContext(0, open_B, numbers_B[:, None], [numbers_B], [])) is open_B
 
 
 # --- between rounds ---------------------------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ def test_samples_are_the_positions_that_were_reached():
     policy = ruling(tokens_per_s=0.0, num_rows=3)
     seen = []
     policy.estimate.observe = seen.extend
-    clues = [[(0.1 * depth, 0.5) for depth in range(4)] for _ in range(3)]
+    companion_scores = [[(0.1 * depth, 0.5) for depth in range(4)] for _ in range(3)]
     policy._num_wanted = [4, 2, 0]
-    policy.observe(RoundOutcome([4, 2, 0], [1, 2, 0], None, clues))
+    policy.observe(RoundOutcome([4, 2, 0], [1, 2, 0], None, companion_scores))
     assert seen == [(0.0, 0.5, True), (0.1, 0.5, False), (0.0, 0.5, True), (0.1, 0.5, True)]
 
 
@@ -239,7 +239,7 @@ def test_a_probe_verifies_all_and_is_judged_by_what_the_rule_would_have_left_out
 
 
 def test_plain_rounds_pass_through():
-    """T = 0 has no clues, no stops and no share. Catches a division by a table entry that does not exist."""
+    """T = 0 has no companion scores, no stops and no share. Catches a division by a table entry that does not exist."""
     costs = CostTable(draft_step_s={1: 5.0}, verify_s={1: 1.0})
     policy = CompanionLength((2,), costs, None, probe_share=0.0)
     for _ in range(3):
@@ -270,10 +270,10 @@ class World:
         for number in range(num_rounds):
             length = policy.choose(RoundInfo(self.num_rows))
             chances = [[self.chance(rng) for _ in range(length)] for _ in range(self.num_rows)]
-            clues = [[(c, min(1.0, c + 0.05)) for c in row] for row in chances]
+            scores = [[(c, min(1.0, c + 0.05)) for c in row] for row in chances]
             counts = [length] * self.num_rows
             if length and policy.companion is not None:
-                counts = lengths_of(policy, [[s for s, _ in r] for r in clues], [[a for _, a in r] for r in clues])
+                counts = lengths_of(policy, [[s for s, _ in r] for r in scores], [[a for _, a in r] for r in scores])
             accepted = []
             for row, count in zip(chances, counts, strict=True):
                 draws = [rng.random() < chance for chance in row]
@@ -281,7 +281,7 @@ class World:
             num_positions, num_steps = sum(counts) + self.num_rows, min(max(counts) + 1, length)
             step_s = self.costs.round_s(self.num_rows, 1) - self.costs.round_s(2 * self.num_rows, 0)
             took = num_steps * step_s + self.costs.round_s(num_positions, 0)
-            policy.observe(RoundOutcome(counts, accepted, took * rng.uniform(0.97, 1.03), clues if length else None))
+            policy.observe(RoundOutcome(counts, accepted, took * rng.uniform(0.97, 1.03), scores if length else None))
             if number >= num_rounds // 2:
                 tokens += sum(accepted) + self.num_rows
                 seconds, positions, drafting = seconds + took, positions + num_positions, drafting + (length > 0)

@@ -349,7 +349,7 @@ def test_a_model_with_the_same_tokenizer_is_taken(stories):
         for result in stories.generate("Once upon a time", SamplingParams(max_new_tokens=24), policy=rule)
     ]
     assert token_ids[0] == token_ids[1]
-    assert policy.clues and all(0 <= s <= 1 and 0 <= a <= 1 for s, a in policy.clues)
+    assert policy.companion_scores and all(0 <= s <= 1 and 0 <= a <= 1 for s, a in policy.companion_scores)
 
 
 def test_another_vocabulary_is_refused(stories):
@@ -398,10 +398,10 @@ class Recording(FixedLength):
     def __init__(self, num_draft_tokens: int, companion: Companion) -> None:
         super().__init__(num_draft_tokens)
         self.companion = companion
-        self.clues: list[tuple[float, float]] = []
+        self.companion_scores: list[tuple[float, float]] = []
 
     def observe(self, outcome: RoundOutcome) -> None:
-        self.clues += [clue for row in outcome.clues for clue in row]
+        self.companion_scores += [score for row in outcome.companion_scores for score in row]
 
 
 @pytest.mark.parametrize("drafter", ["random", "trimmed", "memory", "nan"])
@@ -424,6 +424,6 @@ def test_every_companion_goes_with_every_drafter(name, drafter, stories):
                 ["Once upon", "The big dog"], params, batch_size=2, policy=policy, keep_transitions=False
             )
             assert len(list(results)) == 2
-            assert policy.clues and all(0 <= s <= 1 and 0 <= a <= 1 for s, a in policy.clues)
+            assert policy.companion_scores and all(0 <= s <= 1 and 0 <= a <= 1 for s, a in policy.companion_scores)
     finally:
         stories.drafter = previous

@@ -22,7 +22,7 @@ from dvi.draft.length_policies import (
     HOPE,
     AcceptanceEstimate,
     ConfidenceStop,
-    DraftSight,
+    DraftContext,
     FixedLength,
     GoodputLength,
     LengthPolicy,
@@ -49,11 +49,11 @@ def simulate(policy: GoodputLength, acceptance: float, *, num_rounds: int, seed:
     return lengths
 
 
-def sight(confidence_B: torch.Tensor, depth: int = 0) -> DraftSight:
+def context(confidence_B: torch.Tensor, depth: int = 0) -> DraftContext:
     """Two tokens to draft from, the likelier one with this probability."""
     log_odds_B = torch.logit(confidence_B.clamp(min=0.5))
     logits_BV = torch.stack([torch.zeros_like(log_odds_B), log_odds_B], 1)
-    return DraftSight(depth, torch.ones_like(log_odds_B, dtype=torch.bool), logits_BV)
+    return DraftContext(depth, torch.ones_like(log_odds_B, dtype=torch.bool), logits_BV)
 
 
 def all_policies() -> list[LengthPolicy]:
@@ -68,15 +68,15 @@ def test_every_policy_chooses_from_its_announced_buckets_and_masks_one_entry_a_r
     """Catches a T that no prepared shape fits."""
     assert list(policy.buckets) == sorted(set(policy.buckets))
     assert policy.choose(ONE_ROW) in policy.buckets
-    mask_B = policy.keep(sight(torch.tensor([0.1, 0.9])))
+    mask_B = policy.keep(context(torch.tensor([0.1, 0.9])))
     assert mask_B.shape == (2,) and mask_B.dtype == torch.bool
 
 
 @pytest.mark.parametrize("policy", all_policies(), ids=lambda p: type(p).__name__)
 def test_no_policy_is_shown_a_token(policy):
     """Catches an interface that makes peeking possible: `keep` gets distributions and what is told of them."""
-    assert list(inspect.signature(policy.keep).parameters) == ["sight"]
-    told = {field.name for field in dataclasses.fields(DraftSight)}
+    assert list(inspect.signature(policy.keep).parameters) == ["context"]
+    told = {field.name for field in dataclasses.fields(DraftContext)}
     assert told == {"depth", "is_open_B", "logits_BV", "agreements", "token_ratios"}
 
 
@@ -84,7 +84,7 @@ def test_confidence_stop_ends_before_the_first_unsure_position():
     """Catches counting later confident positions, and a NaN drafter that drafts on."""
     policy = ConfidenceStop(3, threshold=0.6)
     confidence_BT = torch.tensor([[0.9, 0.6, 0.9], [0.9, 0.5, 0.9], [0.5, 0.9, 0.9], [0.9, math.nan, 0.9]]).double()
-    keep_BT = torch.stack([policy.keep(sight(confidence_BT[:, depth], depth)) for depth in range(3)], 1)
+    keep_BT = torch.stack([policy.keep(context(confidence_BT[:, depth], depth)) for depth in range(3)], 1)
     assert count_leading(keep_BT).tolist() == [3, 1, 0, 1]
 
 

@@ -26,10 +26,10 @@ from tests.learning.test_checkpoint import assert_equal
 from tests.learning.test_online import serving, stretch
 from tests.support.paths import STORIES
 from trainers.jobs import serving_learner as serving_job
-from trainers.jobs import traffic_counts as ledger_module
+from trainers.jobs import traffic_counts
 from trainers.jobs.serve import build_serving
 from trainers.jobs.serving_learner import ServingLearner
-from trainers.jobs.traffic_counts import TrafficLedger
+from trainers.jobs.traffic_counts import TrafficCounts
 from trainers.jobs.train import load_run
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
@@ -441,34 +441,34 @@ def test_a_server_that_no_longer_saves_experience_removes_what_was_saved(learner
 # Provenance
 
 
-def test_the_ledger_counts_requests_tokens_and_the_first_and_newest_window(monkeypatch) -> None:
+def test_the_counts_are_of_requests_tokens_and_the_first_and_newest_window(monkeypatch) -> None:
     """Catches prompts counted as answers, a request counted once per round, and windows that move or never close."""
-    monkeypatch.setattr(ledger_module, "WINDOW_DRAFTED", 20)
-    ledger = TrafficLedger()
+    monkeypatch.setattr(traffic_counts, "WINDOW_DRAFTED", 20)
+    counts = TrafficCounts()
     prompt = dataclasses.replace(stretch(0), is_prefill=True, num_drafted=0, num_accepted=0)
     for request_id in range(3):
-        ledger.count([dataclasses.replace(prompt, request_id=request_id)])
+        counts.count([dataclasses.replace(prompt, request_id=request_id)])
         for _ in range(5):
             # 4 drafted each; 1 accepted for request 0, then 2, then 3.
             round_ = dataclasses.replace(stretch(1, num_accepted=request_id + 1), request_id=request_id)
-            ledger.count([round_])
-    total = ledger.total
-    assert (ledger.num_requests, total.prompt_tokens, total.num_rounds) == (3, 12, 15)
+            counts.count([round_])
+    total = counts.total
+    assert (counts.num_requests, total.prompt_tokens, total.num_rounds) == (3, 12, 15)
     assert (total.num_drafted, total.num_accepted, total.committed_tokens) == (60, 30, 45)
-    assert (ledger.first.acceptance_rate, ledger.newest.acceptance_rate) == (0.25, 0.75)
-    copy = TrafficLedger()
-    copy.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
-    assert copy.state_dict() == ledger.state_dict()
+    assert (counts.first.acceptance_rate, counts.newest.acceptance_rate) == (0.25, 0.75)
+    copy = TrafficCounts()
+    copy.load_state_dict(json.loads(json.dumps(counts.state_dict())))
+    assert copy.state_dict() == counts.state_dict()
 
 
-def test_a_ledger_does_not_grow_with_the_requests(monkeypatch) -> None:
+def test_the_counts_do_not_grow_with_the_requests(monkeypatch) -> None:
     """Catches a set of all ids ever seen."""
-    monkeypatch.setattr(ledger_module, "NUM_RECENT_REQUESTS", 8)
-    ledger = TrafficLedger()
+    monkeypatch.setattr(traffic_counts, "NUM_RECENT_REQUESTS", 8)
+    counts = TrafficCounts()
     for request_id in range(100):
         for other in (request_id, max(request_id - 4, 0)):  # a request goes on beside four newer ones
-            ledger.count([dataclasses.replace(stretch(0), request_id=other)])
-    assert ledger.num_requests == 100 and len(ledger._recent) == 8
+            counts.count([dataclasses.replace(stretch(0), request_id=other)])
+    assert counts.num_requests == 100 and len(counts._recent) == 8
 
 
 # The whole job
@@ -492,7 +492,7 @@ def config(tmp_path: Path) -> Callable[..., ServeConfig]:
 
 def test_a_server_goes_on_where_it_stopped_and_what_it_learnt_can_be_exported(config, tmp_path, monkeypatch) -> None:
     """The whole circle: catches a state that is not found again, and a drafter without its story."""
-    monkeypatch.setattr(ledger_module, "WINDOW_DRAFTED", 30)
+    monkeypatch.setattr(traffic_counts, "WINDOW_DRAFTED", 30)
     speculator, learner = build_serving(config())
     params = SamplingParams(max_new_tokens=24)
     for _ in speculator.generate(["Once upon a time", "The sun was"], params, learner=learner):

@@ -18,7 +18,7 @@ from tests.support.job_interruptions import Crash, after_requests, crash, interr
 from tests.support.paths import STORIES
 from trainers.jobs import train as job_module
 from trainers.jobs.evaluation import HeldOutRequests, drafts_alike
-from trainers.jobs.train import TrafficPosition, load_run, read_traffic, run_training
+from trainers.jobs.train import TrafficCursor, load_run, read_traffic, run_training
 
 ROWS = [
     {"prompt": text}
@@ -202,14 +202,14 @@ def test_another_drafter_is_told_from_the_reloaded_one(settings, tmp_path):
 
 
 def test_requests_that_overtake_others_are_not_served_again():
-    """Catches a position kept as one number, which repeats or loses what a batch finished out of order."""
-    position = TrafficPosition()
+    """Catches a cursor kept as one number, which repeats or loses what a batch finished out of order."""
+    cursor = TrafficCursor()
     for index in (2, 0, 4):
-        position.finish(index)
-    assert (position.first_open, position.done_ahead, position.num_done) == (1, {2, 4}, 3)
-    assert [index for index, _ in position.open_requests("abcdef")] == [1, 3, 5]
-    position.finish(1)
-    assert (position.first_open, position.done_ahead) == (3, {4})
+        cursor.finish(index)
+    assert (cursor.first_open, cursor.done_ahead, cursor.num_done) == (1, {2, 4}, 3)
+    assert [index for index, _ in cursor.open_requests("abcdef")] == [1, 3, 5]
+    cursor.finish(1)
+    assert (cursor.first_open, cursor.done_ahead) == (3, {4})
 
 
 def test_a_datasets_first_rows_are_held_out_and_the_rest_can_be_read_twice(settings, tmp_path):

@@ -29,7 +29,7 @@ from dvi.draft.companions import agreement, token_ratio
 from dvi.draft.length_policies import (
     ConfidenceStop,
     CostTable,
-    DraftSight,
+    DraftContext,
     FixedLength,
     GoodputLength,
     RoundInfo,
@@ -41,8 +41,8 @@ TOLERANCE = 1e-12
 BISECTIONS = 56  # thresholds to 2**-56, far below the tolerance
 BELOW_ONE = 1 - 2.0**-53
 
-# (sight, token_R) -> bool_R. Only planted rules look at the token drawn at that depth.
-Keep = Callable[[DraftSight, Tensor], Tensor]
+# (context, token_R) -> bool_R. Only planted rules look at the token drawn at that depth.
+Keep = Callable[[DraftContext, Tensor], Tensor]
 Verify = Callable[..., Verdict]  # arguments as of `verify_by_rejection`
 
 
@@ -160,7 +160,7 @@ def measured_law(
             agreements.append(agreement(logits_RV, companion_RV))
             token_ratios.append(token_ratio(logits_RV, companion_RV, ids_RT[:, depth]))
         told = list(token_ratios) if tells_drawn else token_ratios[:-1]
-        keeps.append(keep(DraftSight(depth, is_open_R, logits_RV, list(agreements), told), ids_RT[:, depth]))
+        keeps.append(keep(DraftContext(depth, is_open_R, logits_RV, list(agreements), told), ids_RT[:, depth]))
         is_open_R = is_open_R & keeps[-1]
     no_drafts = torch.zeros(num * num_paths, 0, vocab_size, dtype=torch.float64)
     draft_probs_RTV = torch.stack(draft_probs, 1) if depths else no_drafts
@@ -253,12 +253,12 @@ def law_error(
     return (measured - expected).abs().nan_to_num(nan=math.inf).max().item()
 
 
-def always(sight: DraftSight, token_R: Tensor) -> Tensor:
+def always(context: DraftContext, token_R: Tensor) -> Tensor:
     return torch.ones_like(token_R, dtype=torch.bool)
 
 
 def honest(policy) -> Keep:
-    return lambda sight, token_R: policy.keep(sight)
+    return lambda context, token_R: policy.keep(context)
 
 
 SAMPLED = [SamplingParams(temperature=1.0)] * 60
@@ -341,26 +341,26 @@ class InBatch:
 
     def __init__(self, policy: CompanionLength, mates_TM2: Tensor) -> None:
         self._policy, self._mates_TM2 = policy, mates_TM2
-        self._sights: list[DraftSight] = []
+        self._contexts: list[DraftContext] = []
         self.kept: list[Tensor] = []
 
-    def __call__(self, sight: DraftSight, token_R: Tensor) -> Tensor:
-        if sight.depth == 0:
-            self._sights, self.kept = [], []
-        self._sights.append(sight)
+    def __call__(self, context: DraftContext, token_R: Tensor) -> Tensor:
+        if context.depth == 0:
+            self._contexts, self.kept = [], []
+        self._contexts.append(context)
         # The rule keeps what a round has brought so far to itself, so each row's round is played again from its start.
         self.kept.append(torch.tensor([self._decide(row) for row in range(len(token_R))]))
         return self.kept[-1]
 
     def _decide(self, row: int) -> bool:
-        for sight in self._sights:
+        for context in self._contexts:
             agreements, token_ratios = (
                 [torch.cat([x[row, None], self._mates_TM2[d, :, i]]) for d, x in enumerate(told)]
-                for i, told in enumerate((sight.agreements, sight.token_ratios))
+                for i, told in enumerate((context.agreements, context.token_ratios))
             )
             is_open_B = torch.ones(len(agreements[0]), dtype=torch.bool)
             decided = self._policy.keep(
-                dataclasses.replace(sight, is_open_B=is_open_B, agreements=agreements, token_ratios=token_ratios)
+                dataclasses.replace(context, is_open_B=is_open_B, agreements=agreements, token_ratios=token_ratios)
             )
         return bool(decided[0])
 
@@ -392,10 +392,10 @@ def test_the_joint_law_of_a_batch_that_shares_its_positions_is_that_of_two_targe
     paths_PT = digits(depths, vocab_size)
     policy, seen = companion_length(depths, num_rows=num, can_pack=True), [[], []]
     weights, emitted = zip(*(law_by_path(instances, n) for n in range(num)), strict=True)
-    clues = [[clues_of(instances, n, path_T) for path_T in paths_PT] for n in range(num)]
+    companion_scores = [[companion_scores_of(instances, n, path_T) for path_T in paths_PT] for n in range(num)]
     joint = torch.zeros(vocab_size ** (depths + 1), vocab_size ** (depths + 1), dtype=torch.float64)
     for one, other in itertools.product(range(len(paths_PT)), repeat=2):
-        lengths = decided_lengths(policy, [clues[0][one], clues[1][other]])
+        lengths = decided_lengths(policy, [companion_scores[0][one], companion_scores[1][other]])
         for places, length in zip(seen, lengths, strict=True):
             places.append(length)
         weight = weights[0][one] * weights[1][other]
@@ -435,14 +435,14 @@ def law_by_path(instances: Instances, n: int) -> tuple[Tensor, list[Tensor]]:
     return weight_P, laws
 
 
-def clues_of(instances: Instances, n: int, path_T: Tensor) -> list[tuple[Tensor, Tensor]]:
+def companion_scores_of(instances: Instances, n: int, path_T: Tensor) -> list[tuple[Tensor, Tensor]]:
     """S and A [1] at each depth of one drafted path."""
-    prefix, clues = 0, []
+    prefix, companion_scores = 0, []
     for depth, token in enumerate(path_T.tolist()):
         draft, companion = (x[depth][n, prefix, None] for x in (instances.draft_logits, instances.companion_logits))
-        clues.append((agreement(draft, companion), token_ratio(draft, companion, path_T[depth, None])))
+        companion_scores.append((agreement(draft, companion), token_ratio(draft, companion, path_T[depth, None])))
         prefix = prefix * instances.vocab_size + token
-    return clues
+    return companion_scores
 
 
 def decided_lengths(policy: CompanionLength, rows: list[list[tuple[Tensor, Tensor]]]) -> list[int]:
@@ -452,7 +452,7 @@ def decided_lengths(policy: CompanionLength, rows: list[list[tuple[Tensor, Tenso
     kept = []
     for depth in range(depths):
         agreements, told = [s for s, _ in by_depth[: depth + 1]], [a for _, a in by_depth[:depth]]
-        is_open_B = is_open_B & policy.keep(DraftSight(depth, is_open_B, torch.zeros(len(rows), 1), agreements, told))
+        is_open_B = is_open_B & policy.keep(DraftContext(depth, is_open_B, torch.zeros(len(rows), 1), agreements, told))
         kept.append(is_open_B)
     return torch.stack(kept, 1).sum(1).tolist()
 
@@ -504,7 +504,7 @@ def test_acceptance_and_residual_functions_tell_the_law_the_rule_has():
 def test_a_length_rule_that_peeks_at_the_token_is_caught():
     """Verifying a position only if its own token suits us is biased; so the check above must notice it."""
     instances = random_instances(SAMPLED, vocab_size=3, num_draft_tokens=2, seed=8)
-    assert law_error(instances, num_draft_tokens=2, keep=lambda sight, token: token != 0) > 1e-3
+    assert law_error(instances, num_draft_tokens=2, keep=lambda context, token: token != 0) > 1e-3
 
 
 def test_a_length_rule_that_peeks_at_the_probability_of_the_token_is_caught():
@@ -512,7 +512,7 @@ def test_a_length_rule_that_peeks_at_the_probability_of_the_token_is_caught():
     instances = random_instances(SAMPLED, vocab_size=3, num_draft_tokens=1, seed=9)
     draft_NV = instances.draft_logits[0][:, 0].softmax(-1)
 
-    def keep(sight: DraftSight, token_R: Tensor) -> Tensor:
+    def keep(context: DraftContext, token_R: Tensor) -> Tensor:
         return draft_NV.repeat_interleave(3, 0).gather(1, token_R[:, None])[:, 0] >= 0.4
 
     assert law_error(instances, num_draft_tokens=1, keep=keep) > 1e-3
@@ -532,12 +532,12 @@ def test_a_length_chosen_after_drafting_is_caught():
     where it first drops, and lawful; here a second position comes nearly free once there is a first."""
     depths, vocab_size = 2, 3
     instances = random_instances(SAMPLED, vocab_size=vocab_size, num_draft_tokens=depths, seed=13)
-    clues = [clues_of(instances, n, path_T) for n in range(60) for path_T in digits(depths, vocab_size)]
-    s_RT = torch.tensor([[float(s) for s, _ in along] for along in clues])
+    scores = [companion_scores_of(instances, n, path_T) for n in range(60) for path_T in digits(depths, vocab_size)]
+    s_RT = torch.tensor([[float(s) for s, _ in along] for along in scores])
     tokens_RU = torch.cat([torch.ones(len(s_RT), 1), 1 + s_RT.cumprod(1).cumsum(1)], 1)
     gamma_R = (tokens_RU / torch.tensor([1.0, 1.5, 1.6])).argmax(1)
     assert len(gamma_R.unique()) == 3
-    assert law_error(instances, num_draft_tokens=depths, keep=lambda sight, token_R: sight.depth < gamma_R) > 1e-3
+    assert law_error(instances, num_draft_tokens=depths, keep=lambda context, token_R: context.depth < gamma_R) > 1e-3
 
 
 class BrokenRule:

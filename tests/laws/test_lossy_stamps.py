@@ -31,7 +31,7 @@ from tests.cli.test_main import dvi_command
 from tests.support.random_traffic import serving, stretch, trainer_of
 from tests.support.serving_doubles import STORIES, client_of, stories_config, stories_loop
 from trainers.jobs.evaluation import HeldOutRequests
-from trainers.jobs.traffic_counts import TrafficLedger
+from trainers.jobs.traffic_counts import TrafficCounts
 from trainers.jobs.train import run_training
 
 RULE, NAME = MarginRule(0.3), "margin 0.3"
@@ -280,13 +280,13 @@ def test_a_drafter_is_marked_when_it_first_serves_what_it_learnt_from_a_lossy_ro
     assert resumed.drafter.has_learnt_lossy is True
 
 
-def test_a_servers_ledger_keeps_waived_tokens_apart(monkeypatch):
+def test_a_servers_counts_keep_waived_tokens_apart(monkeypatch):
     """Catches a provenance in which what was granted is the drafter's merit."""
     monkeypatch.setattr("trainers.jobs.traffic_counts.WINDOW_DRAFTED", 8)
-    ledger = TrafficLedger()
-    ledger.count([granted(0, num_accepted=3, num_waived=2), granted(1, num_accepted=1, num_waived=0)])
-    assert (ledger.total.num_accepted, ledger.total.num_waived) == (4, 2)
-    assert ledger.newest.honest_acceptance_rate == 2 / 8
+    counts = TrafficCounts()
+    counts.count([granted(0, num_accepted=3, num_waived=2), granted(1, num_accepted=1, num_waived=0)])
+    assert (counts.total.num_accepted, counts.total.num_waived) == (4, 2)
+    assert counts.newest.honest_acceptance_rate == 2 / 8
 
 
 def test_a_lossy_rule_leaves_the_weights_of_a_kl_learner_alone():

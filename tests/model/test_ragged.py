@@ -11,7 +11,7 @@ import dvi.decode.round
 import dvi.model.llama_path
 from dvi.decode.round import DecodingBatch, Sequence
 from dvi.decode.verification import StrictRule
-from dvi.draft.length_policies import ConfidenceStop, DraftSight, FixedLength, LengthPolicy
+from dvi.draft.length_policies import ConfidenceStop, DraftContext, FixedLength, LengthPolicy
 from dvi.model.exact import ExactSplit
 from dvi.model.kv_cache import RollbackCache
 from dvi.model.ragged import Packing, is_worth_packing
@@ -223,8 +223,8 @@ def test_ragged_rounds_pack_and_give_the_rectangles_tokens_and_experience(monkey
 class OneRowDrafts(FixedLength):
     """Row 0 drafts all T, the others nothing."""
 
-    def keep(self, sight: DraftSight) -> Tensor:
-        return torch.arange(len(sight.is_open_B)) == 0
+    def keep(self, context: DraftContext) -> Tensor:
+        return torch.arange(len(context.is_open_B)) == 0
 
 
 def test_what_is_not_computed_cannot_fail_a_row(monkeypatch):

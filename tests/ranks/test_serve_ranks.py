@@ -24,7 +24,7 @@ from dvi.config import load_config
 from dvi.distributed import PeerLostError, join
 from dvi.records import DrafterVersion, SamplingParams
 from dvi.serving.front_door import OF_THE_DRAFTER
-from dvi.serving.place import ServerPlace
+from dvi.serving.launch import ServerLaunch
 from dvi.settings import ServeConfig
 from tests.serving.test_engine import engine_of
 from tests.serving.test_loop import Client, Scripted, running, some_requests
@@ -325,9 +325,9 @@ def test_a_door_ends_with_the_process_that_opened_it():
 ])  # fmt: skip
 def test_a_place_that_cannot_be_is_refused(monkeypatch, tmp_path, override, message):
     """Catches an error that only the socket, or the first pin, would have raised."""
-    monkeypatch.setattr("dvi.serving.place.join", lambda **_: _rank_1_of_2())
+    monkeypatch.setattr("dvi.serving.launch.join", lambda **_: _rank_1_of_2())
     with pytest.raises(ValueError, match=message):
-        ServerPlace(config_of(tmp_path / "state", override))
+        ServerLaunch(config_of(tmp_path / "state", override))
 
 
 def _rank_1_of_2() -> object:

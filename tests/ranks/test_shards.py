@@ -19,7 +19,7 @@ from tests.support.ranks import run_ranks, try_ranks
 from trainers.jobs.train import Job
 from trainers.learning.checkpoint import TENSORS_FILE, CheckpointStore, pack, whole_steps
 from trainers.learning.replay import ReplayBuffer
-from trainers.ranks.launch import Place
+from trainers.ranks.launch import Launch
 from trainers.ranks.shards import CHECKPOINTS, load_saved, rank_folder
 
 NUM_STRETCHES = 12  # of each of a rank's requests
@@ -43,7 +43,7 @@ class Learning(Job):
     def learn(self, indices: range) -> None:
         """Does those of the requests that are its own and not done, then waits until all ranks have."""
         for index in indices:
-            if not self._is_mine(index) or self.position.is_done(index):
+            if not self._is_mine(index) or self.cursor.is_done(index):
                 continue
             for number in range(NUM_STRETCHES):
                 transitions = stretch(1000 * index + number)
@@ -51,7 +51,7 @@ class Learning(Job):
                 self.trainer.observe([transitions])
                 self.trainer.step_if_due(is_idle=True)
             self.trainer.replay.end(index)
-            self.position.finish(index)
+            self.cursor.finish(index)
             self.num_tokens += index
         self.trainer.notices.is_done, self.trainer.notices.num_done = 1, self.num_done_here
         agreed = None if self.peers.is_alone else self.trainer.agreed
@@ -72,7 +72,7 @@ class Learning(Job):
             "version": self.speculator.drafter.version, "steps": self.trainer.num_steps,
             "positions": positions(self.trainer.replay), "counted": state["counts"]["_tokens_counted"],
             "token_counts": self.trainer.token_counts_V.tolist(), "draws": state["generator"].tolist(),
-            "done": [index for index in range(100) if self.position.is_done(index)], "tokens": self.num_tokens,
+            "done": [index for index in range(100) if self.cursor.is_done(index)], "tokens": self.num_tokens,
             "checkpoints": whole_steps(self.folder / CHECKPOINTS),
             "metrics": (self.folder / METRICS_FILE).stat().st_size if (self.folder / METRICS_FILE).exists() else None,
         }  # fmt: skip
@@ -90,9 +90,9 @@ def live(folders: list[str], learns: list[int] | None) -> dict:
 
     folder = folders[int(os.environ["RANK"])]
     config = load_config(None, [*SETTINGS, f"output.folder={folder}", "output.resume=true"])
-    with Place(config, Console(quiet=True)) as place:
-        job = Learning(place, serving(), params=SamplingParams(), traffic=[], held_out=[])
-        saved = load_saved(place.run_folder, place.peers)
+    with Launch(config, Console(quiet=True)) as launch:
+        job = Learning(launch, serving(), params=SamplingParams(), traffic=[], held_out=[])
+        saved = load_saved(launch.run_folder, launch.peers)
         if saved is not None:
             job.load(saved)
         is_own = saved is not None and saved.own is not None

@@ -585,7 +585,7 @@ def test_the_openai_client_sees_one_server(real_door):
         assert [model.id for model in client.models.list()] == ["stories260k"]
         with pytest.raises(openai.BadRequestError, match="max_tokens"):
             client.completions.create(model="stories260k", prompt="x", max_tokens=100_000)
-    assert all(loop.monitor._readings(with_history=False).total.finished["length"] > 0 for loop in loops)
+    assert all(loop.monitor.readings(with_history=False).total.finished["length"] > 0 for loop in loops)
 
 
 def test_acceptance_of_the_sums_is_accepted_over_drafted(real_door):
@@ -595,7 +595,7 @@ def test_acceptance_of_the_sums_is_accepted_over_drafted(real_door):
         httpx2.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": max_tokens}).raise_for_status()
     families = text_string_to_metric_families(httpx2.get(f"{url}/metrics").text)
     values = {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
-    rounds = [loop.monitor._readings(with_history=False).total.rounds for loop in loops]
+    rounds = [loop.monitor.readings(with_history=False).total.rounds for loop in loops]
     drafted, accepted = sum(r.num_drafted for r in rounds), sum(r.num_accepted for r in rounds)
     assert drafted > 0 and values["dvi:spec_decode_num_draft_tokens_total"] == drafted
     acceptance = values["dvi:spec_decode_num_accepted_tokens_total"] / values["dvi:spec_decode_num_draft_tokens_total"]

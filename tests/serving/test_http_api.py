@@ -654,7 +654,7 @@ def test_a_client_that_leaves_frees_its_place(loop, url, is_stream):
 
 def test_a_body_that_does_not_come_is_not_waited_for(url, monkeypatch):
     """Catches a client that holds a connection for ever with the promise of a body."""
-    monkeypatch.setattr("dvi.serving.door.BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("dvi.serving.middleware.BODY_TIMEOUT_S", 0.05)
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     head += "Content-Length: 9\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dvi.decode.speculator import PLAIN, SelfSpeculator
-from dvi.draft.length_policies import DraftSight, RoundInfo, RoundOutcome
+from dvi.draft.length_policies import DraftContext, RoundInfo, RoundOutcome
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams, Transitions
@@ -113,8 +113,8 @@ class RaggedLength:
     def choose(self, info: RoundInfo) -> int:
         return int(torch.randint(len(self.buckets), (), generator=self._generator))
 
-    def keep(self, sight: DraftSight) -> Tensor:
-        return torch.rand(len(sight.is_open_B), generator=self._generator) < self._keep
+    def keep(self, context: DraftContext) -> Tensor:
+        return torch.rand(len(context.is_open_B), generator=self._generator) < self._keep
 
     def observe(self, outcome: RoundOutcome) -> None:
         assert all(a <= d for a, d in zip(outcome.num_accepted, outcome.num_drafted, strict=True))

@@ -15,10 +15,10 @@ from pathlib import Path
 from dvi.distributed import PeerLostError, Peers
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from trainers.jobs.serving_learner import ServingLearner, logger, promise
-from trainers.jobs.traffic_counts import TrafficLedger
+from trainers.jobs.traffic_counts import TrafficCounts
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OWN, OnlineTrainer
-from trainers.learning.rank_report import Ballot
+from trainers.learning.rank_report import RankReport
 from trainers.ranks.shards import SavedRun
 
 END_PATIENCE_S = 10.0  # beyond the time for draining: for clients to read their answers, and for the last tick
@@ -51,7 +51,7 @@ class ReplicaLearner(ServingLearner):
         self.lost: Exception | None = None
         self._peers, self._next_step, self._drain_s = peers, first_step, drain_s
         self._asked: Future[Path] | None = None  # a checkpoint that somebody here waits for
-        self._agreed: Ballot | None = None  # the last one acted on
+        self._agreed: RankReport | None = None  # the last one acted on
         self._is_ending = False
 
     # Learner protocol
@@ -123,7 +123,7 @@ class ReplicaLearner(ServingLearner):
         """See `ServingLearner`."""
         super().load(saved)
         if saved.own is None and not self._peers.is_first:
-            self.traffic = TrafficLedger()  # it was the first's
+            self.traffic = TrafficCounts()  # it was the first's
 
     def provenance(self) -> dict[str, object]:
         """See `ServingLearner`; counts of requests and tokens are of this rank, one of `ranks`."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from dvi.telemetry import MetricsWriter
-from trainers.jobs.traffic_counts import TrafficLedger
+from trainers.jobs.traffic_counts import TrafficCounts
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
 from trainers.ranks.shards import SavedRun
@@ -61,7 +61,7 @@ class ServingLearner:
         settings: dict[str, object] | None = None,
         obsolete: Iterable[Path] = (),
     ) -> None:
-        self.trainer, self.traffic = trainer, TrafficLedger()
+        self.trainer, self.traffic = trainer, TrafficCounts()
         self.on_event: Callable[[str, str], None] = lambda kind, text: None
         self.last_write: Future[Path] | None = None
         self.last_checkpoint_error: str | None = None

@@ -13,7 +13,7 @@ WINDOW_DRAFTED = 1024  # drafted tokens: an acceptance of 0.5 is then known to w
 NUM_RECENT_REQUESTS = 4096  # far more than decode at a time, so that no request is forgotten before its end
 
 
-class TrafficLedger:
+class TrafficCounts:
     """Counts of what a learner was shown: in all, and in the first and the newest full window of WINDOW_DRAFTED.
 
     `state_dict` has plain numbers alone, nothing of what was said.

@@ -15,20 +15,20 @@ from dvi.traffic import Messages, NoPromptsError, as_messages, hold_out, read_da
 LITTLE_TOKENS = 20_000
 
 
-class TrafficPosition:
+class TrafficCursor:
     """Which requests are done: all before first_open, and those of done_ahead, which overtook it in a batch."""
 
     def __init__(self, first_open: int = 0, done_ahead: Iterable[int] = ()) -> None:
         self.first_open, self.done_ahead = first_open, set(done_ahead)
 
     @classmethod
-    def union(cls, places: Iterable[dict[str, object]]) -> TrafficPosition:
+    def union(cls, places: Iterable[dict[str, object]]) -> TrafficCursor:
         """What is done in any of these places, each with first_open and done_ahead."""
         places = list(places)
         first_open = max(place["first_open"] for place in places)
-        position = cls(first_open, {i for place in places for i in place["done_ahead"] if i >= first_open})
-        position._advance()
-        return position
+        cursor = cls(first_open, {i for place in places for i in place["done_ahead"] if i >= first_open})
+        cursor._advance()
+        return cursor
 
     @property
     def num_done(self) -> int:

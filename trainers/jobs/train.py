@@ -42,11 +42,11 @@ from trainers.jobs.evaluation import HeldOutRequests, Measurement, SpeedProbe, d
 from trainers.jobs.held_out_curve import HeldOutCurve
 from trainers.jobs.picture import plot_run
 from trainers.jobs.progress import RunDisplay, comparison_table
-from trainers.jobs.traffic_cursor import TrafficPosition, read_traffic, what_to_expect
+from trainers.jobs.traffic_cursor import TrafficCursor, read_traffic, what_to_expect
 from trainers.learning.checkpoint import CheckpointStore, check_counts
 from trainers.learning.online import OWN, OnlineTrainer
-from trainers.ranks.launch import Place
-from trainers.ranks.roles import Attendance, Desk, attend
+from trainers.ranks.launch import Launch
+from trainers.ranks.roles import JobHooks, Role, take_role
 from trainers.ranks.shards import CHECKPOINTS, SavedRun, load_alike, load_saved, rank_folder
 
 DRAFTER, PICTURE, SUMMARY = "drafter", "acceptance.png", "summary.json"
@@ -59,28 +59,28 @@ def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
     output.resume=true from the last finished request.
     Raises ValueError for settings that do not fit together, a bad prompt row, and a folder that already holds a run.
     """
-    with Place(config, console) as place:
-        traffic, held_out = read_own_traffic(place)
-        settle_place(place)
-        speculator = build_speculator(place.config)
+    with Launch(config, console) as launch:
+        traffic, held_out = read_own_traffic(launch)
+        settle_dtype_of(launch)
+        speculator = build_speculator(launch.config)
         params = SamplingParams(**dataclasses.asdict(config.sampling))
-        job = _ServingJob(place, speculator, params=params, traffic=traffic, held_out=held_out)
+        job = _ServingJob(launch, speculator, params=params, traffic=traffic, held_out=held_out)
         return resume_job(job, sections=("model", "drafter", "data"))
 
 
-def read_own_traffic(place: Place, **reading: object) -> tuple[Iterable, list]:
+def read_own_traffic(launch: Launch, **reading: object) -> tuple[Iterable, list]:
     """See `read_traffic`, whose options these are; also says what to expect of little."""
-    traffic, held_out = read_traffic(place.config, say=place.console.print, **reading)
-    expectation = what_to_expect(place.config, traffic)
+    traffic, held_out = read_traffic(launch.config, say=launch.console.print, **reading)
+    expectation = what_to_expect(launch.config, traffic)
     if expectation is not None:
-        place.console.print(expectation)
+        launch.console.print(expectation)
     return traffic, held_out
 
 
-def settle_place(place: Place) -> None:
+def settle_dtype_of(launch: Launch) -> None:
     """Settles what the settings leave to the machine, as an earlier run in the folder has it if that is resumed."""
-    earlier = dtype_of_run(place.run_folder) if place.config.output.resume else None
-    place.config = settle_dtype(place.config, earlier=earlier)
+    earlier = dtype_of_run(launch.run_folder) if launch.config.output.resume else None
+    launch.config = settle_dtype(launch.config, earlier=earlier)
 
 
 def resume_job(job: Job, *, sections: Iterable[str]) -> dict[str, object]:
@@ -88,23 +88,23 @@ def resume_job(job: Job, *, sections: Iterable[str]) -> dict[str, object]:
 
     sections: the settings that must be those of the earlier run.
     """
-    place, config = job.place, job.config
-    if place.is_lock_step:
-        saved = load_alike(place.run_folder, place.processes)
+    launch, config = job.launch, job.config
+    if launch.is_lock_step:
+        saved = load_alike(launch.run_folder, launch.processes)
     else:
-        saved = load_saved(place.run_folder, place.peers, is_dedicated=place.is_dedicated)
+        saved = load_saved(launch.run_folder, launch.peers, is_dedicated=launch.is_dedicated)
     if saved is not None and not config.output.resume:
         raise ValueError(
-            f"output.folder {place.run_folder} already holds a run; output.resume=true continues it, another folder "
+            f"output.folder {launch.run_folder} already holds a run; output.resume=true continues it, another folder "
             "starts afresh"
         )
-    if saved is not None and place.processes.is_first:
-        _check_same_run(config, place.run_folder, sections)
+    if saved is not None and launch.processes.is_first:
+        _check_same_run(config, launch.run_folder, sections)
     elif config.output.resume and saved is None:
-        job.console.print(f"nothing to resume in {place.run_folder}: starting afresh")
+        job.console.print(f"nothing to resume in {launch.run_folder}: starting afresh")
     job.check_traffic()
-    if place.processes.local_rank == 0:
-        write_provenance(place.run_folder, config)
+    if launch.processes.local_rank == 0:
+        write_provenance(launch.run_folder, config)
     if saved is not None:
         job.load(saved)
     return job.run()
@@ -163,10 +163,10 @@ class Job(ABC):
     _last_step: int | None = None  # of the checkpoint at the end, where another rank says it
 
     def __init__(
-        self, place: Place, speculator: SelfSpeculator, *, params: SamplingParams, traffic: Iterable, held_out: list
+        self, launch: Launch, speculator: SelfSpeculator, *, params: SamplingParams, traffic: Iterable, held_out: list
     ) -> None:
-        self.place, self.config, self.console, self.folder = place, place.config, place.console, place.folder
-        self.peers, self.store, self.speculator = place.peers, place.store, speculator
+        self.launch, self.config, self.console, self.folder = launch, launch.config, launch.console, launch.folder
+        self.peers, self.store, self.speculator = launch.peers, launch.store, speculator
         config = self.config
         self.params = params
         self.eval_params = dataclasses.replace(params, max_new_tokens=config.eval.max_new_tokens)
@@ -177,7 +177,7 @@ class Job(ABC):
             num_draft_tokens=config.draft.num_draft_tokens,
             plain_lead=plain_lead(config.model, speculator.model.config) if held_out else 1.0,
         )
-        self.position = TrafficPosition()
+        self.cursor = TrafficCursor()
         self.before: Measurement | None = None
         self.num_tokens = self.num_cut = self.num_metrics_bytes = 0
         self._num_before = 0  # requests done in earlier runs
@@ -185,10 +185,10 @@ class Job(ABC):
 
     def _make_trainer(self) -> OnlineTrainer | None:
         """What learns here; None where nothing is learnt, or another rank does it."""
-        train, place = self.config.train, self.place
-        if not train.enabled or (place.is_dedicated and not place.peers.is_first):
+        train, launch = self.config.train, self.launch
+        if not train.enabled or (launch.is_dedicated and not launch.peers.is_first):
             return None
-        return OnlineTrainer(self.speculator, train, peers=SOLO if place.is_dedicated else place.peers)
+        return OnlineTrainer(self.speculator, train, peers=SOLO if launch.is_dedicated else launch.peers)
 
     def check_traffic(self) -> None:
         """Raises ValueError, naming file and line, for a prompt that the model's template or tokenizer does not take.
@@ -208,7 +208,7 @@ class Job(ABC):
 
     def _is_mine(self, index: int) -> bool:
         """Whether a request of the traffic is this rank's."""
-        num_learners = int(self.place.is_dedicated)
+        num_learners = int(self.launch.is_dedicated)
         return index % (self.peers.num_ranks - num_learners) == self.peers.rank - num_learners
 
     @abstractmethod
@@ -228,12 +228,12 @@ class Job(ABC):
             trainer = {key: trainer[key] for key in OWN}
         return {
             "trainer": trainer,
-            "first_open": self.position.first_open,
-            "done_ahead": sorted(self.position.done_ahead),
+            "first_open": self.cursor.first_open,
+            "done_ahead": sorted(self.cursor.done_ahead),
             "before": None if self.before is None else dataclasses.asdict(self.before),
             "counts": {name: getattr(self, name) for name in self.counts},
             "num_ranks": self.peers.num_ranks,
-            "is_dedicated": self.place.is_dedicated,
+            "is_dedicated": self.launch.is_dedicated,
         }
 
     def load(self, saved: SavedRun) -> None:
@@ -247,8 +247,8 @@ class Job(ABC):
                 self.trainer.take_over(saved.taken_over)
             else:
                 self.trainer.load_state_dict(state["trainer"] | own["trainer"])
-        self.position = TrafficPosition.union(saved.places.values())
-        self._num_before = self.position.num_done
+        self.cursor = TrafficCursor.union(saved.places.values())
+        self._num_before = self.cursor.num_done
         # What a lost part had done counts no more; numbers of checkpoints go on all the same.
         self._step_offset = max(max(saved.steps.values()) - self._num_before, 0)
         self.store.drop_after(saved.steps.get(self.peers.rank, -1))
@@ -262,7 +262,7 @@ class Job(ABC):
         # Events after the checkpoint belong to what will be done again.
         num_bytes = {rank: place["counts"]["num_metrics_bytes"] for rank, place in saved.places.items()}
         self.num_metrics_bytes = num_bytes.setdefault(self.peers.rank, 0)
-        gone = {r: rank_folder(self.place.run_folder, r) for r in num_bytes if r >= self.peers.num_ranks}
+        gone = {r: rank_folder(self.launch.run_folder, r) for r in num_bytes if r >= self.peers.num_ranks}
         for rank, folder in ({self.peers.rank: self.folder} | gone).items():
             if (folder / METRICS_FILE).exists():
                 os.truncate(folder / METRICS_FILE, num_bytes[rank])
@@ -270,21 +270,21 @@ class Job(ABC):
     @property
     def num_done_here(self) -> int:
         """Requests done, of which the earlier runs' are rank 0's."""
-        return self.position.num_done - (0 if self.peers.is_first else self._num_before)
+        return self.cursor.num_done - (0 if self.peers.is_first else self._num_before)
 
     def save(self, step: int | None = None) -> Path | None:
         """A checkpoint of this rank, where it keeps files; all ranks make one, under the same number.
 
         step: that number, where another rank says it; else it is made of the requests done.
         """
-        if self.place.is_lock_step:
+        if self.launch.is_lock_step:
             self.speculator.check_lock_step()
         self.num_metrics_bytes = (self.folder / METRICS_FILE).stat().st_size
         if step is None:
             agreed = None if self.trainer is None else self.trainer.agreed
-            step = self._step_offset + (self.position.num_done if agreed is None else int(agreed.num_done))
+            step = self._step_offset + (self.cursor.num_done if agreed is None else int(agreed.num_done))
         state = self.state_dict()
-        return self.store.save(state, step) if self.place.keeps_files else None
+        return self.store.save(state, step) if self.launch.keeps_files else None
 
     # Running
 
@@ -311,7 +311,7 @@ class Job(ABC):
             metrics.close()
         summary: dict[str, object] = {
             "status": "done" if interruption is None else "interrupted", "signal": interruption,
-            "folder": str(self.place.run_folder), "checkpoint": str(checkpoint), "level": self.config.model.mode,
+            "folder": str(self.launch.run_folder), "checkpoint": str(checkpoint), "level": self.config.model.mode,
             **self._total_facts(),
             "drafter_version": self.speculator.drafter.version,
             "before": None if self.before is None else dataclasses.asdict(self.before),
@@ -333,13 +333,13 @@ class Job(ABC):
 
     def _interruptible(self, signals: Signals) -> AbstractContextManager[None]:
         """For what may be dropped anywhere; not among ranks, where one must not leave the others waiting."""
-        return signals.interrupting() if self.place.processes.is_alone else nullcontext()
+        return signals.interrupting() if self.launch.processes.is_alone else nullcontext()
 
     def _total_facts(self) -> dict[str, object]:
         """Counts of all ranks together; with several, what each did and what telling each other cost it."""
-        own = {self.noun: self.position.num_done - self._num_before, "tokens": self.num_tokens, **self._facts()}
+        own = {self.noun: self.cursor.num_done - self._num_before, "tokens": self.num_tokens, **self._facts()}
         if self.peers.is_alone:
-            return own | {self.noun: self.position.num_done}
+            return own | {self.noun: self.cursor.num_done}
         own |= {"sync_s": round(self.peers.busy_s, 3), "sync_bytes": self.peers.num_bytes}
         ranks = self.peers.exchange(own)
         total = {
@@ -354,7 +354,7 @@ class Job(ABC):
         if self.before is not None:
             after = self.held_out.measure("measuring what was learnt")
             self.console.print(comparison_table(self.before, after))
-        picture = self._draw(after) if self.place.keeps_files else None
+        picture = self._draw(after) if self.launch.keeps_files else None
         metrics = None if after is None else dataclasses.asdict(after)
         self.speculator.save_drafter(self.folder / DRAFTER, metrics=metrics, config=dataclasses.asdict(self.config))
         reloaded = load_drafter(self.folder / DRAFTER, self.speculator.split)
@@ -414,29 +414,29 @@ class _ServingJob(Job):
 
     def _work(self, metrics: MetricsWriter, signals: Signals) -> None:
         first_step = self._step_offset + self._num_before + 1
-        desk = Desk(self.place, metrics, signals, save=self.save, num_done=lambda: self.num_done_here,
+        hooks = JobHooks(self.launch, metrics, signals, save=self.save, num_done=lambda: self.num_done_here,
                     first_step=first_step)  # fmt: skip
-        attendance = attend(desk, self.speculator, self.trainer)
+        role = take_role(hooks, self.speculator, self.trainer)
         try:
-            if attendance.serves:
-                self._serve(attendance, metrics)
-            attendance.wait_for_others()
+            if role.serves:
+                self._serve(role, metrics)
+            role.wait_for_others()
         finally:
-            attendance.leave()
-            self._last_step, self._company = attendance.save_step, attendance.facts()
+            role.leave()
+            self._last_step, self._company = role.save_step, role.facts()
 
-    def _serve(self, attendance: Attendance, metrics: MetricsWriter) -> None:
+    def _serve(self, role: Role, metrics: MetricsWriter) -> None:
         batch_size = self.config.data.batch_size
         num_requests = len(self.traffic) if isinstance(self.traffic, list) else None
         probe = SpeedProbe(self.speculator, self.params, batch_size=batch_size)
         # Ranks in lock-step have clocks of their own, and must all do the same.
-        follows = self.before is not None and self.peers.is_first and not self.place.is_lock_step
+        follows = self.before is not None and self.peers.is_first and not self.launch.is_lock_step
         curve = HeldOutCurve(self.held_out, metrics) if follows else None
         admitted: list[Request | None] = []
 
         def waiting() -> Iterator[list[int]]:
-            for index, messages in self.position.open_requests(self.traffic):
-                if attendance.lost is not None:
+            for index, messages in self.cursor.open_requests(self.traffic):
+                if role.lost is not None:
                     return
                 if not self._is_mine(index):
                     continue
@@ -453,30 +453,30 @@ class _ServingJob(Job):
             doing = f"serving, LOSSY ({rule.name})"
             self.console.print(f"warning: verify rule {rule.name} is lossy: the output is not the model's own")
         with RunDisplay(
-            num_requests=num_requests, num_done=self.position.num_done, doing=doing
+            num_requests=num_requests, num_done=self.cursor.num_done, doing=doing
         ) as display:
             for result in self.speculator.generate(
-                waiting(), self.params, batch_size=batch_size, learner=attendance, seeds=seed_of
+                waiting(), self.params, batch_size=batch_size, learner=role, seeds=seed_of
             ):
                 self.serving_s += time.monotonic() - last_s
                 request, admitted[result.index] = admitted[result.index], None
-                attendance.end_request(result.request_id)
+                role.end_request(result.request_id)
                 probe.observe(request.token_ids, result)
                 self._record(request, result, metrics, plain_tokens_per_s=probe.plain_tokens_per_s)
                 if curve is not None:
                     curve.update(num_tokens=self.num_tokens)
                 display.finish_request(
-                    result.stats, attendance.last_report, speed_up=probe.speed_up,
+                    result.stats, role.last_report, speed_up=probe.speed_up,
                     drafter_version=result.drafter_version,
                 )
-                attendance.save_if_due()
+                role.save_if_due()
                 last_s = time.monotonic()
 
     def _record(
         self, request: Request, result: GenerationResult, metrics: MetricsWriter, *, plain_tokens_per_s: float | None
     ) -> None:
         stats = result.stats
-        self.position.finish(request.index)
+        self.cursor.finish(request.index)
         self.num_tokens += stats.new_tokens
         self.num_cut += request.is_cut
         self.num_waived += stats.num_waived

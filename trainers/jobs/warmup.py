@@ -25,13 +25,13 @@ from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from trainers.jobs.evaluation import weights_alike
 from trainers.jobs.progress import RunDisplay
-from trainers.jobs.train import Job, Request, read_own_traffic, resume_job, settle_place
+from trainers.jobs.train import Job, Request, read_own_traffic, resume_job, settle_dtype_of
 from trainers.learning.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
-from trainers.learning.rank_report import Ballot
+from trainers.learning.rank_report import RankReport
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
 from trainers.learning.zero3 import ShardedBackbone, ShardedSpeculator
 from trainers.learning.zero_student import is_launched_with_deepspeed
-from trainers.ranks.launch import Place
+from trainers.ranks.launch import Launch
 
 BATCHES_AT_ONCE = 4  # batches of prompts that are decoded before their texts are learnt from: rows that end refill
 SCHEDULES = ("kl_only", "lk")  # the others need rewards, and nothing is drafted here
@@ -100,13 +100,13 @@ def run_warmup(config: WarmupConfig, *, console: Console) -> dict[str, object]:
     _check(config)
     warmup = config.warmup
     reading = {"parse": as_answered, "answer_field": warmup.answer_field} if warmup.source == "texts" else {}
-    with Place(config, console) as place:
+    with Launch(config, console) as launch:
         kind = ShardedSpeculator if config.model.placement == "zero3" else SelfSpeculator
-        traffic, held_out = read_own_traffic(place, **reading)
-        settle_place(place)
-        speculator = build_speculator(place.config, kind=kind)
+        traffic, held_out = read_own_traffic(launch, **reading)
+        settle_dtype_of(launch)
+        speculator = build_speculator(launch.config, kind=kind)
         params = SamplingParams(max_new_tokens=warmup.max_new_tokens)
-        job = _WarmupJob(place, speculator, params=params, traffic=traffic, held_out=held_out)
+        job = _WarmupJob(launch, speculator, params=params, traffic=traffic, held_out=held_out)
         return resume_job(job, sections=("model", "drafter", "data", "warmup"))
 
 
@@ -182,8 +182,8 @@ class _WarmupJob(Job):
     noun = "texts"
     counts = (*Job.counts, "owed_steps")
 
-    def __init__(self, place: Place, *args: object, **options: object) -> None:
-        super().__init__(place, *args, **options)
+    def __init__(self, launch: Launch, *args: object, **options: object) -> None:
+        super().__init__(launch, *args, **options)
         trainer, split = self.trainer, self.speculator.split
         # Of a step each rank has but a part, so that each owes as many of them as if it had them all.
         positions_per_step = self.config.warmup.positions_per_step * self.peers.num_ranks * trainer.part_here
@@ -208,7 +208,7 @@ class _WarmupJob(Job):
         num_texts = len(self.traffic) if isinstance(self.traffic, list) else None
         texts = self._open_texts()
         with RunDisplay(
-            num_requests=num_texts, num_done=self.position.num_done, doing="warming up", noun=self.noun
+            num_requests=num_texts, num_done=self.cursor.num_done, doing="warming up", noun=self.noun
         ) as display:
             # First the steps that the earlier run still owed: its checkpoint is of before they were made.
             self._end_turn(is_done=False)
@@ -230,7 +230,7 @@ class _WarmupJob(Job):
         )
         stats.new_tokens = recorded.num_answered
         self.learner.store(recorded)
-        self.position.finish(index)
+        self.cursor.finish(index)
         self.num_tokens += recorded.num_answered
         self.num_cut += text.is_cut
         version = self.speculator.drafter.version
@@ -251,12 +251,12 @@ class _WarmupJob(Job):
         trainer = self.trainer
         trainer.notices.num_done = self.num_done_here
         is_save_due = time.monotonic() - self._saved_s >= self.config.output.checkpoint_every_s
-        mine = Ballot(
+        mine = RankReport(
             is_done=is_done, is_interrupted=self._signals.received is not None,
             wants_save=self.peers.is_first and is_save_due, num_done=self.num_done_here,
             wants_step=self.learner.steps_due,
         )  # fmt: skip
-        agreed = trainer.agreed = Ballot.of(wait(self.peers.total(mine.tensor())))
+        agreed = trainer.agreed = RankReport.of(wait(self.peers.total(mine.tensor())))
         if agreed.wants_save:
             self.save()
             self._saved_s = time.monotonic()
@@ -280,13 +280,13 @@ class _WarmupJob(Job):
         share = ((index, prompt) for index, prompt in enumerate(self.traffic) if self._is_mine(index))
         if self.config.warmup.source == "texts":
             for index, prompt in share:
-                if not self.position.is_done(index):
+                if not self.cursor.is_done(index):
                     yield index, self._encode_text(prompt)
             return
         # Always the same prompts together, so that a resumed run meets the same answers to the bit.
         size = BATCHES_AT_ONCE * self.config.data.batch_size
         while numbered := list(itertools.islice(share, size)):
-            if all(self.position.is_done(index) for index, _ in numbered):
+            if all(self.cursor.is_done(index) for index, _ in numbered):
                 continue
             chunk = [self._checked(index, prompt) for index, prompt in numbered]
             with self._interruptible(self._signals):
@@ -295,7 +295,7 @@ class _WarmupJob(Job):
                     max_new_tokens=self.params.max_new_tokens,
                 )
             for request, answer in zip(chunk, answers, strict=True):
-                if not self.position.is_done(request.index):
+                if not self.cursor.is_done(request.index):
                     yield request.index, Text(*answer, is_cut=request.is_cut)
 
     def _request(self, index: int, prompt: Messages | AnsweredPrompt) -> Request:

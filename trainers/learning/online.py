@@ -4,8 +4,8 @@ Knows transitions, replay, steps and versions; knows nothing of decoding, so it 
 learns is a copy, the `Student`: what serves changes only in `_publish`.
 
 On several ranks each has experience of its own, and all make the same steps on the sum of their gradients. Now and then
-a rank casts a `Ballot`; when all have, their sum tells every rank the same: whether a step is made, and all that a step
-depends on. No rank waits for another while it serves: what is under way is looked at between rounds.
+a rank says its `RankReport`; when all have, their sum tells every rank the same: whether a step is made, and all that a
+step depends on. No rank waits for another while it serves: what is under way is looked at between rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainers.learning.budget import TimeBudget
 from trainers.learning.checkpoint import check_counts
 from trainers.learning.loss_schedule import LossSchedule
 from trainers.learning.losses import BatchTotals, RewardBaseline
-from trainers.learning.rank_report import Ballot, Notices
+from trainers.learning.rank_report import Notices, RankReport
 from trainers.learning.replay import ReplayBuffer
 from trainers.learning.student import copy_state
 from trainers.learning.versions import Snapshot, State, VersionHistory
@@ -41,7 +41,7 @@ STORED_AT_ONCE = 64  # positions: a call of ReplayBuffer.add costs about as much
 SETTLED_PART = 0.1  # of the steps, and of the time for them, that remains once acceptance has settled
 # Blocks: what a step costs besides its blocks, and its messages, must not become most of it.
 SMALLEST_PART = 8
-TICK_S = 0.1  # between ballots of a rank that owes no step: how long the others may have to wait for it
+TICK_S = 0.1  # between reports of a rank that owes no step: how long the others may have to wait for it
 BEST = -1  # of Notices.rollback
 IDLE_S = 0.005  # a rank that only waits for others sleeps so long at a time
 
@@ -58,7 +58,7 @@ class OnlineTrainer:
                     as long as each has SMALLEST_PART, and where it has more it is made after as many more rounds.
     follows_rounds  rounds observed owe steps; False where somebody else says when one is due, by must_step.
     notices         what this rank's job has to tell the others at the next tick.
-    agreed          the sum of all ranks' ballots at the last tick; None before the first, and where there are no peers.
+    agreed          the sum of all ranks' reports at the last tick; None before the first, and where there are no peers.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class OnlineTrainer:
         self._num_unstored = 0
         self._work: Pieces[UpdateReport | None] | None = None  # the tick, and the step, in progress
         self._work_s = 0.0
-        self._batch: ReplayBatch | None = None  # for the next step, with ballots cast on it
+        self._batch: ReplayBatch | None = None  # for the next step, with reports said of it
         self.notices, self.agreed = Notices(), None
         self.follows_rounds, self.must_step = True, False
         self._has_woken = self._has_waived = self._is_waiting = self._is_agreed = False
@@ -364,13 +364,13 @@ class OnlineTrainer:
                 return report
 
     def _tick(self) -> Pieces[UpdateReport | None]:
-        """Casts a ballot, and makes the step that was agreed on, if one was; its report.
+        """Says its rank report, and makes the step that was agreed on, if one was; its report.
 
         Without peers what this rank wants is agreed on at once.
         """
         self._store()
         batch = self._batch = self._batch or self._next_batch()
-        mine = Ballot(
+        mine = RankReport(
             **vars(self.notices), wants_step=self._peers.is_alone or self._wants_step,
             num_drafted=self._drafted_since_step, num_accepted=self._accepted_since_step,
             num_tokens=self._tokens_counted, has_woken=self._has_woken, has_waived=self._has_waived,
@@ -397,15 +397,15 @@ class OnlineTrainer:
         acceptance = agreed.num_accepted / agreed.num_drafted if agreed.num_drafted else None
         return (yield from self._step_in_pieces(batch, totals, acceptance))
 
-    def _agree(self, mine: Ballot, totals: BatchTotals) -> Pieces[tuple[Ballot, BatchTotals]]:
-        """The sums of all ranks' ballots and totals."""
+    def _agree(self, mine: RankReport, totals: BatchTotals) -> Pieces[tuple[RankReport, BatchTotals]]:
+        """The sums of all ranks' reports and totals."""
         if self._peers.is_alone:
             return mine, totals
         # One device sync: what the ranks say goes through the CPU.
         message = torch.cat([mine.tensor(), totals.values_K.cpu()])
         yield from self._peers.total(message)
         self._ticked_s = time.perf_counter()
-        self.agreed = Ballot.of(message[: rank_report.SIZE])
+        self.agreed = RankReport.of(message[: rank_report.SIZE])
         yield Progress.WORKED
         return self.agreed, BatchTotals(message[rank_report.SIZE :].to(totals.values_K.device))
 

@@ -1,6 +1,6 @@
 """What the ranks of a job tell each other at a tick: one number for each thing that only all of them can decide.
 
-Knows numbers; knows nothing of processes. Ballots are added up over the ranks, and every rank reads the same sums.
+Knows numbers; knows nothing of processes. Reports are added up over the ranks, and every rank reads the same sums.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Notices:
 
 
 @dataclass
-class Ballot(Notices):
+class RankReport(Notices):
     """One rank's word at a tick, or the sum of all.
 
     wants_step      a step is owed here, with data and time for it.
@@ -54,8 +54,8 @@ class Ballot(Notices):
         return torch.tensor([getattr(self, entry.name) for entry in fields(self)], dtype=torch.float64)
 
     @classmethod
-    def of(cls, values: Tensor) -> Ballot:
+    def of(cls, values: Tensor) -> RankReport:
         return cls(*values.tolist())
 
 
-SIZE = len(fields(Ballot))
+SIZE = len(fields(RankReport))

@@ -20,7 +20,7 @@ from trainers.learning.zero_student import is_launched_with_deepspeed
 from trainers.ranks.shards import CHECKPOINTS, rank_folder
 
 
-class Place:
+class Launch:
     """Where a job runs: among which ranks, on which device, in which folder, and where its words go. A context manager.
 
     config         the settings with this rank's device, and resuming where torchrun has started the job again.
@@ -56,7 +56,7 @@ class Place:
         self.folder = Path(self._scratch.name) if self._scratch else rank_folder(self.run_folder, self.peers.rank)
         self.store = CheckpointStore(self.folder / CHECKPOINTS)
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> Launch:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
 """How a rank of a job keeps company with the others between its rounds: who learns, when all save, when all end.
 
 Knows a learner, ranks, signals and a clock; knows nothing of models or traffic. There are four ways: alone (which
-ranks in lock-step are, too, each for itself and all alike), learning together by ballots, and, with a dedicated
+ranks in lock-step are, too, each for itself and all alike), learning together by reports, and, with a dedicated
 learner, serving for it or being it.
 """
 
@@ -20,25 +20,25 @@ from dvi.signals import Interrupted, Signals
 from dvi.telemetry import MetricsWriter
 from dvi.terminal import say
 from trainers.learning.online import OnlineTrainer
-from trainers.learning.rank_report import Ballot
+from trainers.learning.rank_report import RankReport
 from trainers.ranks.channel import GlooChannel
 from trainers.ranks.dedicated import DedicatedLearner
-from trainers.ranks.launch import Place
+from trainers.ranks.launch import Launch
 from trainers.ranks.shipping import ShippingLearner
 
 SHIPPING = ("sent_positions", "shed_positions", "sent_bytes")  # of ShippingLearner.stats, for the summary
 
 
 @dataclasses.dataclass(frozen=True)
-class Desk:
-    """What an attendance has of its job.
+class JobHooks:
+    """What an role has of its job.
 
     save        writes this rank's checkpoint, under this number or, if None, the one that all ranks come to.
     num_done    requests done, of which the earlier runs' are rank 0's.
     first_step  a number for the first checkpoint, above all that there are.
     """
 
-    place: Place
+    launch: Launch
     metrics: MetricsWriter
     signals: Signals
     save: Callable[[int | None], object]
@@ -46,18 +46,18 @@ class Desk:
     first_step: int
 
 
-def attend(desk: Desk, speculator: SelfSpeculator, trainer: OnlineTrainer | None) -> Attendance:
-    """The attendance that a rank's place asks for. trainer: None where nothing is learnt, or another rank does it."""
-    if desk.place.peers.is_alone:
-        return LocalAttendance(desk, trainer)
-    if not desk.place.is_dedicated:
-        return VotingAttendance(desk, trainer)
-    if desk.place.peers.is_first:
-        return LearningAttendance(desk, trainer, speculator)
-    return ShippingAttendance(desk, speculator)
+def take_role(hooks: JobHooks, speculator: SelfSpeculator, trainer: OnlineTrainer | None) -> Role:
+    """The role that a rank's launch asks for. trainer: None where nothing is learnt, or another rank does it."""
+    if hooks.launch.peers.is_alone:
+        return LocalRole(hooks, trainer)
+    if not hooks.launch.is_dedicated:
+        return VotingRole(hooks, trainer)
+    if hooks.launch.peers.is_first:
+        return LearningRole(hooks, trainer, speculator)
+    return ShippingRole(hooks, speculator)
 
 
-class Attendance:
+class Role:
     """The learner as a job's serving sees it, with its updates written down; between rounds it saves, or ends the job.
 
     serves       False on a rank that takes no requests.
@@ -71,8 +71,8 @@ class Attendance:
     lost: PeerLostError | None = None
     last_report: UpdateReport | None = None
 
-    def __init__(self, desk: Desk, learner: OnlineTrainer | ShippingLearner | None = None) -> None:
-        self._desk, self._place, self._learner = desk, desk.place, learner
+    def __init__(self, hooks: JobHooks, learner: OnlineTrainer | ShippingLearner | None = None) -> None:
+        self._hooks, self._launch, self._learner = hooks, hooks.launch, learner
         self._saved_s = time.monotonic()
 
     def observe(self, transitions: list[Transitions]) -> None:
@@ -103,22 +103,22 @@ class Attendance:
 
     def _write(self, report: UpdateReport) -> None:
         self.last_report = report
-        self._desk.metrics.write("update", **dataclasses.asdict(report))
+        self._hooks.metrics.write("update", **dataclasses.asdict(report))
 
     def _is_stopped(self) -> bool:
-        return self._desk.signals.received is not None
+        return self._hooks.signals.received is not None
 
     @property
     def _is_save_due(self) -> bool:
-        return time.monotonic() - self._saved_s >= self._place.config.output.checkpoint_every_s
+        return time.monotonic() - self._saved_s >= self._launch.config.output.checkpoint_every_s
 
     def _save(self) -> None:
-        self._desk.save(None)
+        self._hooks.save(None)
         self._saved_s = time.monotonic()
 
 
-class LocalAttendance(Attendance):
-    """What learns is here and alone. In lock-step all processes of the place do the same, and agree on when they do."""
+class LocalRole(Role):
+    """What learns is here and alone. In lock-step all its processes do the same, and agree on when they do."""
 
     _may_save = False
 
@@ -128,7 +128,7 @@ class LocalAttendance(Attendance):
             self._write(report)
         # A clock and a signal are one process's own.
         said = torch.tensor([self._is_stopped(), self._is_save_due], dtype=torch.float64)
-        is_stopped, self._may_save = wait(self._place.processes.total(said)).tolist()
+        is_stopped, self._may_save = wait(self._launch.processes.total(said)).tolist()
         if is_stopped:
             raise Interrupted
         return report
@@ -139,13 +139,13 @@ class LocalAttendance(Attendance):
             self._save()
 
 
-class VotingAttendance(Attendance):
+class VotingRole(Role):
     """All ranks learn together. At every tick this one says what its job has to say, and does what was agreed on.
 
     When a rank is lost it lets what is running be finished, without learning.
     """
 
-    _agreed: Ballot | None = None  # the last one acted on
+    _agreed: RankReport | None = None  # the last one acted on
 
     def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
         if self.lost is not None:
@@ -167,10 +167,10 @@ class VotingAttendance(Attendance):
     def _announce(self) -> None:
         notices = self._learner.notices
         notices.is_interrupted = self._is_stopped()
-        notices.wants_save = self._place.peers.is_first and self._is_save_due
-        notices.num_done = self._desk.num_done()
+        notices.wants_save = self._launch.peers.is_first and self._is_save_due
+        notices.num_done = self._hooks.num_done()
 
-    def _act(self, agreed: Ballot) -> None:
+    def _act(self, agreed: RankReport) -> None:
         if agreed.wants_save:
             self._save()
         if agreed.is_interrupted:
@@ -178,21 +178,21 @@ class VotingAttendance(Attendance):
 
     def wait_for_others(self) -> None:
         self._learner.notices.is_done = True
-        num_ranks = self._place.peers.num_ranks
+        num_ranks = self._launch.peers.num_ranks
         while self.lost is None and not (self._agreed is not None and self._agreed.is_done == num_ranks):
             self.step_if_due(is_idle=True)
         if self.lost is not None:
             raise self.lost
 
 
-class ShippingAttendance(Attendance):
+class ShippingRole(Role):
     """This rank serves, and rank 0 learns from what it ships there; rank 0 says when to save and when to end."""
 
-    def __init__(self, desk: Desk, speculator: SelfSpeculator) -> None:
-        train = desk.place.config.train
+    def __init__(self, hooks: JobHooks, speculator: SelfSpeculator) -> None:
+        train = hooks.launch.config.train
         channel = GlooChannel(0, timeout_s=train.peer_timeout_s)
-        super().__init__(desk, ShippingLearner(
-            speculator, channel, train, outbox_positions=train.outbox_positions, on_save=desk.save
+        super().__init__(hooks, ShippingLearner(
+            speculator, channel, train, outbox_positions=train.outbox_positions, on_save=hooks.save
         ))  # fmt: skip
 
     @property
@@ -221,20 +221,20 @@ class ShippingAttendance(Attendance):
         self._learner.leave()
 
 
-class LearningAttendance(Attendance):
+class LearningRole(Role):
     """This rank only learns, from what all others ship."""
 
     serves = False
 
-    def __init__(self, desk: Desk, trainer: OnlineTrainer, speculator: SelfSpeculator) -> None:
-        super().__init__(desk)
-        config, peers = desk.place.config, desk.place.peers
+    def __init__(self, hooks: JobHooks, trainer: OnlineTrainer, speculator: SelfSpeculator) -> None:
+        super().__init__(hooks)
+        config, peers = hooks.launch.config, hooks.launch.peers
         self._channels = {
             rank: GlooChannel(rank, timeout_s=config.train.peer_timeout_s) for rank in range(1, peers.num_ranks)
         }
         self._dedicated = DedicatedLearner(
             trainer, speculator, self._channels, checkpoint_every_s=config.output.checkpoint_every_s,
-            on_save=self._save_as, first_step=desk.first_step, on_report=self._write,
+            on_save=self._save_as, first_step=hooks.first_step, on_report=self._write,
         )  # fmt: skip
 
     def wait_for_others(self) -> None:
@@ -251,9 +251,9 @@ class LearningAttendance(Attendance):
             channel.close()
 
     def _save_as(self, step: int) -> None:
-        self._desk.save(step)
+        self._hooks.save(step)
         stats = self._dedicated.stats()
-        self._place.console.print(
+        self._launch.console.print(
             f"step {stats['steps']:.0f}, {stats['received_positions']:.0f} positions received, "
             f"{stats['ranks_serving']:.0f} ranks serving"
         )

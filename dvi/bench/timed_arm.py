@@ -51,7 +51,7 @@ class Outcome:
         )
 
 
-class Interview:
+class ArmTimer:
     """How every arm of a run is asked. room: prompt tokens that are kept, the last ones."""
 
     def __init__(self, speculator: SelfSpeculator, conversation: Conversation, *, max_new_tokens: int) -> None:

@@ -29,7 +29,7 @@ MAX_PORT = 65535
 POLL_S = 0.1  # between two looks at a door that is not open yet
 
 
-class ServerPlace:
+class ServerLaunch:
     """A server among its ranks. A context manager.
 
     config     the settings with this rank's device.
@@ -70,7 +70,7 @@ class ServerPlace:
         self.listener = open_socket(LOOPBACK if is_one_machine else serve.host, _replica_port(serve.port, self.peers))
         self.url = url_of(self._door_listener or self.listener)
 
-    def __enter__(self) -> ServerPlace:
+    def __enter__(self) -> ServerLaunch:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
@@ -86,7 +86,7 @@ class ServerPlace:
         """Has on_open called, on the first rank only, once the server can be reached, through the door if there is one.
 
         To be called before the engine starts, for it waits for all ranks, and what an engine's learner tells the others
-        must not come between. A door that ends by itself ends the server, and leaving this place raises OSError.
+        must not come between. A door that ends by itself ends the server, and leaving this raises OSError.
         """
         if self.peers.is_alone:
             server.on_listening = on_open

@@ -32,7 +32,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(?::[0-9]*)?", re.ASCII)
 log = logging.getLogger(__name__)
 
 
-class Door:
+class Middleware:
     """Lets a request in with scope["state"]["key"], its ApiKey, or answers it.
 
     on_rejected: told the code of every error answer, such as "unauthorised" or "too_large".

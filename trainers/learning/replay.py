@@ -159,7 +159,7 @@ class ReplayBuffer:
             for is_kept, run in groupby(is_finite[offset : offset + len(stretch)]):
                 end = first + sum(1 for _ in run)
                 if is_kept:
-                    self._launch(stretch, columns, offset, first, end)
+                    self._place(stretch, columns, offset, first, end)
                 else:
                     self.num_refused += end - first
                 first = end

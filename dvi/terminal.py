@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvi.progress import doing
 
+FOUND_WRONG, USER_ERROR, PEER_LOST = 1, 2, 3  # exit codes beside 0 and 128 + signal
 is_json_asked = False  # by --json, see dvi.cli.main
 
 if TYPE_CHECKING:
@@ -32,6 +34,12 @@ def finish(command: str, **facts: Any) -> None:
     """The last line of stdout: for programs, so that on a terminal it is left out unless it was asked for."""
     if is_json_asked or not sys.stdout.isatty():
         print(json.dumps({"command": command, **facts}, allow_nan=False), flush=True)
+
+
+def finish_job(command: str, summary: dict[str, Any]) -> None:
+    """The last line of a job, which of several ranks rank 0 alone prints."""
+    if os.environ.get("RANK", "0") == "0":
+        finish(command, **summary)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 
 STORIES = str(ROOT / "tests/stories260k")
 VERBS = (
-    "init", "generate", "train", "warmup", "serve", "route", "tune", "top", "verify", "export", "inspect", "doctor",
+    "init", "generate", "train", "warmup", "serve", "route", "tune", "top", "audit", "export", "inspect", "doctor",
     "bench", "model",
 )  # fmt: skip
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %} Once upon a"
@@ -176,11 +176,11 @@ def test_an_export_takes_the_place_of_another_only_by_force(run_folder, tmp_path
     assert code == 2 and "thesis.tex" in stderr and set(before) < {path.name for path in place.iterdir()}
 
 
-def test_verify_reports_matches_and_fails_where_a_difference_has_no_explanation(monkeypatch):
+def test_audit_reports_matches_and_fails_where_a_difference_has_no_explanation(monkeypatch):
     """Catches an audit whose finding does not reach the exit code."""
     import dvi.inspect.audit
 
-    arguments = ("verify", STORIES, "--limit", 2, "--max-new-tokens", 12)
+    arguments = ("audit", STORIES, "--limit", 2, "--max-new-tokens", 12)
     code, facts, _, stderr = dvi_command(*arguments)
     assert code == 0 and facts["num_matches"] == facts["num_prompts"] == 2 and "2 of 2 prompts match" in stderr
     decode = dvi.inspect.audit._decode
@@ -192,6 +192,18 @@ def test_verify_reports_matches_and_fails_where_a_difference_has_no_explanation(
     monkeypatch.setattr(dvi.inspect.audit, "_decode", other_token_when_drafting)
     code, facts, _, stderr = dvi_command(*arguments)
     assert (code, facts["num_unexplained"], facts["num_matches"]) == (1, 2, 0) and stderr.count(" NO ") == 2
+
+
+def test_verify_is_the_old_name_of_audit_and_says_so_in_one_line():
+    """Catches a script of yesterday's that fails, that misses its verb in the JSON line, or that is told nothing."""
+    arguments = (STORIES, "--limit", 1, "--max-new-tokens", 8)
+    (code, facts, stdout, stderr), new = (dvi_command(verb, *arguments) for verb in ("verify", "audit"))
+    notice = "dvi verify is now called dvi audit; the old name goes on working\n"
+    assert (code, stdout) == (new[0], new[2]) == (0, "") and stderr == notice + new[3]
+    assert (facts.pop("command"), new[1].pop("command")) == ("verify", "audit") and facts == new[1]
+    assert "verify" not in CliRunner().invoke(app, ["--help"]).stdout
+    result = CliRunner().invoke(app, ["verify"])
+    assert result.exit_code == 2 and "Missing argument 'MODEL'" in result.stderr
 
 
 def test_inspect_shows_how_a_model_would_be_split(tmp_path):
@@ -345,7 +357,7 @@ def test_a_bad_prompt_row_is_named_by_file_and_line(tmp_path):
     """Catches a job that dies without saying which row it could not read."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "fine"}\n{"prompt": 3}\n', encoding="utf-8")
-    code, _, _, stderr = dvi_command("verify", STORIES, "--prompts", path)
+    code, _, _, stderr = dvi_command("audit", STORIES, "--prompts", path)
     assert code == 2 and stderr.startswith(f"error: {path}, line 2: prompt must be a text, got 3")
 
 

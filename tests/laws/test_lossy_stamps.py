@@ -149,7 +149,7 @@ def test_what_a_lossy_rule_would_spoil_is_refused(arguments, message):
 
 
 def test_an_audit_of_a_lossy_speculator_is_refused(speculator):
-    """Catches `dvi verify` finding fault with differences that were asked for, or explaining them."""
+    """Catches `dvi audit` finding fault with differences that were asked for, or explaining them."""
     with pytest.raises(ValueError, match=r"the audit needs the strict rule, got margin 0\.3"):
         audit(speculator, [[1, 2, 3]], max_new_tokens=4)
 

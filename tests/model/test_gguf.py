@@ -112,7 +112,7 @@ def test_every_verb_takes_a_file(tmp_path, monkeypatch):
     ):  # fmt: skip
         assert _dvi(*arguments)[0] == plain[0], arguments
     assert _dvi("inspect", "tiny.gguf", "--check")[1]["has_chat_template"]
-    assert _dvi("verify", "tiny.gguf", "--max-new-tokens", "8", "--limit", "1")[1]["num_unexplained"] == 0
+    assert _dvi("audit", "tiny.gguf", "--max-new-tokens", "8", "--limit", "1")[1]["num_unexplained"] == 0
     assert _dvi("train", "run.yaml", *run)[1]["status"] == "done"
     assert read_manifest("run/drafter").base_model == "tiny.gguf"
     _dvi("generate", "tiny.gguf", "a 1", *fast, "--adapter", "run/drafter")

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dvi.software import VERSION as __version__
+
 if TYPE_CHECKING:
     from dvi.decode.speculator import SelfSpeculator
     from dvi.model.drafter import DrafterConfig
     from dvi.records import GenerationResult, Learner, RoundStats, SamplingParams
 
-__version__ = "0.1.0"
 __all__ = [
     "DrafterConfig", "GenerationResult", "Learner", "RoundStats", "SamplingParams", "SelfSpeculator", "__version__",
 ]  # fmt: skip

@@ -1,15 +1,14 @@
 """Which versions of what is installed run here: ours, and those of the libraries beside it.
 
-Imports nothing heavy. Our own version stands in `dvi.__version__` alone, so that it is right in a checkout that was
-never installed, and beside another distribution called dvi.
+Imports nothing heavy. Our own version stands here alone, so that it is right in a checkout that was never installed,
+and beside another distribution called dvi.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dvi import __version__
-
+VERSION = "0.1.0"
 DISTRIBUTION = "draft-verify-improve"  # the name on package indexes, where dvi is somebody else's
 # Modules that only an extra brings, by extra.
 EXTRAS = {"serve": ("fastapi", "uvicorn", "prometheus_client", "httpx2"), "deepspeed": ("deepspeed",)}
@@ -18,7 +17,7 @@ EXTRAS = {"serve": ("fastapi", "uvicorn", "prometheus_client", "httpx2"), "deeps
 def version_of(package: str) -> str | None:
     """The installed version, None where there is none. `dvi` is this package, whatever it was installed as."""
     if package == "dvi":
-        return __version__
+        return VERSION
     from importlib import metadata  # here: it takes longer than all else that `dvi --help` imports
 
     try:

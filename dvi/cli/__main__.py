@@ -1,6 +1,6 @@
 """`python -m dvi.cli`, which older launch commands name, is `python -m dvi`."""
 
-from dvi.__main__ import main
+import runpy
 
 if __name__ == "__main__":
-    main()
+    runpy.run_module("dvi", run_name="__main__", alter_sys=True)

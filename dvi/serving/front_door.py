@@ -28,7 +28,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
 
-from dvi import __version__
 from dvi.serving import aggregation
 from dvi.serving.access import API_KEY_VARIABLE, Access, is_loopback, load_access
 from dvi.serving.connections import BoundedServer, http_options
@@ -40,6 +39,7 @@ from dvi.serving.replicas import Fleet, Replica
 from dvi.serving.sockets import KEEP_ALIVE_S, MAX_HEADER_BYTES, open_socket, url_of
 from dvi.settings import RouteSettings
 from dvi.signals import SIGNAL_BASE
+from dvi.software import VERSION
 from dvi.terminal import say
 
 OF_THE_DRAFTER = {"rollback", "pin", "unpin", "save"}  # actions that replicas which learn together do as one
@@ -195,7 +195,7 @@ class FrontDoor:
         return JSONResponse(content, status_code=200 if num_healthy else 503)
 
     async def _version(self) -> dict[str, str]:
-        return {"version": __version__}
+        return {"version": VERSION}
 
     async def _metrics(self, request: Request) -> Response:
         families = await self._families(request.headers.get("authorization"))

@@ -21,7 +21,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from dvi import __version__
 from dvi.serving.access import Access, ApiKey
 from dvi.serving.admin_api import admin_routes
 from dvi.serving.api_schema import (
@@ -48,6 +47,7 @@ from dvi.serving.request import Request as EngineRequest
 from dvi.serving.token_texts import TokenTexts
 from dvi.serving.turns import Turns
 from dvi.settings import ServeConfig
+from dvi.software import VERSION
 
 T = TypeVar("T")
 Encoder = Callable[[], list[int]]
@@ -140,7 +140,7 @@ class _Api:
             raise _no_model(error) from None
 
     async def version(self) -> dict[str, Any]:
-        return {"version": __version__}
+        return {"version": VERSION}
 
     async def health(self) -> JSONResponse:
         """Open to everybody, so it tells states and no reasons."""

@@ -21,15 +21,16 @@ from dvi.software import VERSION as __version__
 
 if TYPE_CHECKING:
     from dvi.decode.speculator import SelfSpeculator
+    from dvi.learner import Learner
     from dvi.model.drafter import DrafterConfig
-    from dvi.records import GenerationResult, Learner, RoundStats, SamplingParams
+    from dvi.records import GenerationResult, RoundStats, SamplingParams
 
 __all__ = [
     "DrafterConfig", "GenerationResult", "Learner", "RoundStats", "SamplingParams", "SelfSpeculator", "__version__",
 ]  # fmt: skip
 
-_HOMES = dict.fromkeys(("GenerationResult", "Learner", "RoundStats", "SamplingParams"), "dvi.records") | {
-    "DrafterConfig": "dvi.model.drafter", "SelfSpeculator": "dvi.decode.speculator",
+_HOMES = dict.fromkeys(("GenerationResult", "RoundStats", "SamplingParams"), "dvi.records") | {
+    "DrafterConfig": "dvi.model.drafter", "Learner": "dvi.learner", "SelfSpeculator": "dvi.decode.speculator",
 }  # fmt: skip
 
 

@@ -1,15 +1,15 @@
 """The values that flow through DVI, as small documented records.
 
-Knows shapes and units; computes nothing but ratios of its own counts. Training and serving meet only through
-`Learner`. Letters, once for the project: B rows, T drafted tokens, U = T + 1 verified positions, N samples,
-D hidden size, V vocabulary, S cached positions. Names of tensors end in their dimensions.
+Knows shapes and units; computes nothing but ratios of its own counts. Letters, once for the project: B rows, T drafted
+tokens, U = T + 1 verified positions, N samples, D hidden size, V vocabulary, S cached positions. Names of tensors end
+in their dimensions.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the front door has records, and does not wait for torch
     from torch import Tensor
@@ -400,39 +400,6 @@ class DrafterVersion:
     canary_score: float | None
     is_live: bool
     is_kept: bool
-
-
-class Learner(Protocol):
-    """All that serving knows of training. Every call comes between rounds, from the serving thread."""
-
-    def observe(self, transitions: list[Transitions]) -> None:
-        """Takes the experience of a round. Copies what it keeps."""
-
-    def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
-        """Does at most one bounded piece of work on an update, if the cadence and the time budget allow it.
-
-        Returns the report of the step that this piece finished, else None. is_idle: nobody waits for the next round,
-        so the time costs nothing; None then also says that there is nothing more to do, see `is_busy`.
-        """
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether another call of `step_if_due` with is_idle would do more work."""
-
-    def versions(self) -> list[DrafterVersion]:
-        """The published versions it knows of, oldest first, the live one among them."""
-
-    def rollback(self, version: int | None = None) -> DrafterVersion:
-        """Publishes the weights of a kept version again, under a new number; None is the best so far.
-
-        Raises ValueError for a version that is not kept, and when the live weights are those already.
-        """
-
-    def forget(self, tenant: str) -> int:
-        """Drops and wipes all stored experience of one API key; returns the number of positions dropped."""
-
-    def stats(self) -> dict[str, float]:
-        """Counts and sizes for metrics: steps, skipped, rollbacks, train_s, replay_positions, replay_capacity ..."""
 
 
 @dataclass(frozen=True)

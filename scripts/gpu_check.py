@@ -51,6 +51,7 @@ from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
 from dvi.hardware import describe_machine
+from dvi.learner import Learner
 from dvi.model.cuda_graph import RoundGraphs
 from dvi.records import SamplingParams, Transitions
 from dvi.settings import LearningSettings
@@ -106,10 +107,8 @@ def check_tests(asked: Asked, box: Box) -> None:
         raise RuntimeError(f"pytest -m gpu ended with {ended.returncode}")
 
 
-class Restless:
+class Restless(Learner):
     """A learner that changes the serving drafter after every round: graphs have to see weights that change in place."""
-
-    is_busy = False
 
     def __init__(self, speculator: SelfSpeculator) -> None:
         self._drafter = speculator.drafter

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -21,10 +20,11 @@ from dvi.decode.verification import StrictRule, VerifyRule
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import LengthPolicy
 from dvi.draft.measure_costs import measure_costs
+from dvi.learner import Learner
 from dvi.model.adapter_store import load_drafter
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.exact import ExactSplit
-from dvi.records import Learner, SamplingParams
+from dvi.records import SamplingParams
 
 OUR_ARMS = ("plain", "plain_padded", "speculative", "online", "online_untrained")
 LOSSY_SUFFIX = "_lossy"
@@ -64,14 +64,7 @@ class ArmOptions:
         return SamplingParams(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
 
 
-class PausedLearner(Learner, Protocol):
-    """A learner whose arm answers only now and then."""
-
-    def restart_clock(self) -> None:
-        """Forgets training time saved up while other arms answered."""
-
-
-MakeLearner = Callable[[SelfSpeculator], PausedLearner]
+MakeLearner = Callable[[SelfSpeculator], Learner]
 
 
 class OurArm:
@@ -79,7 +72,7 @@ class OurArm:
 
     def __init__(
         self, speculator: SelfSpeculator, policy: LengthPolicy, options: ArmOptions,
-        *, learner: PausedLearner | None = None,
+        *, learner: Learner | None = None,
     ) -> None:
         self.speculator, self.learner = speculator, learner
         self._policy, self._options = policy, options
@@ -87,7 +80,7 @@ class OurArm:
     def answer(self, prompts: list[list[int]], *, seed: int) -> list[ArmAnswer]:
         """See `Arm.answer`; each prompt has draws of its own."""
         if self.learner is not None:
-            self.learner.restart_clock()
+            self.learner.restart_clock()  # others answered meanwhile
         results = self.speculator.generate(
             prompts, self._options.sampling(seed=seed), batch_size=len(prompts), learner=self.learner,
             policy=self._policy, keep_transitions=False,

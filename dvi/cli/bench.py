@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dvi.decode.speculator import SelfSpeculator
-    from dvi.records import Learner
+    from dvi.learner import Learner
 
 RIVALS = get_args(Rival)
 MODES = ("frozen", "online", "online_untrained")

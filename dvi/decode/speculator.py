@@ -26,6 +26,7 @@ from dvi.draft.companions import Companion, EmaCompanion, ExitCompanion, OlderCo
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
 from dvi.draft.measure_costs import measure_costs
+from dvi.learner import Learner
 from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
 from dvi.model.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.model.context import max_positions_of, why_shorter
@@ -43,7 +44,7 @@ from dvi.model.exact import ExactSplit
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
 from dvi.progress import shown_as
-from dvi.records import GenerationResult, Learner, SamplingParams
+from dvi.records import GenerationResult, SamplingParams
 from dvi.seeds import AnswerSeeds, Seeds, prompt_seed
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
 from dvi.traffic import Messages, as_text, why_no_text

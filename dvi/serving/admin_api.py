@@ -117,7 +117,7 @@ def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRo
     @router.post("/checkpoint")
     async def checkpoint(request: Request) -> dict[str, Any]:
         await read_body(request)
-        if not hasattr(loop.learner, "checkpoint"):
+        if loop.learner is None:
             raise ApiError(409, "this server does not learn, so it has nothing to save", code="conflict")
         written = await _answer(loop.call(loop.learner.checkpoint))
         return {"folder": str(await _answer(written))}

@@ -17,8 +17,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from dvi.learner import Learner
 from dvi.model.adapter_store import load_drafter
-from dvi.records import DrafterVersion, Learner, ServingPlan, Transitions
+from dvi.records import DrafterVersion, ServingPlan, Transitions
 from dvi.serving.engine import Engine
 from dvi.serving.metrics.monitor import Monitor
 from dvi.serving.request import DEFAULT_DRAFTER, Draining, Load, QueueFull, Request, RequestOutput
@@ -42,9 +43,6 @@ class Planner(Protocol):
 
 class EngineLoop:
     """Runs an engine, and a learner beside it, on a thread of their own.
-
-    A learner on one of several ranks has a method `rest`: while pinned it is told to rest, and called on all the same,
-    because the others wait for it.
 
     learner_error   why learning stopped; None while it is well, or where there is no learner.
     planner         sees the requests that end, on the engine's thread; None where nobody plans.
@@ -240,7 +238,7 @@ class EngineLoop:
         """Writes the default drafter as it drafts now."""
 
         def save() -> None:
-            metrics = getattr(self.learner, "provenance", dict)()
+            metrics = {} if self.learner is None else self.learner.provenance()
             self.engine.speculator.save_drafter(folder, metrics=metrics)
             self.monitor.on_event("save", folder.name, version=self._live().version)
 
@@ -344,14 +342,12 @@ class EngineLoop:
 
     @property
     def _may_learn(self) -> bool:
-        return self.learner is not None and self.learner_error is None and (not self.is_pinned or self._rests_itself)
-
-    @property
-    def _rests_itself(self) -> bool:
-        return hasattr(self.learner, "rest")
+        if self.learner is None or self.learner_error is not None:
+            return False
+        return not self.is_pinned or self.learner.has_peers
 
     def _rest(self, is_resting: bool) -> None:
-        if self._rests_itself:
+        if self.learner is not None:
             self.learner.rest(is_resting)
 
     def _teach(self, transitions: list[Transitions]) -> None:

@@ -12,13 +12,12 @@ import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import torch
 import uvicorn
 
 from dvi.decode.speculator import SelfSpeculator
-from dvi.records import Learner
+from dvi.learner import Learner
 from dvi.serving.access import Access
 from dvi.serving.connections import BoundedServer, http_options
 from dvi.serving.engine import Engine
@@ -56,7 +55,7 @@ def build_loop(config: ServeConfig, speculator: SelfSpeculator, learner: Learner
         speculator, limits, prefix_positions=serve.prefix_cache_positions, wants_transitions=learner is not None
     )
     loop = EngineLoop(engine, learner=learner)
-    if hasattr(learner, "on_event"):
+    if learner is not None:
         learner.on_event = loop.monitor.on_event
     return loop
 
@@ -83,7 +82,7 @@ class Server(BoundedServer):
         self._has_signal = False
         self.on_listening: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
-        if hasattr(loop.learner, "on_end"):  # of one rank of several, which end together
+        if loop.learner is not None:  # ranks end together
             loop.learner.on_end, self.on_end = self.begin_end, loop.learner.begin_end
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -121,6 +120,5 @@ def run_server(server: Server, loop: EngineLoop, listener: socket.socket) -> Non
         server.run(sockets=[listener])
     finally:
         loop.stop(drain_s=0.0)
-        close: Any = getattr(loop.learner, "close", None)
-        if close is not None:
-            close()
+        if loop.learner is not None:
+            loop.learner.close()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dvi.decode.speculator import SelfSpeculator
+from dvi.learner import Learner
 from dvi.model.devices import (
     check_ranks_agree,
     check_settings,
@@ -151,7 +152,7 @@ def test_a_model_that_fits_one_device_is_not_spread(tmp_path):
 # Tensor parallelism
 
 
-class EveryRoundLearner:
+class EveryRoundLearner(Learner):
     """Steps along the KL to the verifier after every round and publishes at once."""
 
     def __init__(self, speculator: SelfSpeculator) -> None:

@@ -208,6 +208,8 @@ def test_a_rest_and_a_rollback_hold_for_all_ranks(tmp_path):
 class Resting(Scripted):
     """A learner that others wait for, as the loop sees it."""
 
+    has_peers = True
+
     def __init__(self, engine: object) -> None:
         super().__init__(engine)
         self.rests: list[bool] = []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dvi.learner import Learner
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from dvi.serving.engine import Engine
 from dvi.serving.loop import EngineLoop
@@ -46,7 +47,7 @@ class Client:
         self.wait(lambda: all(request.request_id in self.last for request in requests))
 
 
-class Scripted:
+class Scripted(Learner):
     """A learner that publishes random weights at every step, and dies where it is told to."""
 
     def __init__(self, engine: Engine, *, dies_in: str = "", after: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Drafters, length rules and learners made for tests: right, wrong, constant, broken or changing, on purpose.
 
-They keep the protocols `Drafter`, `LengthPolicy` and `Learner` of dvi.model.drafter, dvi.draft.length_policies and
-dvi.records.
+They keep the protocols `Drafter` and `LengthPolicy` of dvi.model.drafter and dvi.draft.length_policies, or are a
+`dvi.learner.Learner`.
 """
 # B rows, D hidden, V vocabulary, N remembered positions.
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import DraftContext, RoundInfo, RoundOutcome
+from dvi.learner import Learner
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams, Transitions
@@ -120,7 +121,7 @@ class RaggedLength:
         assert all(a <= d for a, d in zip(outcome.num_accepted, outcome.num_drafted, strict=True))
 
 
-class Recorder:
+class Recorder(Learner):
     """A learner that only writes down what it is shown, with the version that was live when it was shown."""
 
     def __init__(self, drafter: nn.Module) -> None:
@@ -131,9 +132,6 @@ class Recorder:
     def observe(self, transitions: list[Transitions]) -> None:
         self.rounds.append(list(transitions))
         self.versions.append(self.drafter.version)
-
-    def step_if_due(self) -> None:
-        return None
 
     @property
     def stretches(self) -> list[Transitions]:

@@ -333,7 +333,7 @@ MUTATIONS = [
     ),
     Mutation(
         "pin_without_effect", "dvi/serving/loop.py",
-        "self.learner_error is None and (not self.is_pinned or self._rests_itself)", "self.learner_error is None",
+        "return not self.is_pinned or self.learner.has_peers", "return True",
         "tests/serving/test_loop.py",
     ),
     Mutation(

@@ -7,7 +7,7 @@ said to the others at the next tick, and done when all have agreed; so every ran
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +30,11 @@ class ReplicaLearner(ServingLearner):
     Any rank begins a checkpoint for all, by its clock or by `checkpoint`, and any that ends ends all. A rollback is the
     first's to ask for. It holds up the engine for a tick, about 0.1 s, and so do `rest` and `forget`.
 
-    on_end   called between rounds when another rank ends: this server is to end, too.
     lost     why nothing is learnt any more: another rank is lost, or learning failed here, which the others then take
              for the loss of this one. None while all is well.
     """
+
+    has_peers = True
 
     def __init__(
         self,
@@ -47,7 +48,6 @@ class ReplicaLearner(ServingLearner):
     ) -> None:
         """first_step: of the checkpoints, the same on all ranks. drain_s: so long may another rank take to end."""
         super().__init__(trainer, store, **options)
-        self.on_end: Callable[[], None] = lambda: None
         self.lost: Exception | None = None
         self._peers, self._next_step, self._drain_s = peers, first_step, drain_s
         self._asked: Future[Path] | None = None  # a checkpoint that somebody here waits for

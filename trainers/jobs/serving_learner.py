@@ -12,12 +12,13 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
+from dvi.learner import Learner
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from dvi.telemetry import MetricsWriter
 from trainers.jobs.traffic_counts import TrafficCounts
@@ -31,7 +32,7 @@ STEP_PATIENCE_S = 10.0  # a due checkpoint waits so long for the step in progres
 logger = logging.getLogger(__name__)
 
 
-class ServingLearner:
+class ServingLearner(Learner):
     """A `Learner` that checkpoints every checkpoint_every_s while it learns, and once more in `close`.
 
     A checkpoint costs the engine's thread a copy of the state; another thread hashes, writes and syncs it. One that
@@ -62,8 +63,6 @@ class ServingLearner:
         obsolete: Iterable[Path] = (),
     ) -> None:
         self.trainer, self.traffic = trainer, TrafficCounts()
-        self.on_event: Callable[[str, str], None] = lambda kind, text: None
-        self.last_write: Future[Path] | None = None
         self.last_checkpoint_error: str | None = None
         self.num_checkpoints = self.num_checkpoints_failed = self.num_checkpoints_skipped = 0
         self._store, self._metrics, self._settings = store, metrics, settings or {}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dvi.distributed import POLL_S, SOLO, PeerLostError, Peers, Pieces, Progress
+from dvi.learner import Learner
 from dvi.model.drafter import MAX_DEPTH, choose_draft_tokens
 from dvi.records import DrafterVersion, ReplayBatch, Transitions, UpdateReport
 from dvi.settings import LearningSettings
@@ -46,7 +47,7 @@ BEST = -1  # of Notices.rollback
 IDLE_S = 0.005  # a rank that only waits for others sleeps so long at a time
 
 
-class OnlineTrainer:
+class OnlineTrainer(Learner):
     """A `Learner` for the drafter of one speculator.
 
     num_steps       optimizer steps made; num_skipped those whose loss, gradient or weights were not finite.

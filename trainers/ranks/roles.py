@@ -15,6 +15,7 @@ import torch
 
 from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import PeerLostError, wait
+from dvi.learner import Learner
 from dvi.records import Transitions, UpdateReport
 from dvi.signals import Interrupted, Signals
 from dvi.telemetry import MetricsWriter
@@ -57,8 +58,10 @@ def take_role(hooks: JobHooks, speculator: SelfSpeculator, trainer: OnlineTraine
     return ShippingRole(hooks, speculator)
 
 
-class Role:
+class Role(Learner):
     """The learner as a job's serving sees it, with its updates written down; between rounds it saves, or ends the job.
+
+    `step_if_due` raises Interrupted when the job is to end; it is not asked of a rank that serves nobody.
 
     serves       False on a rank that takes no requests.
     last_report  of the newest update here.
@@ -71,22 +74,17 @@ class Role:
     lost: PeerLostError | None = None
     last_report: UpdateReport | None = None
 
-    def __init__(self, hooks: JobHooks, learner: OnlineTrainer | ShippingLearner | None = None) -> None:
-        self._hooks, self._launch, self._learner = hooks, hooks.launch, learner
+    def __init__(self, hooks: JobHooks, learner: Learner | None = None) -> None:
+        self._hooks, self._launch, self._learner = hooks, hooks.launch, learner or Learner()
         self._saved_s = time.monotonic()
 
     def observe(self, transitions: list[Transitions]) -> None:
-        if self._learner is not None and self.lost is None:
+        if self.lost is None:
             self._learner.observe(transitions)
 
     def end_request(self, request_id: int) -> None:
         """Nothing more comes of this request."""
-        if self._learner is not None:
-            self._learner.end_request(request_id)
-
-    def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
-        """As `Learner` has it; raises Interrupted when the job is to end. Not asked of a rank that serves nobody."""
-        raise NotImplementedError
+        self._learner.end_request(request_id)
 
     def save_if_due(self) -> None:
         """To be called when a request has ended; where ranks agree on the moment, they have saved already."""
@@ -123,7 +121,7 @@ class LocalRole(Role):
     _may_save = False
 
     def step_if_due(self, *, is_idle: bool = False) -> UpdateReport | None:
-        report = None if self._learner is None else self._learner.step_if_due(is_idle=is_idle)
+        report = self._learner.step_if_due(is_idle=is_idle)
         if report is not None:
             self._write(report)
         # A clock and a signal are one process's own.

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from dvi.distributed import POLL_S, PeerLostError
+from dvi.learner import Learner
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from dvi.settings import LearningSettings
 from trainers.ranks.channel import Channel, Kind, Message
@@ -101,7 +102,7 @@ class Outbox:
         return num_dropped
 
 
-class ShippingLearner:
+class ShippingLearner(Learner):
     """A `Learner` whose steps another rank makes.
 
     on_save             called between rounds with the step under which this rank is to save what is its own.

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import dvi.decode.round
+import dvi.decode.batch
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.guarded import Box, Journal, Part, Skipped, guard, run_parts
 from dvi.bench.random_rounds import (
@@ -171,7 +171,7 @@ def decode_restlessly(
         return capture(graphs, function)
 
     params = [SamplingParams(max_new_tokens=shape.new_tokens - 5 * i) for i in range(3)]
-    no_graphs = mock.patch.object(dvi.decode.round, "can_capture", lambda split: False)
+    no_graphs = mock.patch.object(dvi.decode.batch, "can_capture", lambda split: False)
     with mock.patch.object(RoundGraphs, "_capture", counted), no_graphs if not may_capture else mock.MagicMock():
         results = list(speculator.generate(
             prompts_of(shape, 3), params, batch_size=2, learner=learner, policy=FixedLength(num_draft_tokens)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dvi.bench.length_report import FIXED, PLAIN_DECODING, Line, make_report
 from dvi.bench.questions import BUNDLED_QUESTIONS
-from dvi.decode.round import DecodingBatch
+from dvi.decode.batch import DecodingBatch
 from dvi.decode.speculator import GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodput_buckets
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.length_policies import LengthPolicy

@@ -23,7 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dvi.config import setting_of_run
-from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.batch import DecodingBatch
+from dvi.decode.sequence import Sequence
 from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength
 from dvi.hardware import describe_machine

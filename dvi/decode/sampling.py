@@ -41,6 +41,8 @@ class SamplingBatch:
     A row's result does not depend on the settings of its batch mates: a setting that is off changes no bit.
 
     is_all_greedy, has_penalties, has_filters, is_gumbel   host facts, any row (is_all_greedy: every row).
+    is_blind_to_drafts                                     a host fact: the output is the verifier's, or the noise's
+                                                           and the verifier's, whatever is drafted and verified.
     seed_B, is_greedy_B                                    int64 and bool, on the device.
     Raises ValueError for an empty batch and for rows that differ in `coupling`.
     """
@@ -52,6 +54,7 @@ class SamplingBatch:
         self.vocab_size = vocab_size
         self.is_gumbel = couplings == ["gumbel"]
         self.is_all_greedy = all(p.is_greedy for p in params)
+        self.is_blind_to_drafts = self.is_all_greedy or self.is_gumbel
         self.has_penalties = any(p.has_penalties for p in params)
         self._has_ranking = any(_effective_top_k(p, vocab_size) < vocab_size or p.top_p < 1 for p in params)
         self._has_min_p = any(p.min_p > 0 for p in params)

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dvi.decode.batch import PREFILL_CHUNK, DecodingBatch
 from dvi.decode.precision import choose_dtype, settle_dtype
-from dvi.decode.round import PREFILL_CHUNK, DecodingBatch, Sequence
+from dvi.decode.sequence import Sequence
 from dvi.decode.text import TextStream, check_token_ids
 from dvi.decode.verification import StrictRule, VerifyRule, make_rule
 from dvi.draft.companion_length import CompanionLength

@@ -9,7 +9,7 @@ companion's, at one position of a draft:
 Both before temperature and filters. Knows draft logits, shallow states and the rows' texts; decides nothing. One that
 is a model of its own is in `dvi.draft.companion_model`.
 """
-# B rows, D hidden, V the drafter's vocabulary (trimmed or full).
+# B rows, C = 2 companion scores, D hidden, T drafted tokens, V the drafter's vocabulary (trimmed or full).
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dvi.model.drafter import Drafter
+from dvi.model.drafter import Drafter, DraftHead
 
 SURE = 1e4  # a logit that leaves nothing to any other, in half precision too
 # Of the average after a publish, what it was before: about the five newest versions. Of more it would lag behind a
@@ -67,6 +67,42 @@ def token_ratio(draft_logits_BV: Tensor, companion_logits_BV: Tensor, draft_ids_
         for logits_BV in (draft_logits_BV, companion_logits_BV)
     )
     return (companion_B - draft_B).clamp(max=0.0).exp().nan_to_num(nan=0.0)
+
+
+class Opinions:
+    """What a companion says of one round's draft, position by position; of no companion, nothing.
+
+    agreements      S of every position so far, float32 [B] each.
+    may_tell_drawn  A of a position tells of the token drawn there: a length rule may hear it, before it decides on that
+                    position, only where the output cannot depend on what is verified.
+    """
+
+    def __init__(
+        self, companion: Companion | None, head: DraftHead, anchor_BD: Tensor, *, may_tell_drawn: bool
+    ) -> None:
+        self.agreements: list[Tensor] = []
+        self._token_ratios: list[Tensor] = []
+        self._companion, self._head, self._may_tell_drawn = companion, head, may_tell_drawn
+        self._state = None if companion is None else companion.begin(anchor_BD)
+
+    def add(self, token_B: Tensor, hidden_BD: Tensor, draft_logits_BV: Tensor, drawn_B: Tensor, depth: int) -> None:
+        """Asks about one more position, where drawn_B was drawn; the rest is as in `Companion.step`."""
+        if self._companion is None:
+            return
+        logits_BV = self._companion.step(token_B, hidden_BD, draft_logits_BV, self._state, depth)
+        self.agreements.append(agreement(draft_logits_BV, logits_BV))
+        self._token_ratios.append(token_ratio(draft_logits_BV, logits_BV, self._head.to_draft_ids(drawn_B)))
+
+    @property
+    def told_ratios(self) -> list[Tensor]:
+        """A of the positions before the newest, and of that one, too, where it may be told."""
+        return self._token_ratios if self._may_tell_drawn else self._token_ratios[:-1]
+
+    def scores(self, num_drafts: int) -> Tensor | None:
+        """(S, A) of the first num_drafts positions, float32 [B, T, 2]; None without any."""
+        pairs = zip(self.agreements[:num_drafts], self._token_ratios[:num_drafts], strict=True)
+        scores = [torch.stack(pair, -1) for pair in pairs]
+        return torch.stack(scores, 1) if scores else None
 
 
 class SelfCompanion:

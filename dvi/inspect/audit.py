@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dvi.decode.round import PREFILL_CHUNK
+from dvi.decode.batch import PREFILL_CHUNK
 from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.model.split import SplitModel

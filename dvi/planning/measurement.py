@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dvi.decode.round import PREFILL_CHUNK, DecodingBatch
-from dvi.decode.round import Sequence as Row
+from dvi.decode.batch import PREFILL_CHUNK, DecodingBatch
+from dvi.decode.sequence import Sequence as Row
 from dvi.decode.speculator import EXACT_WIDTH, Prompt, SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength

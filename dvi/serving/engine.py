@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from dvi.decode.round import PREFILL_CHUNK, DecodingBatch, Sequence
+from dvi.decode.batch import PREFILL_CHUNK, DecodingBatch
+from dvi.decode.sequence import Sequence
 from dvi.decode.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, SelfSpeculator
 from dvi.decode.text import TextStream
 from dvi.draft.length_policies import CostTable, GoodputLength, LengthPolicy

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AddedToken
 
-from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.batch import DecodingBatch
+from dvi.decode.sequence import Sequence
 from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.decode.text import TextStream
 from dvi.records import SamplingParams

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dvi.decode.round import DecodingBatch, RowState, Sequence, draft_and_verify
+from dvi.decode.batch import DecodingBatch
+from dvi.decode.round import RowState, draft_and_verify
 from dvi.decode.sampling import SamplingBatch, SeenTokens
+from dvi.decode.sequence import Sequence
 from dvi.decode.verification import StrictRule
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.batch import DecodingBatch
+from dvi.decode.sequence import Sequence
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import dvi.decode.round
 import dvi.model.llama_path
-from dvi.decode.round import DecodingBatch, Sequence
+from dvi.decode.batch import DecodingBatch
+from dvi.decode.sequence import Sequence
 from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import ConfidenceStop, DraftContext, FixedLength, LengthPolicy
 from dvi.model.exact import ExactSplit

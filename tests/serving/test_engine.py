@@ -14,7 +14,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from dvi.decode.round import DecodingBatch
+from dvi.decode.batch import DecodingBatch
 from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import CostTable
 from dvi.records import SamplingParams

@@ -16,7 +16,8 @@ class Mutation:
     tests: str
 
 
-DECODING, VERIFICATION, SAMPLING = "dvi/decode/round.py", "dvi/decode/verification.py", "dvi/decode/sampling.py"
+ROUND, VERIFICATION, SAMPLING = "dvi/decode/round.py", "dvi/decode/verification.py", "dvi/decode/sampling.py"
+BATCH, EXPERIENCE = "dvi/decode/batch.py", "dvi/decode/experience.py"
 CACHE, DIRECT, DRAFTER = "dvi/model/kv_cache.py", "dvi/model/llama_path.py", "dvi/model/drafter.py"
 ONLINE, REPLAY = "trainers/learning/online.py", "trainers/learning/replay.py"
 
@@ -70,25 +71,25 @@ MUTATIONS = [
     ),
     # The round
     Mutation(
-        "draft_probs_recorded_before_temperature", DECODING,
+        "draft_probs_recorded_before_temperature", ROUND,
         "uniform(sampling.seed_B, lengths_B, depth, Role.DRAFT)), probs_B1V[:, 0]",
         "uniform(sampling.seed_B, lengths_B, depth, Role.DRAFT)), full_B1V[:, 0].softmax(-1)",
         TEST_LAW,
     ),
-    Mutation("accept_with_the_drafts_draw", DECODING, "Role.ACCEPT", "Role.DRAFT", TEST_LAW),
+    Mutation("accept_with_the_drafts_draw", ROUND, "Role.ACCEPT", "Role.DRAFT", TEST_LAW),
     Mutation(
-        "draft_draw_reused_at_every_depth", DECODING,
+        "draft_draw_reused_at_every_depth", ROUND,
         "uniform(sampling.seed_B, lengths_B, depth, Role.DRAFT)", "uniform(sampling.seed_B, lengths_B, 0, Role.DRAFT)",
         TEST_LAW,
     ),
     Mutation(
-        "accept_draw_reused_at_every_depth", DECODING,
+        "accept_draw_reused_at_every_depth", ROUND,
         "accept_uniform_BT = uniform(sampling.seed_B[:, None], lengths_B[:, None], depth_U[:-1], Role.ACCEPT)",
         "accept_uniform_BT = uniform(sampling.seed_B[:, None], lengths_B[:, None], 0 * depth_U[:-1], Role.ACCEPT)",
         TEST_LAW,
     ),
     Mutation(
-        "gumbel_noise_keyed_by_the_round", DECODING,
+        "gumbel_noise_keyed_by_the_round", ROUND,
         "noise_BUV = hash_gumbel(sampling.seed_B, lengths_B[:, None] + depth_U + 1, sampling.vocab_size)",
         "noise_BUV = hash_gumbel(sampling.seed_B, lengths_B[:, None] + 0 * depth_U + 1, sampling.vocab_size)",
         TEST_LAW,
@@ -97,69 +98,72 @@ MUTATIONS = [
         "requests_share_a_seed", "dvi/seeds.py", "self._times[key] += 1", "self._times[key] = 1", TEST_LAW,
     ),
     Mutation(
-        "stale_hidden_state_of_the_last_draft", DECODING,
+        "stale_hidden_state_of_the_last_draft", ROUND,
         "hidden.append(shallow(token_B, num_draft_tokens))", "hidden.append(hidden[-1])", TEST_DECODING,
     ),
     Mutation(
-        "shallow_position_off_by_one", DECODING,
+        "shallow_position_off_by_one", ROUND,
         "cache.place(offset=depth, width=1, rows=state.rows)",
         "cache.place(offset=max(depth - 1, 0), width=1, rows=state.rows)",
         TEST_DECODING,
     ),
     Mutation(
-        "cache_commit_off_by_one", DECODING,
-        "cache.commit([host_row[-2] + 1 for host_row in host_rows]",
-        "cache.commit([host_row[-2] for host_row in host_rows]",
+        "cache_commit_off_by_one", BATCH,
+        "cache.commit([host_row.num_accepted + 1 for host_row in host_rows]",
+        "cache.commit([host_row.num_accepted for host_row in host_rows]",
         TEST_DECODING,
     ),
     Mutation(
-        "correction_token_dropped", DECODING,
-        "committed = [*host_row[:num_accepted], next_token]", "committed = host_row[:num_accepted] or [next_token]",
+        "correction_token_dropped", "dvi/decode/host_row.py",
+        "return [*self.draft_ids[: self.num_accepted], self.next_token]",
+        "return self.draft_ids[: self.num_accepted] or [self.next_token]",
         TEST_DECODING,
     ),
     Mutation(
-        "anchor_of_the_last_committed_token", DECODING,
+        "anchor_of_the_last_committed_token", ROUND,
         "anchor_BD=final_BUD[row_B, verdict.num_accepted_B]", "anchor_BD=final_BUD[row_B, 0]", TEST_DECODING,
     ),
-    Mutation("anchor_of_the_request_before", DECODING, "self._anchor_BD[row] = 0", "pass", TEST_DECODING),
+    Mutation("anchor_of_the_request_before", BATCH, "self._anchor_BD[row] = 0", "pass", TEST_DECODING),
     Mutation(
-        "end_of_text_inside_a_block_missed", DECODING,
+        "end_of_text_inside_a_block_missed", "dvi/decode/sequence.py",
         "            if self.finish_reason is not None:\n                return count",
         "            if self.finish_reason is not None and count == len(committed):\n                return count",
         TEST_DECODING,
     ),
     Mutation(
-        "moved_row_keeps_the_gaps_cache", DECODING,
+        "moved_row_keeps_the_gaps_cache", BATCH,
         "self.cache.copy_row(source=source, target=target)", "self.cache.copy_row(source=target, target=target)",
         TEST_DECODING,
     ),
     Mutation(
-        "moved_row_keeps_the_gaps_anchor", DECODING,
+        "moved_row_keeps_the_gaps_anchor", BATCH,
         "self._anchor_BD[target] = self._anchor_BD[source]", "pass", TEST_DECODING,
     ),
     Mutation(
-        "version_read_after_the_swap", DECODING,
+        "version_read_after_the_swap", ROUND,
         "drafter_version=drafter.version,", "drafter_version=drafter.version + 1,", TEST_DECODING,
     ),
     Mutation(
-        "reward_column_shifted", DECODING,
-        "draft_token_ids_W=draft_ids_BU[row, :width]",
-        "draft_token_ids_W=draft_ids_BU[row].roll(1)[:width]",
+        "reward_column_shifted", EXPERIENCE,
+        "draft_token_ids_W=self._draft_ids_BU[row, :width]",
+        "draft_token_ids_W=self._draft_ids_BU[row].roll(1)[:width]",
         TEST_DECODING,
     ),
     Mutation(
-        "lossy_acceptance_called_honest", DECODING, "num_waived=num_waived, tenant=sequence.tenant,",
+        "lossy_acceptance_called_honest", EXPERIENCE, "num_waived=outcome.num_waived, tenant=sequence.tenant,",
         "tenant=sequence.tenant,", TEST_DECODING,
     ),
     Mutation(
-        "wait_inside_drafting", DECODING,
+        "wait_inside_drafting", ROUND,
         "    for depth in range(num_draft_tokens):\n",
         "    for depth in range(num_draft_tokens):\n        token_B.max().item()\n",
         "tests/decode/test_waits.py",
     ),
     Mutation(
-        "stop_counts_what_nobody_saw", DECODING,
-        "num_accepted = min(num_accepted, num_kept)", "num_kept = num_accepted + 1", TEST_DECODING,
+        "stop_counts_what_nobody_saw", BATCH,
+        "num_accepted = min(host_row.num_accepted, num_kept)",
+        "num_accepted = host_row.num_accepted\n            num_kept = num_accepted + 1",
+        TEST_DECODING,
     ),
     # The cache and the paths
     Mutation(
@@ -181,7 +185,7 @@ MUTATIONS = [
         "positions_M = positions_M[packing.kept_M]", "positions_M = positions_M[: len(packing.kept_M)]", TEST_PACKED,
     ),
     Mutation(
-        "rows_that_stopped_still_count", DECODING,
+        "rows_that_stopped_still_count", ROUND,
         "num_positions += num_open", "num_positions += len(counts_B)", TEST_PACKED,
     ),
     Mutation("exact_rounds_pack", "dvi/model/exact.py", "can_pack = False", "can_pack = True", TEST_PACKED),
@@ -196,7 +200,7 @@ MUTATIONS = [
         "positions_BQ = positions_BQ.clamp(max=self._last_position)", "pass", TEST_DECODING,
     ),
     Mutation(
-        "exact_capacity_follows_the_draft_length", DECODING,
+        "exact_capacity_follows_the_draft_length", BATCH,
         "num_ahead = 2 * (MAX_DEPTH + 1)", "num_ahead = 2 * (max(self.policy.buckets) + 1)",
         "tests/model/test_exact.py",
     ),
@@ -298,19 +302,19 @@ MUTATIONS = [
     ),
     # Serving
     Mutation(
-        "joined_row_keeps_anothers_anchor", DECODING,
+        "joined_row_keeps_anothers_anchor", BATCH,
         "self._anchor_BD[[row, place]] = self._anchor_BD[[place, row]]", "pass", "tests/decode/test_round.py",
     ),
     Mutation(
-        "resumed_text_without_its_answer", DECODING,
+        "resumed_text_without_its_answer", BATCH,
         "done, text_ids = self.cache.lengths[row], sequence.text_ids",
         "done, text_ids = self.cache.lengths[row], sequence.prompt_ids", TEST_ENGINE,
     ),
     Mutation(
-        "sick_row_not_wiped", DECODING, "            self.cache.wipe_row(row)\n", "            pass\n", TEST_ENGINE,
+        "sick_row_not_wiped", BATCH, "            self.cache.wipe_row(row)\n", "            pass\n", TEST_ENGINE,
     ),
     Mutation(
-        "logprobs_one_position_late", DECODING,
+        "logprobs_one_position_late", BATCH,
         "verified.logits_BUV[row, :num_kept]", "verified.logits_BUV[row, -num_kept:]", TEST_ENGINE,
     ),
     Mutation(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dvi import progress
-from dvi.decode.round import PREFILL_CHUNK
+from dvi.decode.batch import PREFILL_CHUNK
 from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.model.split import SplitModel
 from dvi.records import RoundStats, SamplingParams, Transitions

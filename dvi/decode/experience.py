@@ -1,0 +1,61 @@
+"""What rounds and prefill passes teach: stretches of transitions, cut from their tensors as views.
+
+Knows the round's tensors and the rows' requests; knows nothing of replay, losses or who learns.
+"""
+# B rows, D hidden, Q positions of one prefill pass, T drafted tokens, U = T + 1 verified positions, W positions of a
+# stretch.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dvi.decode.round import VerifiedRound
+from dvi.decode.sequence import RowOutcome, Sequence
+from dvi.records import Draft, Transitions
+
+
+def of_prefill(
+    sequence: Sequence, start_position: int, token_ids_W: Tensor, hidden_WD: Tensor, target_hidden_WD: Tensor,
+    *, drafter_version: int,
+) -> Transitions:
+    """Text that the verifier read and nobody drafted."""
+    return Transitions(
+        request_id=sequence.request_id, start_position=start_position, token_ids_W=token_ids_W,
+        hidden_WD=hidden_WD, target_hidden_WD=target_hidden_WD, num_drafted=0, num_accepted=0,
+        draft_token_ids_W=torch.full_like(token_ids_W, -1),
+        draft_log_probs_W=torch.zeros(len(token_ids_W), device=token_ids_W.device),
+        drafter_version=drafter_version, is_prefill=True, tenant=sequence.tenant,
+    )
+
+
+class RoundExperience:
+    """One round's tensors, from which each row's committed stretch is cut."""
+
+    def __init__(self, verified: VerifiedRound) -> None:
+        self._verified = verified
+        self._draft_ids_BU, self._log_probs_BU = _drafts_by_position(verified.draft)
+
+    def of_row(self, row: int, outcome: RowOutcome, *, start_position: int) -> Transitions:
+        """Columns past a stop were verified but never became text: they are dropped."""
+        sequence, verified = outcome.sequence, self._verified
+        width = min(outcome.num_accepted + 1, outcome.num_kept)
+        return Transitions(
+            request_id=sequence.request_id, start_position=start_position,
+            token_ids_W=verified.input_ids_BU[row, :width], hidden_WD=verified.draft.hidden_BUD[row, :width],
+            target_hidden_WD=verified.final_BUD[row, :width], num_drafted=outcome.num_drafted,
+            num_accepted=outcome.num_accepted, draft_token_ids_W=self._draft_ids_BU[row, :width],
+            draft_log_probs_W=self._log_probs_BU[row, :width], drafter_version=verified.draft.drafter_version,
+            num_waived=outcome.num_waived, tenant=sequence.tenant,
+        )
+
+
+def _drafts_by_position(draft: Draft) -> tuple[Tensor, Tensor]:
+    """What was drafted at each of the U positions: token ids [B, U], -1 where nothing was, and log-probabilities, 0."""
+    width = draft.token_ids_BT.shape[1] + 1
+    is_drafted_BU = torch.arange(width, device=draft.num_drafted_B.device) < draft.num_drafted_B[:, None]
+    ids_BU = torch.where(is_drafted_BU, F.pad(draft.token_ids_BT, (0, 1)), -1)
+    if draft.log_probs_BT is None:
+        return ids_BU, torch.zeros(ids_BU.shape, device=ids_BU.device)
+    return ids_BU, F.pad(draft.log_probs_BT, (0, 1)) * is_drafted_BU

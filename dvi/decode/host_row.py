@@ -1,0 +1,65 @@
+"""What the host must know of a round: written on the device as one tensor, fetched in one transfer, read as records.
+
+Knows the layout of `VerifiedRound.for_host_BH`, which nobody else does: H columns of int64, the drafted ids, with a
+companion two scores for each of them, and the counts.
+"""
+# B rows, C = 2 companion scores, H columns for the host, T drafted tokens.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dvi.records import Draft, Verdict
+
+SCORE_UNITS = 2**20  # companion scores cross to the host among integers, in these units
+
+
+@dataclass(frozen=True)
+class HostRow:
+    """One row's round, on the host.
+
+    draft_ids         T of them, counted or not.
+    companion_scores  (S, A) of each of the T positions; None where nothing drafted along.
+    is_finite         False where the verifier's final states hold NaN or infinity: nothing of such a row may be used.
+    next_token        the recovered or bonus token.
+    """
+
+    draft_ids: list[int]
+    companion_scores: list[tuple[float, float]] | None
+    is_finite: bool
+    next_token: int
+    num_waived: int
+    num_accepted: int
+    num_drafted: int
+
+    @property
+    def committed(self) -> list[int]:
+        """The accepted drafts and the token after them."""
+        return [*self.draft_ids[: self.num_accepted], self.next_token]
+
+
+def for_host(draft: Draft, verdict: Verdict, is_finite_B: Tensor) -> Tensor:
+    """Every row of a round as integers, int64 [B, H]; no wait."""
+    num_accepted_B, num_waived_B = verdict.num_accepted_B, verdict.num_waived_B
+    if num_waived_B is None:
+        num_waived_B = torch.zeros_like(num_accepted_B)
+    counts = is_finite_B.long(), verdict.next_token_B, num_waived_B, num_accepted_B, draft.num_drafted_B
+    scores_BTC = draft.companion_scores_BTC
+    scores = [] if scores_BTC is None else [(scores_BTC * SCORE_UNITS).long().flatten(1)]
+    return torch.cat([draft.token_ids_BT, *scores, torch.stack(counts, dim=1)], dim=1)
+
+
+def fetch(for_host_BH: Tensor, draft: Draft) -> list[HostRow]:
+    """The rows as records. The round's one wait for the device; the draft is asked for shapes alone."""
+    num_drafts, has_scores = draft.token_ids_BT.shape[1], draft.companion_scores_BTC is not None
+    end_of_scores = 3 * num_drafts if has_scores else num_drafts
+    rows = []
+    for numbers in for_host_BH.tolist():
+        scores = [units / SCORE_UNITS for units in numbers[num_drafts:end_of_scores]]
+        pairs = list(zip(scores[::2], scores[1::2], strict=True)) if has_scores else None
+        is_finite, *counts = numbers[end_of_scores:]
+        rows.append(HostRow(numbers[:num_drafts], pairs, bool(is_finite), *counts))
+    return rows

@@ -11,6 +11,8 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from dvi.settings import SamplingSettings
+
 if TYPE_CHECKING:  # the front door has records, and does not wait for torch
     from torch import Tensor
 
@@ -51,15 +53,15 @@ class SamplingParams:
                         the tokens for a seed are the same for every drafter, at a lower acceptance).
     """
 
-    temperature: float = GREEDY_TEMPERATURE
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    max_new_tokens: int = 128
+    temperature: float = SamplingSettings.temperature
+    top_k: int = SamplingSettings.top_k
+    top_p: float = SamplingSettings.top_p
+    min_p: float = SamplingSettings.min_p
+    repetition_penalty: float = SamplingSettings.repetition_penalty
+    presence_penalty: float = SamplingSettings.presence_penalty
+    frequency_penalty: float = SamplingSettings.frequency_penalty
+    seed: int = SamplingSettings.seed
+    max_new_tokens: int = SamplingSettings.max_new_tokens
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False

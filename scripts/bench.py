@@ -33,6 +33,7 @@ from dvi.draft.measure_costs import measure_costs
 from dvi.hardware import describe_machine
 from dvi.model.drafter import DrafterConfig
 from dvi.records import RoundStats
+from dvi.settings import DrafterSettings, DraftSettings
 from dvi.traffic import read_prompts
 from trainers import OnlineTrainer
 
@@ -199,8 +200,8 @@ def main() -> None:
     )
     parser.add_argument("--split-layer", type=int, help="default: one layer in sixteen")
     parser.add_argument("--draft-vocab-size", type=int, default=1024)
-    parser.add_argument("--drafter", default="anchored")
-    parser.add_argument("--num-draft-tokens", type=int, default=4)
+    parser.add_argument("--drafter", default=DrafterSettings.kind)
+    parser.add_argument("--num-draft-tokens", type=int, default=DraftSettings.num_draft_tokens)
     parser.add_argument("--num-prompts", type=int, default=48)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)

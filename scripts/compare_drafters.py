@@ -26,7 +26,7 @@ from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.progress import shown_on
-from dvi.settings import LearningSettings
+from dvi.settings import DraftSettings, LearningSettings
 from trainers import OnlineTrainer
 from trainers.jobs.warmup import RecordingLearner
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=420)
     parser.add_argument("--num-held-out", type=int, default=72)
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--num-draft-tokens", type=int, default=4)
+    parser.add_argument("--num-draft-tokens", type=int, default=DraftSettings.num_draft_tokens)
     parser.add_argument("--checkpoints", type=int, nargs="+", default=[60, 200])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="learning settings, as in dvi train")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dvi.bench.records import Arm, ArmAnswer, ArmPlan
-from dvi.decode.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, POLICIES, SelfSpeculator, goodput_buckets
+from dvi.decode.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodput_buckets
 from dvi.decode.verification import StrictRule, VerifyRule
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import LengthPolicy
@@ -25,6 +25,7 @@ from dvi.model.adapter_store import load_drafter
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.exact import ExactSplit
 from dvi.records import SamplingParams
+from dvi.settings import POLICIES, DraftSettings, SamplingSettings
 
 OUR_ARMS = ("plain", "plain_padded", "speculative", "online", "online_untrained")
 LOSSY_SUFFIX = "_lossy"
@@ -37,14 +38,14 @@ class ArmOptions:
     max_new_tokens    hard limit of an answer; prompt and answer together end at the model's context.
     temperature       0 is greedy; no other filter is on.
     num_draft_tokens  T, the most tokens drafted in a round.
-    policy            how our arms choose up to T: a name of `dvi.decode.speculator.POLICIES`.
+    policy            how our arms choose up to T: a name of `dvi.settings.POLICIES`.
     batch_size        the most prompts answered together; the goodput rule measures its costs for as many.
     rule              what our arms that draft verify by.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    num_draft_tokens: int = 4
+    max_new_tokens: int = SamplingSettings.max_new_tokens
+    temperature: float = SamplingSettings.temperature
+    num_draft_tokens: int = DraftSettings.num_draft_tokens
     policy: str = "fixed"
     batch_size: int = 1
     rule: VerifyRule = dataclasses.field(default_factory=StrictRule)

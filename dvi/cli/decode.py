@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,17 @@ from dvi.cli.options import (
     ModeOption,
     SplitLayerOption,
 )
-from dvi.settings import DrafterSettings, DraftSettings, SamplingSettings, VerifySettings
+from dvi.settings import (
+    CompanionName,
+    DrafterKind,
+    DrafterSettings,
+    DraftSettings,
+    ModelSettings,
+    PolicyName,
+    RuleName,
+    SamplingSettings,
+    VerifySettings,
+)
 from dvi.terminal import FOUND_WRONG, finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:
@@ -48,26 +58,26 @@ def generate(
     seed: int = _SAMPLING.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     num_draft_tokens: DraftTokensOption = _DRAFT.num_draft_tokens,
-    policy: Literal["auto", "fixed", "confidence", "goodput", "companion"] = _DRAFT.policy,
+    policy: PolicyName = _DRAFT.policy,
     companion: Annotated[
-        Literal["self", "exit", "older", "ema", "model"], typer.Option(help="Second opinion of the companion policy.")
+        CompanionName, typer.Option(help="Second opinion of the companion policy.")
     ] = _DRAFT.companion,
     companion_model: Annotated[
         str | None, typer.Option(help="Of companion model: a small model with the same tokenizer.")
     ] = None,
     split_layer: SplitLayerOption = None,
     drafter: Annotated[
-        Literal["anchored", "lora_head", "recurrent"], typer.Option(help="Kind, without an adapter.")
+        DrafterKind, typer.Option(help="Kind, without an adapter.")
     ] = _DRAFTER.kind,
     verify_rule: Annotated[
-        Literal["strict", "margin", "typical"], typer.Option(help="All but strict are lossy, and the result says so.")
+        RuleName, typer.Option(help="All but strict are lossy, and the result says so.")
     ] = _VERIFY.rule,
     margin_theta: Annotated[
         float | None, typer.Option(help="Of the margin rule: the least share of the highest logit that passes.")
     ] = None,
-    mode: ModeOption = "fast",
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    mode: ModeOption = ModelSettings.mode,
+    dtype: DtypeOption = ModelSettings.dtype,
+    device: DeviceOption = ModelSettings.device,
     batch_size: Annotated[int, typer.Option(help="Prompts that decode together.")] = 8,
 ) -> None:
     """Decode prompts. One is streamed as it grows, several are printed as they finish."""
@@ -129,10 +139,10 @@ def audit(
     max_new_tokens: int = 64,
     num_draft_tokens: DraftTokensOption = _DRAFT.num_draft_tokens,
     split_layer: SplitLayerOption = None,
-    drafter: Literal["anchored", "lora_head", "recurrent"] = _DRAFTER.kind,
-    mode: ModeOption = "fast",
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    drafter: DrafterKind = _DRAFTER.kind,
+    mode: ModeOption = ModelSettings.mode,
+    dtype: DtypeOption = ModelSettings.dtype,
+    device: DeviceOption = ModelSettings.device,
     against_hf: Annotated[
         bool, typer.Option("--against-hf", help="Also compare with the model's own generate.")
     ] = False,

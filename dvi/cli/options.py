@@ -6,9 +6,11 @@ Knows names, choices and help texts; what their values mean is in `arguments`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from dvi.settings import Dtype, Mode
 
 PROMPTS_HELP = "JSONL rows with prompt, messages, text ..., or a .txt of one prompt a line; also .gz."
 
@@ -23,12 +25,12 @@ SourceArgument = Annotated[
 ]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")]
 DtypeOption = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "float64"],
+    Dtype,
     typer.Option(help="auto: the adapter's; else bfloat16 on GPUs, and on CPUs what decodes faster, measured once."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 ModeOption = Annotated[
-    Literal["fast", "exact"], typer.Option(help="exact: token ids equal plain decoding's, in float32 and float64.")
+    Mode, typer.Option(help="exact: token ids equal plain decoding's, in float32 and float64.")
 ]
 SplitLayerOption = Annotated[
     int | None, typer.Option(help="Layers below it draft; default the adapter's, or one in sixteen.")

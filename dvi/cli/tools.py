@@ -5,12 +5,13 @@ Knows arguments and tables; both import what they need when they run.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from dvi.cli.options import SplitLayerOption
 from dvi.config import load_config
+from dvi.settings import Dtype, ModelSettings
 from dvi.terminal import FOUND_WRONG, finish, make_console, quieten_transformers
 
 
@@ -26,9 +27,9 @@ def inspect(
     ] = None,
     split_layer: SplitLayerOption = None,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        Dtype,
         typer.Option(help="auto is the YAML file's, or the one the model is stored in."),
-    ] = "auto",
+    ] = ModelSettings.dtype,
     positions: Annotated[
         int | None, typer.Option(min=1, help="Cached positions of each row, to plan memory for.")
     ] = None,

@@ -89,7 +89,8 @@ class PlainSpeeds:
 
 def choose_dtype(
     name_or_path: str | Path, config: PretrainedConfig | None = None, *, adapter: str | Path | None = None,
-    device: str = "auto", placement: str = "single", mode: str = "fast", path: str = "auto", **source: object,
+    device: str = ModelSettings.device, placement: str = ModelSettings.placement, mode: str = ModelSettings.mode,
+    path: str = ModelSettings.path_kind, **source: object,
 ) -> str:
     """The name of the dtype that "auto" is: the first of these that applies.
 
@@ -182,7 +183,8 @@ def _ruled_dtype(*, adapter: str | Path | None, device: str, placement: str, mod
 
 
 def obtain_plain_speeds(
-    name_or_path: str | Path, config: PretrainedConfig | None = None, *, path: str = "auto", remeasure: bool = False,
+    name_or_path: str | Path, config: PretrainedConfig | None = None, *, path: str = ModelSettings.path_kind,
+    remeasure: bool = False,
     **source: object,
 ) -> PlainSpeeds | None:
     """What this machine decodes the model plainly with, on as many threads as are set: as kept, else measured now.

@@ -47,15 +47,25 @@ from dvi.model.split import SplitModel
 from dvi.progress import shown_as
 from dvi.records import GenerationResult, SamplingParams
 from dvi.seeds import AnswerSeeds, Seeds, prompt_seed
-from dvi.settings import ServeConfig, TrainConfig, WarmupConfig, check_companion
+from dvi.settings import (
+    COMPANIONS,
+    MODES,
+    POLICIES,
+    DrafterSettings,
+    DraftSettings,
+    LearningSettings,
+    ModelSettings,
+    ServeConfig,
+    TrainConfig,
+    WarmupConfig,
+    check_companion,
+)
 from dvi.traffic import Messages, as_text, why_no_text
 
 _LOG = logging.getLogger(__name__)
 
 Prompt = str | list[int] | list[dict[str, str]]
 
-POLICIES = ("auto", "fixed", "confidence", "goodput", "companion")
-COMPANIONS = ("self", "exit", "older", "ema", "model")
 GOODPUT_BUCKETS = (1, 2, 3, 4, 6, 8)
 # 12: GOODPUT_BUCKETS[-1] + 1, room for the longest draft of every policy, and up to a multiple of 4. With 9 rows some
 # float64 matrix products on CPUs treat the last row differently from the others, and the self-check refuses.
@@ -78,19 +88,19 @@ class SelfSpeculator:
         split_layer: int | None = None,
         drafter: DrafterConfig | None = None,
         adapter: str | Path | None = None,
-        mode: str = "fast",
-        path: str = "auto",
-        policy: str = "auto",
-        num_draft_tokens: int = 4,
-        confidence_threshold: float = 0.6,
-        companion: str = "self",
+        mode: str = ModelSettings.mode,
+        path: str = ModelSettings.path_kind,
+        policy: str = DraftSettings.policy,
+        num_draft_tokens: int = DraftSettings.num_draft_tokens,
+        confidence_threshold: float = DraftSettings.confidence_threshold,
+        companion: str = DraftSettings.companion,
         companion_model: str | Path | None = None,
         rule: VerifyRule | None = None,
-        seed: int = 0,
+        seed: int = LearningSettings.seed,
     ) -> None:
         """See `from_pretrained`. A tokenizer of None serves token ids only (no text, no stop strings)."""
-        if mode not in ("fast", "exact"):
-            raise ValueError(f"mode must be 'fast' or 'exact', got {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be {' or '.join(map(repr, MODES))}, got {mode!r}")
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         if companion not in COMPANIONS:
@@ -138,11 +148,11 @@ class SelfSpeculator:
         name_or_path: str | Path,
         *,
         split_layer: int | None = None,
-        drafter: str | DrafterConfig = "anchored",
-        lora_rank: int = 32,
-        dtype: str | torch.dtype = "auto",
-        device: str = "auto",
-        placement: str = "single",
+        drafter: str | DrafterConfig = DrafterSettings.kind,
+        lora_rank: int = DrafterSettings.lora_rank,
+        dtype: str | torch.dtype = ModelSettings.dtype,
+        device: str = ModelSettings.device,
+        placement: str = ModelSettings.placement,
         adapter: str | Path | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -151,15 +161,14 @@ class SelfSpeculator:
         """A speculator from a Hugging Face model folder or hub id.
 
         split_layer   layers 0 .. split_layer - 1 draft; default the adapter's, or one in sixteen (0: the embedding).
-        drafter       "anchored", "recurrent", "lora_head", or a whole DrafterConfig; ignored with an adapter.
+        drafter       a kind of `DrafterSettings`, or a whole DrafterConfig; ignored with an adapter.
         dtype         "auto" is the adapter's; without one bfloat16 on GPUs, and on CPUs whichever of float32 and
                       bfloat16 decodes plainly faster here, see `dvi.decode.precision`.
         device        "auto" takes a CUDA device when there is one; only that goes with another placement than "single".
         placement     "single", "device_map" or "tensor", see `dvi.model.devices`.
         adapter       folder written by `save_drafter`.
-        options       mode "fast" or "exact"; path "auto", "direct" or "views"; policy "auto" (the goodput rule where
-                      the output cannot depend on it, else fixed), "fixed", "confidence", "goodput" or "companion";
-                      num_draft_tokens; confidence_threshold; companion, companion_model; rule; seed.
+        options       mode, and path, a path_kind of `dvi.settings.ModelSettings`; policy, num_draft_tokens,
+                      confidence_threshold, companion and companion_model of `DraftSettings`; rule; seed.
         Raises ValueError for anything that does not fit together, with the reason.
         """
         if placement != "single" and device != "auto":
@@ -174,7 +183,8 @@ class SelfSpeculator:
         if dtype == "auto":
             dtype = choose_dtype(
                 name_or_path, config, adapter=adapter, device=device, placement=placement,
-                mode=options.get("mode", "fast"), path=options.get("path", "auto"), **source,
+                mode=options.get("mode", ModelSettings.mode), path=options.get("path", ModelSettings.path_kind),
+                **source,
             )
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
@@ -558,7 +568,8 @@ def build_speculator(
 
 
 def make_drafter(
-    split: SplitModel, config: DrafterConfig | None = None, *, adapter: str | Path | None = None, seed: int = 0
+    split: SplitModel, config: DrafterConfig | None = None, *, adapter: str | Path | None = None,
+    seed: int = LearningSettings.seed,
 ) -> nn.Module:
     """A drafter that serves: the adapter's, else an untrained one. Raises ValueError as `load_drafter` does."""
     if adapter is not None:

@@ -134,9 +134,9 @@ class MarginRule:
 
     is_lossless = False
 
-    def __init__(self, theta: float = 0.9) -> None:
+    def __init__(self, theta: float = VerifySettings.margin_theta) -> None:
         if not 0 < theta < 1:
-            raise ValueError(f"margin_theta must be in (0, 1), got {theta}; try 0.9, or the strict rule")
+            raise ValueError(f"margin_theta must be in (0, 1), got {theta}; leave it out, or try the strict rule")
         self.theta = theta
         self.name = f"margin {theta:g}"
 
@@ -157,10 +157,12 @@ class TypicalRule:
 
     is_lossless = False
 
-    def __init__(self, threshold: float = 0.3, alpha: float = 0.09) -> None:
+    def __init__(
+        self, threshold: float = VerifySettings.typical_threshold, alpha: float = VerifySettings.typical_alpha
+    ) -> None:
         for name, value in (("typical_threshold", threshold), ("typical_alpha", alpha)):
             if not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}; try 0.3 and 0.09, or the strict rule")
+                raise ValueError(f"{name} must be in (0, 1], got {value}; leave it out, or try the strict rule")
         self.threshold, self.alpha = threshold, alpha
         self.name = f"typical {threshold:g}/{alpha:g}"
 

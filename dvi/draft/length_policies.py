@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dvi.draft.companions import Companion
 from dvi.draft.costs import CostTable, LiveCosts
+from dvi.settings import DraftSettings
 
 # What a burst of probes may cost, in rounds of the length in use; see `GoodputLength`.
 BURST_ROUNDS = 12.0
@@ -141,7 +142,7 @@ class ConfidenceStop(FixedLength):
     Sure: the largest probability. 0.6 is Kangaroo's threshold (arXiv 2404.18911). A NaN confidence stops.
     """
 
-    def __init__(self, num_draft_tokens: int, *, threshold: float = 0.6) -> None:
+    def __init__(self, num_draft_tokens: int, *, threshold: float = DraftSettings.confidence_threshold) -> None:
         super().__init__(num_draft_tokens)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}; 0 never stops")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.records import LearnerMemory
-from dvi.settings import LearningSettings
+from dvi.settings import LearningSettings, ModelSettings
 
 # Of cards as they are sold. A card of N GB holds some N * 2^30 bytes; the plan must fit into N * 10^9, and the
 # difference, 5 to 7 %, is left to what the plan does not cover.
@@ -92,7 +92,9 @@ class SplitShape:
     Attributes: split, and cache_bytes_per_position, the keys and values of one position over all layers.
     """
 
-    def __init__(self, config: PretrainedConfig, *, dtype: torch.dtype, split_layer: int, path: str = "auto") -> None:
+    def __init__(
+        self, config: PretrainedConfig, *, dtype: torch.dtype, split_layer: int, path: str = ModelSettings.path_kind
+    ) -> None:
         """Takes seconds for a large model. Raises ValueError when it cannot be split, as far as its shape tells."""
         with torch.device("meta"):
             # Of the ways to compute experts the one that asks for no numbers, in any dtype.

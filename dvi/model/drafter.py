@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dvi.settings import DrafterSettings
+
 MAX_DEPTH = 16
 MAX_VERSION = 2**53 - 1  # beyond it a JSON reader that takes numbers for doubles would lose the last digit
 # Of a drafter's shape: beyond what any model can use, within what a machine can be asked for.
@@ -36,11 +38,11 @@ class DrafterConfig:
                       the model has more, once it has seen enough traffic, see `choose_draft_tokens`.
     """
 
-    kind: str = "anchored"
-    lora_rank: int = 32
-    lora_alpha: float = 32.0
-    anchor_hidden: int = 1024
-    draft_vocab_size: int = 0
+    kind: str = DrafterSettings.kind
+    lora_rank: int = DrafterSettings.lora_rank
+    lora_alpha: float = DrafterSettings.lora_alpha
+    anchor_hidden: int = DrafterSettings.anchor_hidden
+    draft_vocab_size: int = DrafterSettings.draft_vocab_size
 
     def __post_init__(self) -> None:
         if self.kind not in DRAFTER_KINDS:

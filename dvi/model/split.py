@@ -23,6 +23,7 @@ from dvi.model.kv_cache import Placement, RollbackCache
 from dvi.model.ragged import Packing
 from dvi.model.views_path import ViewsPath, dissect
 from dvi.progress import shown_as
+from dvi.settings import ModelSettings
 
 PATHS = ("auto", "views", "direct")
 SPLITTABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -50,7 +51,7 @@ class SplitModel:
     Raises ValueError, with the reason, when the model cannot be split or the split differs from the plain model.
     """
 
-    def __init__(self, model: PreTrainedModel, *, split_layer: int, path: str = "auto") -> None:
+    def __init__(self, model: PreTrainedModel, *, split_layer: int, path: str = ModelSettings.path_kind) -> None:
         refuse_unsplittable(model)
         self.model = model.requires_grad_(False).eval()
         anatomy = dissect(model)

@@ -19,7 +19,7 @@ from dvi.records import SamplingParams
 from dvi.seeds import SEED_SPAN, answer_seed
 from dvi.serving.protocol import ApiError, invalid
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice
-from dvi.settings import DraftSettings, RequestSettings, ServeSettings
+from dvi.settings import DraftSettings, PolicyName, RequestSettings, ServeSettings
 
 MAX_DRAFT_TOKENS = GOODPUT_BUCKETS[-1]
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0  # below: logits / temperature overflows, and it is greedy all the same
@@ -46,7 +46,7 @@ class DviOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
-    policy: Literal["auto", "fixed", "confidence", "goodput", "companion"] | None = None
+    policy: PolicyName | None = None
     num_draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | None = None
     train: bool = True
     domain: Annotated[str, Field(pattern=r"\A[a-z0-9_-]{0,32}\z")] = ""

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from dvi.records import RoundStats, SamplingParams, TokenLogprobs
+from dvi.settings import DraftSettings, VerifySettings
 
 DEFAULT_DRAFTER = "default"
 
@@ -18,14 +19,14 @@ class DraftChoice:
     """How a request is drafted for. Rows that share a choice decode together.
 
     drafter           "default", the one that learns, or the name of a loaded adapter.
-    policy            a name of `dvi.decode.speculator.POLICIES`.
+    policy            a name of `dvi.settings.POLICIES`.
     num_draft_tokens  the most in a round; 0 decodes plainly.
     may_draft_less    a plan may set a lower number: the server chose this one, not the client.
     """
 
     drafter: str = DEFAULT_DRAFTER
-    policy: str = "auto"
-    num_draft_tokens: int = 4
+    policy: str = DraftSettings.policy
+    num_draft_tokens: int = DraftSettings.num_draft_tokens
     may_draft_less: bool = False
 
 
@@ -100,7 +101,7 @@ class RequestOutput:
     first_token_s: float | None = None
     drafter_version: int = 0
     level: str = "fast"
-    verify_rule: str = "strict"
+    verify_rule: str = VerifySettings.rule
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Load:
     num_prefix_positions: int = 0
     drafter_version: int = 0
     level: str = "fast"
-    verify_rule: str = "strict"
+    verify_rule: str = VerifySettings.rule
 
 
 @dataclass

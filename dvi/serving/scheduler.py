@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from dvi.serving.request import QueueFull, Request
 from dvi.serving.turns import who_gives_way
+from dvi.settings import ServeSettings
 
 # A newcomer must leave every row room for so many full rounds, or it would be preempted as soon as it is prefilled.
 ROUNDS_OF_ROOM = 4
@@ -42,11 +43,11 @@ class SchedulerLimits:
     headroom                 most positions that a round writes beyond a row's committed ones: the deepest draft + 1.
     """
 
-    max_rows: int = 16
-    max_positions: int = 32768
-    max_waiting: int = 64
-    prefill_tokens_per_step: int = 256
-    rounds_per_prefill: int = 1
+    max_rows: int = ServeSettings.max_rows
+    max_positions: int = ServeSettings.max_positions
+    max_waiting: int = ServeSettings.max_waiting
+    prefill_tokens_per_step: int = ServeSettings.prefill_tokens_per_step
+    rounds_per_prefill: int = ServeSettings.rounds_per_prefill
     headroom: int = 17
 
     def __post_init__(self) -> None:

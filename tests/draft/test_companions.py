@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi.decode.speculator import COMPANIONS, SelfSpeculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.companion_model import MAX_RAGGED, ModelCompanion, load_companion
 from dvi.draft.companions import (
     EMA_MOMENTUM,
@@ -29,6 +29,7 @@ from dvi.draft.companions import (
 from dvi.draft.length_policies import FixedLength, RoundOutcome
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
+from dvi.settings import COMPANIONS
 from tests.support.drafter_doubles import MemoryDrafter, broken_drafter, random_drafter, randomise, small_config
 from tests.support.tiny_models import tiny_model
 

@@ -18,12 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dvi.decode.speculator import COMPANIONS, SelfSpeculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.companion_model import ModelCompanion
 from dvi.draft.length_policies import ConfidenceStop, CostTable, FixedLength, GoodputLength, LengthPolicy
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
+from dvi.settings import COMPANIONS
 from tests.support.drafter_doubles import (
     Letters,
     MemoryDrafter,

@@ -10,7 +10,7 @@ from trainers.learning.loss_schedule import KL_FLOOR, PRESETS, LossSchedule
 
 def test_default_weights_follow_the_documented_formula():
     # Catches a ramp that starts or ends one step off, or moves a weight the wrong way.
-    schedule = LossSchedule(warmup_steps=100, ramp_steps=200)
+    schedule = LossSchedule("kl_rl", warmup_steps=100, ramp_steps=200)
     warmup = LossWeights(forward_kl=0.5, reverse_kl=1.0)
     assert schedule.weights(0) == schedule.weights(99) == schedule.weights(100) == warmup
     middle = schedule.weights(200)
@@ -29,7 +29,7 @@ def test_forward_kl_never_vanishes_once_rewards_count(preset):
 
 def test_warmup_is_pure_kl():
     # Catches reward terms on an untrained drafter.
-    schedule = LossSchedule(warmup_steps=5)
+    schedule = LossSchedule("kl_rl", warmup_steps=5)
     for step in range(6):
         weights = schedule.weights(step)
         assert weights.accepted_ce == weights.policy_gradient == weights.entropy == 0
@@ -47,7 +47,7 @@ def test_single_term_presets_hold_that_term_alone_for_ever(preset, term):
 
 def test_phase_names_what_the_weights_do():
     # Catches a phase reported one step before the weights move.
-    schedule = LossSchedule(warmup_steps=2, ramp_steps=2)
+    schedule = LossSchedule("kl_rl", warmup_steps=2, ramp_steps=2)
     assert [schedule.phase(step) for step in range(6)] == ["kl", "kl", "kl", "ramp", "rl", "rl"]
     assert LossSchedule("kl_only", warmup_steps=0, ramp_steps=0).phase(9) == "kl"
     assert LossSchedule("lk", warmup_steps=0, ramp_steps=0).phase(9) == "kl"
@@ -56,12 +56,12 @@ def test_phase_names_what_the_weights_do():
 
 def test_a_ramp_of_zero_steps_jumps():
     # Catches a division by zero.
-    schedule = LossSchedule(warmup_steps=2, ramp_steps=0)
+    schedule = LossSchedule("kl_rl", warmup_steps=2, ramp_steps=0)
     assert [schedule.phase(step) for step in range(4)] == ["kl", "kl", "rl", "rl"]
 
 
 def by_acceptance() -> LossSchedule:
-    return LossSchedule(by="acceptance", warmup_steps=10, ramp_steps=4, flat_steps=20)
+    return LossSchedule("kl_rl", by="acceptance", warmup_steps=10, ramp_steps=4, flat_steps=20)
 
 
 def switch_step(schedule: LossSchedule, acceptances: list[float]) -> int | None:
@@ -86,7 +86,7 @@ def test_warmup_by_acceptance_goes_on_while_acceptance_is_low():
 
 def test_warmup_by_acceptance_lasts_at_least_warmup_steps():
     # Catches a minimum that is ignored.
-    schedule = LossSchedule(by="acceptance", warmup_steps=60, ramp_steps=4, flat_steps=5)
+    schedule = LossSchedule("kl_rl", by="acceptance", warmup_steps=60, ramp_steps=4, flat_steps=5)
     assert switch_step(schedule, [0.9] * 100) == 60
 
 
@@ -116,7 +116,7 @@ def test_asking_twice_in_a_step_counts_its_acceptance_once():
 @pytest.mark.parametrize("by", ["steps", "acceptance"])
 def test_reset_starts_the_warmup_anew(by):
     # Catches a drift wake-up that goes on with reward terms, and one that measures from step 0.
-    schedule = LossSchedule(by=by, warmup_steps=20, ramp_steps=2, flat_steps=20)
+    schedule = LossSchedule("kl_rl", by=by, warmup_steps=20, ramp_steps=2, flat_steps=20)
     assert switch_step(schedule, [0.7] * 50) == 20
     schedule.reset(50)
     phases = [schedule.phase(step, 0.7) for step in range(50, 80)]
@@ -143,6 +143,6 @@ def test_wrong_settings_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="ce_only, kl_ce, kl_only, kl_pg, kl_rl, lk, pg_only, got 'kl-rl'"):
         LossSchedule("kl-rl")
     with pytest.raises(ValueError, match="'steps' or 'acceptance', got 'time'"):
-        LossSchedule(by="time")
+        LossSchedule("kl_rl", by="time")
     with pytest.raises(ValueError, match="ramp_steps must be >= 0, got -1"):
-        LossSchedule(ramp_steps=-1)
+        LossSchedule("kl_rl", ramp_steps=-1)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from dvi.settings import LearningSettings
+
 # A request's acceptance varies by half of itself, and lasts some 25 rounds: the fast average must span many requests,
 # or it calls every hard prompt a drift (and did, at 0.02 and a drop of 0.15: LOG.md 2026-11-22).
 FAST_RATE, SLOW_RATE = 0.0025, 0.00025
@@ -22,9 +24,9 @@ class AcceptanceTrend:
     wakes       False: settled once is settled for good, and there is no drift.
     """
 
-    patience: int = 2000
+    patience: int = LearningSettings.settle_rounds
     drop: float = 0.3
-    wakes: bool = True
+    wakes: bool = LearningSettings.drift_wakeup
     fast: float = 0.0
     slow: float = 0.0
     best: float = 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from dvi.records import LossWeights
+from dvi.settings import SWITCHES, LearningSettings
 
 # Reward terms alone collapse (arXiv 2510.05421, table 3: KL-only 1.44x, PG-only and CE-only 0.34x), so the presets
 # that end in reward keep this much forward KL for ever.
@@ -57,17 +58,17 @@ class LossSchedule:
 
     def __init__(
         self,
-        preset: str = "kl_rl",
+        preset: str,
         *,
-        by: str = "steps",
-        warmup_steps: int = 400,
-        ramp_steps: int = 600,
+        by: str = LearningSettings.switch_by,
+        warmup_steps: int = LearningSettings.warmup_steps,
+        ramp_steps: int = LearningSettings.ramp_steps,
         flat_steps: int = 100,
     ) -> None:
         if preset not in PRESETS:
             raise ValueError(f"loss preset must be one of {', '.join(sorted(PRESETS))}, got {preset!r}")
-        if by not in ("steps", "acceptance"):
-            raise ValueError(f"by must be 'steps' or 'acceptance', got {by!r}")
+        if by not in SWITCHES:
+            raise ValueError(f"by must be {' or '.join(map(repr, SWITCHES))}, got {by!r}")
         for name, value in (("warmup_steps", warmup_steps), ("ramp_steps", ramp_steps), ("flat_steps", flat_steps)):
             if value < 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")

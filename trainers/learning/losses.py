@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dvi.records import LossWeights, ReplayBatch
+from dvi.settings import LearningSettings
 
 LK_DECAY = 3.0  # eta of arXiv 2602.23881, its best setting
 RATIO_CLIP = (0.8, 1.2)
@@ -172,8 +173,8 @@ def compute(
     *,
     weights: LossWeights,
     baseline_T: Tensor,
-    target_temperature: float = 1.0,
-    normalise_advantage: bool = False,
+    target_temperature: float = LearningSettings.target_temperature,
+    normalise_advantage: bool = LearningSettings.normalise_advantage,
     totals: BatchTotals | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the loss terms, and each computed term's unweighted mean by its name in LossWeights.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dvi.records import ReplayBatch, Transitions
+from dvi.settings import LearningSettings
 from dvi.tenancy import TenantSlots, tenant_id
 
 # What is known of a row besides its states, one column each of an int64 table: few tensors make few kernel launches.
@@ -54,13 +55,13 @@ class ReplayBuffer:
         max_block: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        reservoir_fraction: float = 0.3,
+        reservoir_fraction: float = LearningSettings.reservoir_fraction,
         segment_len: int = 32,
         max_bytes: int | None = None,
-        seed: int = 0,
+        seed: int = LearningSettings.seed,
     ) -> None:
         if not 0 <= reservoir_fraction < 1:
-            raise ValueError(f"reservoir_fraction must be in [0, 1), got {reservoir_fraction}; 0.3 is the default")
+            raise ValueError(f"reservoir_fraction must be in [0, 1), got {reservoir_fraction}; leave it out")
         if not 1 <= max_block < segment_len:
             raise ValueError(
                 f"max_block must be in 1..{segment_len - 1} for segment_len {segment_len}, got {max_block}; "

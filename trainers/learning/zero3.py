@@ -25,6 +25,7 @@ from dvi.model.drafter import DrafterConfig
 from dvi.model.pretrained import read_config, read_tokenizer, refuse_gguf
 from dvi.model.split import fingerprint_of_head, post_head_of, refuse_unsplittable
 from dvi.model.views_path import Anatomy, dissect
+from dvi.settings import LearningSettings
 from dvi.software import install_extra
 from trainers.learning.recordings import RecordedText
 
@@ -119,7 +120,8 @@ class ShardedSpeculator(SelfSpeculator):
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | Path, *, split_layer: int | None = None, drafter: DrafterConfig, dtype: str,
-        adapter: str | Path | None = None, seed: int = 0, trust_remote_code: bool = False, **_decoding: object,
+        adapter: str | Path | None = None, seed: int = LearningSettings.seed, trust_remote_code: bool = False,
+        **_decoding: object,
     ) -> ShardedSpeculator:
         """All ranks must call it together. The arguments are those of `SelfSpeculator`'s; those of decoding are unused.
 

@@ -1,0 +1,74 @@
+"""The settings of every verb, section by section: names, types, bounds, defaults, and what each key means.
+
+Each default and each list of choices stands here and nowhere else; a section's docstring is what `--print-config` says
+of its keys. Knows nothing of files, models or training, and imports nothing heavy. `dvi.config` reads and checks them.
+"""
+
+from dvi.settings.bench import BenchSection
+from dvi.settings.choices import (
+    COMPANIONS,
+    MODES,
+    POLICIES,
+    RIVALS,
+    SWITCHES,
+    BenchTemplate,
+    CompanionName,
+    DrafterKind,
+    Dtype,
+    Mode,
+    PolicyName,
+    Rival,
+    RuleName,
+)
+from dvi.settings.decoding import (
+    AUTO_ADAPTER,
+    MACHINE_KEYS,
+    DrafterSettings,
+    DraftSettings,
+    ModelSettings,
+    RequestSettings,
+    SamplingSettings,
+    VerifySettings,
+    check_companion,
+)
+from dvi.settings.learning import DataSettings, EvalSettings, LearningSettings, OutputSettings, WarmupSettings
+from dvi.settings.serving import RouteSettings, ServeOutputSettings, ServeSettings
+from dvi.settings.verbs import PaperConfig, ServeConfig, TrainConfig, WarmupConfig
+
+__all__ = [
+    "AUTO_ADAPTER",
+    "COMPANIONS",
+    "MACHINE_KEYS",
+    "MODES",
+    "POLICIES",
+    "RIVALS",
+    "SWITCHES",
+    "BenchSection",
+    "BenchTemplate",
+    "CompanionName",
+    "DataSettings",
+    "DraftSettings",
+    "DrafterKind",
+    "DrafterSettings",
+    "Dtype",
+    "EvalSettings",
+    "LearningSettings",
+    "Mode",
+    "ModelSettings",
+    "OutputSettings",
+    "PaperConfig",
+    "PolicyName",
+    "RequestSettings",
+    "Rival",
+    "RouteSettings",
+    "RuleName",
+    "SamplingSettings",
+    "ServeConfig",
+    "ServeOutputSettings",
+    "ServeSettings",
+    "TrainConfig",
+    "VerifySettings",
+    "WarmupConfig",
+    "WarmupSettings",
+    "check_companion",
+]

@@ -136,7 +136,8 @@ class MarginRule:
 
     def __init__(self, theta: float = VerifySettings.margin_theta) -> None:
         if not 0 < theta < 1:
-            raise ValueError(f"margin_theta must be in (0, 1), got {theta}; leave it out, or try the strict rule")
+            default = VerifySettings.margin_theta
+            raise ValueError(f"margin_theta must be in (0, 1), got {theta}; try {default}, or the strict rule")
         self.theta = theta
         self.name = f"margin {theta:g}"
 
@@ -162,7 +163,8 @@ class TypicalRule:
     ) -> None:
         for name, value in (("typical_threshold", threshold), ("typical_alpha", alpha)):
             if not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}; leave it out, or try the strict rule")
+                default = getattr(VerifySettings, name)
+                raise ValueError(f"{name} must be in (0, 1], got {value}; try {default}, or the strict rule")
         self.threshold, self.alpha = threshold, alpha
         self.name = f"typical {threshold:g}/{alpha:g}"
 

@@ -61,7 +61,10 @@ class ReplayBuffer:
         seed: int = LearningSettings.seed,
     ) -> None:
         if not 0 <= reservoir_fraction < 1:
-            raise ValueError(f"reservoir_fraction must be in [0, 1), got {reservoir_fraction}; leave it out")
+            default = LearningSettings.reservoir_fraction
+            raise ValueError(
+                f"reservoir_fraction must be in [0, 1), got {reservoir_fraction}; {default} is the default"
+            )
         if not 1 <= max_block < segment_len:
             raise ValueError(
                 f"max_block must be in 1..{segment_len - 1} for segment_len {segment_len}, got {max_block}; "

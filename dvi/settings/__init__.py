@@ -17,6 +17,7 @@ from dvi.settings.choices import (
     Dtype,
     Mode,
     PolicyName,
+    Port,
     Rival,
     RuleName,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "OutputSettings",
     "PaperConfig",
     "PolicyName",
+    "Port",
     "RequestSettings",
     "Rival",
     "RouteSettings",

@@ -8,12 +8,12 @@ is left out of the ratios and counted. Prints tables and one JSON line last.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +21,16 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dvi import SamplingParams, SelfSpeculator
-from dvi.bench.rivals import layer_calls
+from dvi.bench.arms import ArmOptions, plans_of_ours
+from dvi.bench.records import Arm, ArmAnswer
+from dvi.bench.rivals import rival_plans
 from dvi.bench.statistics import median_interval
+from dvi.bench.timed_arm import timed
 from dvi.config import load_config
-from dvi.decode.speculator import GOODPUT_BUCKETS, PLAIN
-from dvi.draft.length_policies import FixedLength, GoodputLength, LengthPolicy
+from dvi.decode.speculator import GOODPUT_BUCKETS
+from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
 from dvi.hardware import describe_machine
 from dvi.model.drafter import DrafterConfig
@@ -40,61 +42,33 @@ from trainers import OnlineTrainer
 CONSOLE = Console(stderr=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One arm on one prompt: new tokens, seconds in all, seconds after the first token."""
+    """One arm on one prompt. total_s: seconds in all."""
 
-    token_ids: list[int]
+    answer: ArmAnswer
     total_s: float
-    decode_s: float
 
     @property
     def tokens_per_s(self) -> float:
-        return len(self.token_ids) / self.total_s
+        return len(self.answer.token_ids) / self.total_s
 
     @property
     def decode_tokens_per_s(self) -> float:
-        return len(self.token_ids) / self.decode_s
+        """Without the first step, which is the prompt's."""
+        return len(self.answer.token_ids) / self.answer.decode_s
 
 
-class TokenClock(StoppingCriteria):
-    """Never stops; remembers when Hugging Face finished its first step."""
-
-    def __init__(self) -> None:
-        self.first_s: float | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        if self.first_s is None:
-            self.first_s = time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+def ask(arm: Arm, ids: list[int], speculator: SelfSpeculator) -> Run:
+    (answer,), total_s = timed(arm, [ids], seed=0, device=speculator.split.device)
+    return Run(answer, total_s)
 
 
-def ours(speculator: SelfSpeculator, policy: LengthPolicy, max_new_tokens: int, stats: RoundStats) -> Callable:
-    def run(ids: list[int]) -> Run:
-        start_s = time.perf_counter()
-        params = SamplingParams(max_new_tokens=max_new_tokens)
-        result = next(speculator.generate(ids, params, batch_size=1, policy=policy, keep_transitions=False))
-        stats.add(result.stats)
-        return Run(result.token_ids, time.perf_counter() - start_s, result.stats.decode_s)
-
-    return run
-
-
-def hugging_face(speculator: SelfSpeculator, max_new_tokens: int, **options: object) -> Callable:
-    model, end_ids = speculator.model, sorted(speculator.eos_token_ids) or None
-
-    def run(ids: list[int]) -> Run:
-        clock, start_s = TokenClock(), time.perf_counter()
-        with torch.no_grad():
-            out = model.generate(
-                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
-                eos_token_id=end_ids, max_new_tokens=max_new_tokens,
-                stopping_criteria=StoppingCriteriaList([clock]), **options,
-            )
-        end_s = time.perf_counter()
-        return Run(out[0, len(ids):].tolist(), end_s - start_s, end_s - clock.first_s)
-
-    return run
+def counts(runs: list[Run]) -> RoundStats:
+    total = RoundStats()
+    for run in runs:
+        total.add(run.answer.stats)
+    return total
 
 
 def train(
@@ -135,17 +109,19 @@ def ratio(runs: dict[str, list[Run]], over: str, under: str, *, of: str) -> dict
     return {"ratio": round(found.value, 3), "low": round(found.low, 3), "high": round(found.high, 3)}
 
 
-def compare(arms: dict[str, Callable], prompts: list[list[int]], label: str) -> tuple[dict[str, list[Run]], int]:
+def compare(
+    arms: dict[str, Arm], prompts: list[list[int]], speculator: SelfSpeculator
+) -> tuple[dict[str, list[Run]], int]:
     """Every arm on every prompt, interleaved; prompts whose outputs disagree are dropped and counted."""
     for arm in arms.values():
-        arm(prompts[0])
+        ask(arm, prompts[0], speculator)
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     num_mismatches = 0
     with Progress(console=CONSOLE) as progress:
-        for index, ids in enumerate(progress.track(prompts, description=label)):
+        for index, ids in enumerate(progress.track(prompts, description="comparing")):
             order = list(arms) if index % 2 == 0 else list(arms)[::-1]
-            found = {name: arms[name](ids) for name in order}
-            if len({tuple(run.token_ids) for run in found.values()}) > 1:
+            found = {name: ask(arms[name], ids, speculator) for name in order}
+            if len({tuple(run.answer.token_ids) for run in found.values()}) > 1:
                 num_mismatches += 1
                 continue
             for name, run in found.items():
@@ -210,19 +186,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     report: dict = {"machine": describe_machine(), "args": vars(args)}
 
-    options: dict = {"adapter": args.adapter}
+    source: dict = {"adapter": args.adapter}
     if not args.adapter:
         drafter = DrafterConfig(kind=args.drafter, draft_vocab_size=args.draft_vocab_size)
-        options = {"split_layer": args.split_layer, "drafter": drafter}
-    speculator = SelfSpeculator.from_pretrained(args.model, dtype=args.dtype, **options)
+        source = {"split_layer": args.split_layer, "drafter": drafter}
+    speculator = SelfSpeculator.from_pretrained(args.model, dtype=args.dtype, **source)
     traffic = list(read_prompts([args.prompts], split="traffic"))
     held_out = [speculator.encode(p) for p in read_prompts([args.prompts], split="eval")]
     held_out = [ids[-512:] for ids in held_out][: args.num_prompts]
+    options = ArmOptions(
+        max_new_tokens=args.max_new_tokens, num_draft_tokens=args.num_draft_tokens, tells_decode_s=True
+    )
     if not args.adapter:
-        untrained = RoundStats()
-        for ids in held_out[:16]:
-            ours(speculator, FixedLength(args.num_draft_tokens), args.max_new_tokens, untrained)(ids)
-        report["untrained_mat"] = round(untrained.mean_accepted_tokens, 3)
+        (untrained,) = plans_of_ours(speculator, options, names=["speculative"])
+        arm = untrained.build()
+        untrained_stats = counts([ask(arm, ids, speculator) for ids in held_out[:16]])
+        report["untrained_mat"] = round(untrained_stats.mean_accepted_tokens, 3)
         report["training"] = train(
             speculator, traffic, minutes=args.train_minutes, max_new_tokens=args.max_new_tokens,
             batch_size=args.train_batch_size, settings=args.set,
@@ -232,29 +211,26 @@ def main() -> None:
 
     t = args.num_draft_tokens
     costs = measure_costs(speculator.split, speculator.drafter, buckets=tuple({*GOODPUT_BUCKETS, t}))
-    stats = {name: RoundStats() for name in ("plain", "speculative", "goodput")}
-    early_exit = hugging_face(
-        speculator, args.max_new_tokens, assistant_early_exit=max(speculator.split.split_layer, 1),
+    any_length = dataclasses.replace(options, policy="goodput", num_draft_tokens=GOODPUT_BUCKETS[-1])
+    ours = plans_of_ours(speculator, options, names=["plain", "speculative"])
+    (goodput,) = plans_of_ours(speculator, any_length, names=["speculative"])
+    rivals = rival_plans(
+        speculator.model, speculator.tokenizer, options, split_layer=speculator.split.split_layer,
+        names=["hf_generate", "hf_early_exit"],
     )
-    speculator.model.generation_config.num_assistant_tokens = t
-    speculator.model.generation_config.num_assistant_tokens_schedule = "constant"
-    speculator.model.generation_config.assistant_confidence_threshold = 0.0
-    arms = {
-        "plain": ours(speculator, PLAIN, args.max_new_tokens, stats["plain"]),
-        "speculative": ours(speculator, FixedLength(t), args.max_new_tokens, stats["speculative"]),
-        "goodput": ours(speculator, GoodputLength(GOODPUT_BUCKETS, costs), args.max_new_tokens, stats["goodput"]),
-        "hf_generate": hugging_face(speculator, args.max_new_tokens),
-        "hf_early_exit": early_exit,
-    }
-    counts = layer_calls(speculator.model, lambda: early_exit(held_out[0]))
-    report["early_exit_layer_calls"] = counts
-    runs, report["mismatched_prompts"] = compare(arms, held_out, "comparing")
+    plans = {plan.name: plan for plan in (*ours, dataclasses.replace(goodput, name="goodput"), *rivals)}
+    report["early_exit_layer_calls"] = plans["hf_early_exit"].facts.get("layer_calls")
+    for name, plan in plans.items():
+        if plan.na_reason is not None:
+            CONSOLE.print(f"{name} is left out: {plan.na_reason}")
+    arms = {name: plan.build() for name, plan in plans.items() if plan.na_reason is None}
+    runs, report["mismatched_prompts"] = compare(arms, held_out, speculator)
     report["compared_prompts"] = len(runs["plain"])
 
-    spec = stats["speculative"]
+    spec = counts(runs["speculative"])
     report["mean_accepted_tokens"] = round(spec.mean_accepted_tokens, 3)
     report["acceptance_per_depth"] = [round(a, 3) for a in spec.acceptance_per_depth]
-    report["goodput_mat"] = round(stats["goodput"].mean_accepted_tokens, 3)
+    report["goodput_mat"] = round(counts(runs["goodput"]).mean_accepted_tokens, 3)
     report["tokens_per_s"] = {n: round(statistics.median(r.decode_tokens_per_s for r in runs[n]), 1) for n in runs}
     report["ratios"] = {
         f"{over} / {under}": ratio(runs, over, under, of="decode_tokens_per_s")
@@ -262,6 +238,7 @@ def main() -> None:
             ("plain", "hf_generate"), ("speculative", "plain"), ("goodput", "plain"), ("speculative", "hf_generate"),
             ("goodput", "hf_generate"), ("speculative", "hf_early_exit"),
         )
+        if over in runs and under in runs
     }
     report["ratios_with_prefill"] = {
         f"{over} / {under}": ratio(runs, over, under, of="tokens_per_s")

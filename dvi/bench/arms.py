@@ -41,6 +41,7 @@ class ArmOptions:
     policy            how our arms choose up to T: a name of `dvi.settings.POLICIES`.
     batch_size        the most prompts answered together; the goodput rule measures its costs for as many.
     rule              what our arms that draft verify by.
+    tells_decode_s    rivals too say how long they took after the first step, which costs them a call a step.
     """
 
     max_new_tokens: int = SamplingSettings.max_new_tokens
@@ -49,6 +50,7 @@ class ArmOptions:
     policy: str = "fixed"
     batch_size: int = 1
     rule: VerifyRule = dataclasses.field(default_factory=StrictRule)
+    tells_decode_s: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_draft_tokens <= GOODPUT_BUCKETS[-1]:
@@ -87,7 +89,7 @@ class OurArm:
             policy=self._policy, keep_transitions=False,
         )
         in_order = sorted(results, key=lambda result: result.index)
-        return [ArmAnswer(r.token_ids, r.accept_lengths, r.stats) for r in in_order]
+        return [ArmAnswer(r.token_ids, r.accept_lengths, r.stats, r.stats.decode_s) for r in in_order]
 
 
 def plans_of_ours(

@@ -20,11 +20,13 @@ class ArmAnswer:
     accept_lengths  tokens per target forward, recovered or bonus token included; they sum to len(token_ids).
                     Plain decoding: all 1.
     stats           raw counts of rounds; None for decoders that are not ours.
+    decode_s        seconds after the first step; None of a rival that was not asked to tell: see `ArmOptions`.
     """
 
     token_ids: list[int]
     accept_lengths: list[int]
     stats: RoundStats | None = None
+    decode_s: float | None = None
 
 
 class Arm(Protocol):

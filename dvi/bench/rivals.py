@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -45,12 +46,18 @@ NOT_RUN = (
 
 
 class StepRecorder(StoppingCriteria):
-    """Never stops; remembers the length after each of the target's forwards, of which assisted decoding tells alone."""
+    """Never stops; remembers the length after each of the target's forwards, of which assisted decoding tells alone.
+
+    first_s: clock at the end of the first.
+    """
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
+        self.first_s: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
+        if self.first_s is None:
+            self.first_s = time.perf_counter()
         self.lengths.append(input_ids.shape[1])
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -72,17 +79,21 @@ class HuggingFaceArm:
         padded = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         recorder = StepRecorder()
+        is_recorded = options.tells_decode_s or bool(self._assistance)
         with _lent(self._model, self._settings), _seeded(seed if options.temperature else None, device):
             output_BS = self._model.generate(
                 torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max(limits), **self._assistance,
                 # Counting costs a call a step: without assistance every step gives one token anyway.
-                stopping_criteria=StoppingCriteriaList([recorder] if self._assistance else []),
+                stopping_criteria=StoppingCriteriaList([recorder] if is_recorded else []),
             )
-        answers = [self._cut(row[:limit]) for row, limit in zip(output_BS[:, width:].tolist(), limits, strict=True)]
+            rows = output_BS[:, width:].tolist()
+            decode_s = time.perf_counter() - recorder.first_s if options.tells_decode_s else None
+        answers = [self._cut(row[:limit]) for row, limit in zip(rows, limits, strict=True)]
         if not self._assistance:
-            return [ArmAnswer(token_ids, [1] * len(token_ids)) for token_ids in answers]
-        return [ArmAnswer(ids, _accept_lengths([width, *recorder.lengths], len(ids))) for ids in answers]
+            return [ArmAnswer(token_ids, [1] * len(token_ids), decode_s=decode_s) for token_ids in answers]
+        steps = [width, *recorder.lengths]
+        return [ArmAnswer(ids, _accept_lengths(steps, len(ids)), decode_s=decode_s) for ids in answers]
 
     def _cut(self, token_ids: list[int]) -> list[int]:
         """Up to the first end token, which is kept: what follows is padding, or was accepted beyond the end."""

@@ -5,6 +5,7 @@ Knows arms and questions; knows no files and no other arm, except to say where t
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 
@@ -76,7 +77,8 @@ class ArmTimer:
                 prompt = self._conversation.encode(outcome.question.turns[: turn + 1], texts, room=self.room)
                 outcome.prompts.append(prompt)
             try:
-                answers, wall_time_s = self._time(arm, [o.prompts[-1].token_ids for o in asked], seed + 10**6 * turn)
+                prompts = [o.prompts[-1].token_ids for o in asked]
+                answers, wall_time_s = timed(arm, prompts, seed=seed + 10**6 * turn, device=self._device)
             except Exception as error:  # whatever an arm raises, the other arms and questions go on
                 for outcome in asked:
                     outcome.fail(error)
@@ -84,17 +86,6 @@ class ArmTimer:
             for outcome, answer in zip(asked, answers, strict=True):
                 self._take(outcome, answer, wall_time_s / len(asked))
         return outcomes
-
-    def _time(self, arm: Arm, prompts: list[list[int]], seed: int) -> tuple[list[ArmAnswer], float]:
-        """The answers and the seconds they took together."""
-        _synchronise(self._device)
-        start_s = time.perf_counter()
-        answers = arm.answer(prompts, seed=seed)
-        _synchronise(self._device)
-        wall_time_s = time.perf_counter() - start_s
-        if len(answers) != len(prompts):
-            raise ValueError(f"an arm must answer each of {len(prompts)} prompts, got {len(answers)} answers")
-        return answers, wall_time_s
 
     def _take(self, outcome: Outcome, answer: ArmAnswer, wall_time_s: float) -> None:
         """Counts the answer as the question's next turn, or fails the question where it cannot be counted."""
@@ -113,6 +104,18 @@ class ArmTimer:
         if answer.stats is not None:
             outcome.stats = outcome.stats or RoundStats()
             outcome.stats.add(answer.stats)
+
+
+def timed(arm: Arm, prompts: list[list[int]], *, seed: int, device: torch.device) -> tuple[list[ArmAnswer], float]:
+    """The answers and the seconds they took together. Raises what the arm raises, and ValueError for too few."""
+    _synchronise(device)
+    start_s = time.perf_counter()
+    answers = arm.answer(prompts, seed=seed)
+    _synchronise(device)
+    wall_time_s = time.perf_counter() - start_s
+    if len(answers) != len(prompts):
+        raise ValueError(f"an arm must answer each of {len(prompts)} prompts, got {len(answers)} answers")
+    return answers, wall_time_s
 
 
 def count_tokens(answer: ArmAnswer, *, eos_token_ids: set[int], max_new_tokens: int) -> ArmAnswer:
@@ -135,7 +138,7 @@ def count_tokens(answer: ArmAnswer, *, eos_token_ids: set[int], max_new_tokens: 
             break
         lengths.append(min(length, num_left))
         num_left -= lengths[-1]
-    return ArmAnswer(answer.token_ids[:num_tokens], lengths, answer.stats)
+    return dataclasses.replace(answer, token_ids=answer.token_ids[:num_tokens], accept_lengths=lengths)
 
 
 def first_difference(split: SplitModel, plain: Outcome, other: Outcome) -> FirstDifference | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import dvi.bench.rivals
 from dvi import SelfSpeculator
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.records import ArmAnswer, ArmPlan
@@ -191,6 +195,18 @@ def test_sampled_answers_repeat_with_their_seed_and_leave_the_global_draws_alone
     first, again, other = (arm.answer(PROMPTS[:1], seed=seed)[0].token_ids for seed in (1, 1, 2))
     assert first == again != other
     assert torch.random.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_a_rival_tells_its_seconds_after_the_first_step_when_asked(name, draft_checkpoint, monkeypatch):
+    """Catches a clock that starts with the prompt's own pass, or that every run pays for."""
+    speculator = tiny_speculator()
+    clock = itertools.count()  # read once at the end of the first step and once at the end of all
+    monkeypatch.setattr(dvi.bench.rivals, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for tells, expected in ((True, 1), (False, None)):
+        options = dataclasses.replace(OPTIONS, tells_decode_s=tells)
+        arm = rivals(speculator, options, draft_checkpoint=draft_checkpoint)[name].build()
+        assert arm.answer(PROMPTS[:1], seed=0)[0].decode_s == expected
 
 
 def test_what_cannot_run_says_why():

@@ -129,7 +129,7 @@ def export(
             model or manifest.base_model, revision=manifest.base_revision, dtype=manifest.dtype, adapter=adapter
         )
     if standalone:
-        from dvi.model.adapter_store import export_standalone
+        from dvi.model.standalone_model import export_standalone
 
         export_standalone(
             folder, speculator.drafter, speculator.split, tokenizer=speculator.tokenizer, overwrite=force

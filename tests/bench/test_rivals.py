@@ -16,8 +16,8 @@ from dvi import SelfSpeculator
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.records import ArmAnswer, ArmPlan
 from dvi.bench.rivals import RIVAL_ARMS, _checked_early_exit, layer_calls, rival_plans
-from dvi.model.adapter_store import export_standalone
 from dvi.model.drafter import DrafterConfig
+from dvi.model.standalone_model import export_standalone
 from tests.support.paths import STORIES
 from tests.support.tiny_models import tiny_model
 

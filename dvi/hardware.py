@@ -1,4 +1,4 @@
-"""What a measurement was made on, to be written beside it."""
+"""What a measurement is made on: the machine, to be written beside it, and the device, whose work ends when it ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pathlib import Path
 
 import torch
 import transformers
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when a CUDA device has done all that it was asked; other devices have by then."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, object]:

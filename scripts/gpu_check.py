@@ -29,12 +29,11 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import dvi.decode.batch
 from dvi.bench.arms import ArmOptions, plans_of_ours
-from dvi.bench.guarded import Box, Journal, Part, Skipped, guard, run_parts
+from dvi.bench.guarded import Box, Journal, Part, Skipped, guard, journal_table, run_parts
 from dvi.bench.random_rounds import (
     Rounds,
     Shape,
@@ -43,10 +42,10 @@ from dvi.bench.random_rounds import (
     make_speculator,
     median_s,
     prompts_of,
-    wait,
 )
 from dvi.bench.records import Arm, ArmPlan
 from dvi.bench.rivals import rival_plans
+from dvi.bench.timed_arm import timed
 from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
@@ -95,9 +94,14 @@ def check_machine(asked: Asked, box: Box) -> None:
     box.result("copy", gb_per_s=copy_bandwidth(asked.device) / 1e9)
 
 
+def marked_tests() -> list[str]:
+    """Files of tests that need a GPU: to collect all the others takes a part of the time."""
+    return [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+
+
 def check_tests(asked: Asked, box: Box) -> None:
     asked.need_cuda("the tests marked gpu")
-    marked = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    marked = marked_tests()
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *marked]
     ended = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=max(box.left_s, 1)
@@ -259,13 +263,10 @@ def time_arm(arm_plan: ArmPlan, shape: Shape, num_rows: int, device: torch.devic
 
 def timed_answers(arm: Arm, prompts: list[list[int]], device: torch.device) -> dict[str, float]:
     """Prompts are read in that time too, as whoever asks sees it."""
-    wait(device)
-    start_s = time.perf_counter()
-    answers = arm.answer(prompts, seed=0)
-    wait(device)
+    answers, seconds = timed(arm, prompts, seed=0, device=device)
     num_tokens = sum(len(answer.token_ids) for answer in answers)
     num_rounds = sum(len(answer.accept_lengths) for answer in answers)
-    return {"tokens_per_s": num_tokens / (time.perf_counter() - start_s), "mean_accepted": num_tokens / num_rounds}
+    return {"tokens_per_s": num_tokens / seconds, "mean_accepted": num_tokens / num_rounds}
 
 
 def check_learner(asked: Asked, box: Box) -> None:
@@ -348,18 +349,6 @@ def run_part(check: Callable[[Asked, Box], None], asked: Asked, again: list[str]
     check(asked, box)
 
 
-def results_table(lines: list[dict], *, title: str) -> Table:
-    table = Table("part", "what", "found", title=title)
-    for line in lines:
-        if line["event"] == "result":
-            facts = {k: v for k, v in line.items() if k not in ("part", "event", "name", "tail", "files")}
-            found = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
-            table.add_row(line["part"], line["name"], found)
-        elif line["event"] in ("skipped", "error", "stopped"):
-            table.add_row(line["part"], line["event"].upper(), line.get("reason") or line.get("error"))
-    return table
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -400,7 +389,7 @@ def main() -> int:
     finally:  # also of a run that is ended from outside
         lines = journal.read()[num_before:]
         title = f"{args.device}, {dtype}, {'tiny' if args.tiny else '7B shape'}"
-        Console(stderr=True).print(results_table(lines, title=title))
+        Console(stderr=True).print(journal_table(lines, title=title))
         outcomes = {line["part"]: line["outcome"] for line in lines if line["event"] == "end"}
         print(json.dumps({"command": "gpu_check", "device": args.device, "is_tiny": args.tiny, "parts": outcomes,
                           "results": sum(line["event"] == "result" for line in lines), "file": str(args.output)}))

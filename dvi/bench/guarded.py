@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.table import Table
+
 GRACE = 1.1  # of its time a part is let run over before it is killed: it looks at its clock between steps
 TRACEBACK_LINES = 12
+FOR_THE_FILE = ("tail", "files")  # facts of a result that are too long for a table
 
 
 class Skipped(Exception):
@@ -77,6 +80,19 @@ class Part:
     name: str
     share: float
     run: Callable[[Box], None]
+
+
+def journal_table(lines: list[dict[str, Any]], *, title: str) -> Table:
+    """What the parts have found, and what became of those that did not end well. lines: of `Journal.read`."""
+    table = Table("part", "what", "found", title=title)
+    for line in lines:
+        if line["event"] == "result":
+            facts = {k: v for k, v in line.items() if k not in ("part", "event", "name", *FOR_THE_FILE)}
+            found = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
+            table.add_row(line["part"], line["name"], found)
+        elif line["event"] in ("skipped", "error", "stopped"):
+            table.add_row(line["part"], line["event"].upper(), line.get("reason") or line.get("error"))
+    return table
 
 
 def run_parts(parts: Sequence[Part], journal: Journal, *, total_s: float, say: Callable[[str], None]) -> dict[str, str]:

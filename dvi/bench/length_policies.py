@@ -31,7 +31,7 @@ from dvi.decode.speculator import GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodpu
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.length_policies import LengthPolicy
 from dvi.draft.measure_costs import measure_costs
-from dvi.hardware import describe_machine
+from dvi.hardware import describe_machine, wait_for
 from dvi.inspect.audit import find_divergence, logits_in_blocks
 from dvi.progress import Stage, doing
 from dvi.records import GREEDY_TEMPERATURE, RoundStats, SamplingParams
@@ -231,8 +231,7 @@ class Stream:
                 self._prompts[place % len(self._prompts)], self._settings.sampling(seed=place), request_id=place
             )
             self._batch.admit(sequence)
-        if self._speculator.split.device.type == "cuda":
-            torch.cuda.synchronize(self._speculator.split.device)  # the prefills are not the next round's
+        wait_for(self._speculator.split.device)  # the prefills are not the next round's
 
 
 def _measure(

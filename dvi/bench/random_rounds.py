@@ -20,6 +20,7 @@ from dvi.decode.sampling import SamplingBatch
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength
+from dvi.hardware import wait_for
 from dvi.model.cuda_graph import RoundGraphs
 from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.records import SamplingParams
@@ -75,19 +76,14 @@ def prompts_of(shape: Shape, num_rows: int) -> list[list[int]]:
     return torch.randint(shape.vocab_size, (num_rows, shape.context), generator=generator).tolist()
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def median_s(action: Callable[[], object], device: torch.device, *, repeats: int) -> float:
     """Median seconds after two runs to warm up, the device waited for around each."""
     times = []
     for _ in range(repeats + 2):
-        wait(device)
+        wait_for(device)
         start_s = time.perf_counter()
         action()
-        wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - start_s)
     return statistics.median(times[2:])
 
@@ -148,7 +144,7 @@ class Rounds:
         accepted = (draws < acceptance).long().cumprod(-1).sum(-1).tolist()
         run = self.round(num_draft_tokens)
         run()
-        wait(self.split.device)
+        wait_for(self.split.device)
         start_s, num_tokens = time.perf_counter(), 0.0
         for counts in accepted:
             verified = run()

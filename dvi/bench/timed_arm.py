@@ -15,6 +15,7 @@ from dvi.bench.answers import AnsweredTurn, Detail, FirstDifference
 from dvi.bench.questions import Conversation, Prompt, Question
 from dvi.bench.records import Arm, ArmAnswer
 from dvi.decode.speculator import SelfSpeculator
+from dvi.hardware import wait_for
 from dvi.inspect.audit import logits_in_blocks
 from dvi.model.split import SplitModel
 from dvi.records import RoundStats
@@ -108,10 +109,10 @@ class ArmTimer:
 
 def timed(arm: Arm, prompts: list[list[int]], *, seed: int, device: torch.device) -> tuple[list[ArmAnswer], float]:
     """The answers and the seconds they took together. Raises what the arm raises, and ValueError for too few."""
-    _synchronise(device)
+    wait_for(device)
     start_s = time.perf_counter()
     answers = arm.answer(prompts, seed=seed)
-    _synchronise(device)
+    wait_for(device)
     wall_time_s = time.perf_counter() - start_s
     if len(answers) != len(prompts):
         raise ValueError(f"an arm must answer each of {len(prompts)} prompts, got {len(answers)} answers")
@@ -155,8 +156,3 @@ def first_difference(split: SplitModel, plain: Outcome, other: Outcome) -> First
         plain_token, other_token = (ids[position] if position < len(ids) else None for ids in (plain_ids, other_ids))
         return FirstDifference(turn, position, plain_token, other_token, float(top[0] - top[1]))
     return None
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from dvi.draft.costs import CostTable
+from dvi.hardware import wait_for
 from dvi.model.drafter import Drafter
 from dvi.model.split import SplitModel
 from dvi.progress import shown_as
@@ -59,8 +60,7 @@ def measure_costs(
 def _timed(split: SplitModel, run: Callable[[], object]) -> float:
     start_s = time.perf_counter()
     run()
-    if split.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(split.device)
     return time.perf_counter() - start_s
 
 

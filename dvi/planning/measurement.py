@@ -23,7 +23,7 @@ from dvi.decode.sequence import Sequence as Row
 from dvi.decode.speculator import EXACT_WIDTH, Prompt, SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength
-from dvi.hardware import describe_machine
+from dvi.hardware import describe_machine, wait_for
 from dvi.model.devices import is_tensor_parallel
 from dvi.model.exact import ExactSplit
 from dvi.model.split import SplitModel
@@ -137,8 +137,7 @@ def measure_passes(speculator: SelfSpeculator, split_layer: int, *, budget_s: fl
 def _timed(run: Callable[[], object], device: torch.device) -> float:
     start_s = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - start_s
 
 

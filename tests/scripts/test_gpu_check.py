@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,13 @@ def test_its_results_are_those_of_every_question(tiny_check):
     assert found["learner", "budget 1.0, answer 1"]["num_steps"] > 0
     for arm in ("plain", "hf_generate", "hf_early_exit", "hf_prompt_lookup"):
         assert found["rivals", f"{arm}, 1 rows"]["tokens_per_s"] > 0
+
+
+def test_the_tests_that_need_a_gpu_are_found_where_they_lie():
+    """Catches a device whose tests are not run since they moved: without files pytest would collect them all."""
+    marked = runpy.run_path(str(ROOT / "scripts/gpu_check.py"))["marked_tests"]()
+    assert str(ROOT / "tests/decode/test_verification.py") in marked
+    assert str(ROOT / "tests/decode/test_sampling.py") not in marked
 
 
 def test_one_part_runs_in_its_own_interpreter(tmp_path):

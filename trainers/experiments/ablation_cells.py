@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dvi.decode.speculator import PLAIN, build_speculator
 from dvi.draft.length_policies import FixedLength
-from dvi.hardware import describe_machine
+from dvi.hardware import describe_machine, wait_for
 from dvi.model.drafter import build_drafter
 from dvi.progress import doing, each
 from dvi.records import ReplayBatch, SamplingParams, Transitions, UpdateReport
@@ -231,9 +231,7 @@ class CellRunner:
         return decode_answers(self.speculator, prompts, max_new_tokens=max_new_tokens, doing=label)
 
     def _now_s(self) -> float:
-        device = self.speculator.split.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(self.speculator.split.device)
         return time.perf_counter()
 
 

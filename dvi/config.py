@@ -17,13 +17,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin
 
 import yaml
 
 from dvi.bundled import here_or_bundled
 from dvi.key_names import hint_for, meant_by
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
+from dvi.settings.explained import types_of
 from dvi.software import versions_of
 from dvi.whole_files import write_whole
 
@@ -57,7 +58,20 @@ def load_config(
         else:
             new = _parse_override(override) if isinstance(override, str) else override
             _merge(settings, new, source="the command line", schema=schema)
-    return _validate(settings, schema)
+    return checked(settings, schema)
+
+
+def checked(settings: Mapping[str, Any], schema: type[Schema]) -> Schema:
+    """The settings of these keys and values, whose types and bounds hold. Raises ValueError as `load_config` does."""
+    # Here, not at the top: importing pydantic takes longer than everything else `dvi --help` does.
+    from pydantic import TypeAdapter, ValidationError
+
+    # JSON, because strict validation of Python objects refuses dicts for dataclasses and lists for tuples.
+    document = json.dumps(settings, default=str)
+    try:
+        return TypeAdapter(schema).validate_json(document, strict=True)
+    except ValidationError as error:
+        raise ValueError("\n".join(_describe(entry, schema) for entry in error.errors())) from None
 
 
 def is_yaml(argument: str) -> bool:
@@ -146,7 +160,7 @@ def _merge(settings: dict[str, Any], new: Any, *, source: str, schema: type) -> 
             meant = meant_by(prefix[:-1], schema)
             hint = "" if meant is None else f"; did you mean {meant}={new}?"
             raise ValueError(f"{prefix[:-1] or source} must hold keys: one of {names}; got {new!r}{hint}")
-        hints = _hints(section)
+        hints = types_of(section)
         for name, value in new.items():
             key = f"{prefix}{name}"
             if key in RENAMED:
@@ -172,30 +186,12 @@ def _renamed(key: str, value: Any) -> tuple[str, Any]:
     return name, None if value == no_effect else value
 
 
-def _hints(section: type) -> dict[str, Any]:
-    """Type of each key, in the order of the fields (type hints alone put a base class's last)."""
-    hints = get_type_hints(section)
-    return {entry.name: hints[entry.name] for entry in dataclasses.fields(section)}
-
-
 def _whole_key(key: str, value: Any) -> str:
     """The key as it was written, down to the value: the unknown part of it need not be the last."""
     while isinstance(value, Mapping) and len(value) == 1:
         ((name, value),) = value.items()
         key = f"{key}.{name}"
     return key
-
-
-def _validate(settings: dict[str, Any], schema: type[Schema]) -> Schema:
-    # Here, not at the top: importing pydantic takes longer than everything else `dvi --help` does.
-    from pydantic import TypeAdapter, ValidationError
-
-    # JSON, because strict validation of Python objects refuses dicts for dataclasses and lists for tuples.
-    document = json.dumps(settings, default=str)
-    try:
-        return TypeAdapter(schema).validate_json(document, strict=True)
-    except ValidationError as error:
-        raise ValueError("\n".join(_describe(entry, schema) for entry in error.errors())) from None
 
 
 def _describe(error: Mapping[str, Any], schema: type) -> str:

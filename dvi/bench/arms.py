@@ -25,7 +25,7 @@ from dvi.model.adapter_store import load_drafter
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.exact import ExactSplit
 from dvi.records import SamplingParams
-from dvi.settings import POLICIES, DraftSettings, SamplingSettings
+from dvi.settings import POLICIES, DraftSettings, SamplingSettings, SpecBenchSettings
 
 OUR_ARMS = ("plain", "plain_padded", "speculative", "online", "online_untrained")
 LOSSY_SUFFIX = "_lossy"
@@ -47,8 +47,8 @@ class ArmOptions:
     max_new_tokens: int = SamplingSettings.max_new_tokens
     temperature: float = SamplingSettings.temperature
     num_draft_tokens: int = DraftSettings.num_draft_tokens
-    policy: str = "fixed"
-    batch_size: int = 1
+    policy: str = SpecBenchSettings.policy
+    batch_size: int = SpecBenchSettings.batch_size
     rule: VerifyRule = dataclasses.field(default_factory=StrictRule)
     tells_decode_s: bool = False
 

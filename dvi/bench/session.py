@@ -6,7 +6,6 @@ Knows which piece does what; all work is theirs. Sees training only as a functio
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +17,17 @@ from dvi.bench.harness import load_speed
 from dvi.bench.questions import Conversation, load_questions
 from dvi.bench.report import make_report
 from dvi.bench.rivals import rival_plans
-from dvi.bench.spec_bench import RUN_FILE, BenchSettings, run_spec_bench
+from dvi.bench.spec_bench import RUN_FILE, run_spec_bench
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import make_rule
 from dvi.model.pretrained import read_tokenizer
-from dvi.settings import PaperConfig, VerifySettings
+from dvi.settings import PaperConfig, SpecBenchSettings
 
 ARM_OF_MODE = {"frozen": "speculative", "online": "online", "online_untrained": "online_untrained"}
 
 
-@dataclass(frozen=True)
-class SpecBenchRequest:
-    """What the user asked for.
-
-    modes      keys of ARM_OF_MODE: how the drafter runs. Plain decoding is always there, unpadded; plain_padded adds
-               the same with every pass in one fixed shape.
-    rivals     names of `dvi.bench.rivals.RIVAL_ARMS`.
-    questions  a question file; None is the bundled one.
-    verify     the rule of our arms that draft; one that is lossy is stamped on their names.
-    The rest is as in `BenchSettings`, `Conversation` and `SelfSpeculator.from_pretrained`.
-    """
-
-    model: str
-    adapter: Path | None = None
-    modes: tuple[str, ...] = ("frozen",)
-    rivals: tuple[str, ...] = ()
-    plain_padded: bool = False
-    template: str = "auto"
-    limit: int = 0
-    repetitions: int = 3
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    batch_size: int = 1
-    num_draft_tokens: int = 4
-    policy: str = "fixed"
-    split_layer: int | None = None
-    draft_checkpoint: Path | None = None
-    questions: Path | None = None
-    verify: VerifySettings = field(default_factory=VerifySettings)
-    dtype: str = "auto"
-    device: str = "auto"
-    num_threads: int = 0
-
-
 def run_session(
-    request: SpecBenchRequest, folder: Path, *, make_learner: MakeLearner, console: Console,
+    settings: SpecBenchSettings, folder: Path, *, make_learner: MakeLearner, console: Console,
     spec_bench_dir: Path | None = None, training_length: int | None = None,
 ) -> dict[str, Any]:
     """Runs what was asked into `folder`, going on with what is there, and returns the report's dict.
@@ -71,32 +36,26 @@ def run_session(
     """
     if spec_bench_dir is not None:
         load_speed(spec_bench_dir)  # a folder that is no checkout should not come out after hours of decoding
-    if request.num_threads:
-        torch.set_num_threads(request.num_threads)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
     speculator = SelfSpeculator.from_pretrained(
-        request.model, adapter=request.adapter, split_layer=request.split_layer, dtype=request.dtype,
-        device=request.device, num_draft_tokens=request.num_draft_tokens, policy=request.policy,
+        settings.model, adapter=settings.adapter, split_layer=settings.split_layer, dtype=settings.dtype,
+        device=settings.device, num_draft_tokens=settings.num_draft_tokens, policy=settings.policy,
     )
     options = ArmOptions(
-        max_new_tokens=request.max_new_tokens, temperature=request.temperature, batch_size=request.batch_size,
-        num_draft_tokens=request.num_draft_tokens, policy=request.policy, rule=make_rule(request.verify),
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, batch_size=settings.batch_size,
+        num_draft_tokens=settings.num_draft_tokens, policy=settings.policy, rule=make_rule(settings.verify),
     )
-    names = ["plain", *(["plain_padded"] if request.plain_padded else []), *(ARM_OF_MODE[m] for m in request.modes)]
+    names = ["plain", *(["plain_padded"] if settings.plain_padded else []), *(ARM_OF_MODE[m] for m in settings.modes)]
     plans = plans_of_ours(
-        speculator, options, adapter=request.adapter, make_learner=make_learner, names=names
+        speculator, options, adapter=settings.adapter, make_learner=make_learner, names=names
     ) + rival_plans(
         speculator.model, speculator.tokenizer, options, split_layer=speculator.split.split_layer,
-        draft_checkpoint=request.draft_checkpoint, names=request.rivals,
+        draft_checkpoint=settings.draft_checkpoint, names=settings.rivals,
     )
     run_spec_bench(
-        plans, load_questions(request.questions), Conversation(speculator.tokenizer, request.template),
-        speculator=speculator, folder=folder, console=console,
-        settings=BenchSettings(
-            model=request.model, adapter=request.adapter and str(request.adapter),
-            num_draft_tokens=request.num_draft_tokens, policy=request.policy, limit_per_task=request.limit,
-            max_new_tokens=request.max_new_tokens, temperature=request.temperature, batch_size=request.batch_size,
-            repetitions=request.repetitions,
-        ),
+        plans, load_questions(settings.questions), Conversation(speculator.tokenizer, settings.template),
+        speculator=speculator, folder=folder, settings=settings, console=console,
     )
     return make_report(
         folder, tokenizer=speculator.tokenizer, spec_bench_dir=spec_bench_dir, training_length=training_length,
@@ -122,13 +81,11 @@ def bench_paper(
     config: PaperConfig, adapter: Path, *, make_learner: MakeLearner, console: Console
 ) -> dict[str, Any]:
     """Spec-Bench at the end of `dvi bench paper`, with the drafter in `adapter`, in output.folder/spec_bench."""
-    bench = config.bench
-    request = SpecBenchRequest(
-        model=config.model.path, adapter=adapter, rivals=bench.rivals, template=bench.template, limit=bench.limit,
-        repetitions=bench.repetitions, max_new_tokens=bench.max_new_tokens, temperature=bench.temperature,
-        num_draft_tokens=config.draft.num_draft_tokens, policy=config.draft.policy, dtype=config.model.dtype,
-        device=config.model.device, num_threads=config.model.num_threads,
+    settings = SpecBenchSettings(
+        **vars(config.bench), model=config.model.path, adapter=adapter, num_draft_tokens=config.draft.num_draft_tokens,
+        policy=config.draft.policy, dtype=config.model.dtype, device=config.model.device,
+        num_threads=config.model.num_threads,
     )
     return run_session(
-        request, Path(config.output.folder) / "spec_bench", make_learner=make_learner, console=console
+        settings, Path(config.output.folder) / "spec_bench", make_learner=make_learner, console=console
     )

@@ -13,7 +13,7 @@ import shlex
 import statistics
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dvi.bench.timed_arm import ArmTimer, Outcome, first_difference
 from dvi.decode.speculator import SelfSpeculator
 from dvi.hardware import describe_machine
 from dvi.progress import Stage, doing
-from dvi.records import GREEDY_TEMPERATURE
+from dvi.settings import SpecBenchSettings
 from dvi.whole_files import write_whole
 
 RUN_FILE = "run.json"
@@ -37,39 +37,6 @@ CONDITIONS = {
     "seed": "100,000,000 repetition + 1,000,000 turn + id of the batch's first question, the same for every arm",
     "tokens": "through the first end token, at most max_new_tokens, by one counter for all arms",
 }
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What a run is asked for; a folder holds the run of one such choice.
-
-    model, adapter  as given by the user; num_draft_tokens and policy are those of the speculative arms.
-    limit_per_task  see `select`; 0 takes every question.
-    temperature     0 is greedy.
-    batch_size      questions that are decoded together.
-    warmups         times that each arm answers the first questions before a repetition, unrecorded.
-    """
-
-    model: str
-    adapter: str | None = None
-    num_draft_tokens: int = 4
-    policy: str = "fixed"
-    limit_per_task: int = 0
-    max_new_tokens: int = 1024
-    temperature: float = GREEDY_TEMPERATURE
-    batch_size: int = 1
-    repetitions: int = 3
-    warmups: int = 3
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("batch_size", 1), ("repetitions", 1),
-                            ("warmups", 0)):  # fmt: skip
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == GREEDY_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -95,7 +62,7 @@ class RunSummary:
 
 def run_spec_bench(
     plans: list[ArmPlan], questions: list[Question], conversation: Conversation, *, speculator: SelfSpeculator,
-    folder: str | Path, settings: BenchSettings, console: Console,
+    folder: str | Path, settings: SpecBenchSettings, console: Console,
 ) -> RunSummary:
     """Asks every arm every question, `repetitions` times, and leaves in `folder`:
 
@@ -111,7 +78,7 @@ def run_spec_bench(
     speculator: the model that all arms share, for its end tokens, context and device, and for logit gaps.
     Raises ValueError for plans that cannot make a run, and for a folder that holds a run of other settings.
     """
-    run = _Run(plans, select(questions, settings.limit_per_task), conversation, speculator, Path(folder), settings)
+    run = _Run(plans, select(questions, settings.limit), conversation, speculator, Path(folder), settings)
     run.open()
     num_answers = settings.repetitions * run.num_answers
     console.print(
@@ -131,7 +98,7 @@ class _Run:
 
     def __init__(
         self, plans: list[ArmPlan], questions: list[Question], conversation: Conversation, speculator: SelfSpeculator,
-        folder: Path, settings: BenchSettings,
+        folder: Path, settings: SpecBenchSettings,
     ) -> None:
         names = [plan.name for plan in plans]
         for name in names:
@@ -247,7 +214,7 @@ class _Run:
         asked = json.dumps([[q.question_id, q.category, q.turns] for q in self.questions])
         is_compared = self.settings.is_greedy
         return {
-            "settings": asdict(self.settings), "template": self.template, "dtype": self.dtype,
+            "settings": _asked(self.settings), "template": self.template, "dtype": self.dtype,
             "context": self.timer.context, "room": self.timer.room, "reference": self.running[0].name,
             "arms": [
                 {"name": plan.name, "title": plan.title, "model_id": self._model_id(plan.name),
@@ -321,6 +288,16 @@ def _for_batches(plan: ArmPlan, batch_size: int) -> ArmPlan:
     if plan.na_reason is None and plan.batch_one and batch_size > 1:
         return replace(plan, build=None, na_reason=f"decodes one prompt at a time, batch_size is {batch_size}")
     return plan
+
+
+def _asked(settings: SpecBenchSettings) -> dict[str, Any]:
+    """The settings that run.json keeps, by the names that they have there."""
+    return {
+        "model": settings.model, "adapter": settings.adapter and str(settings.adapter),
+        "num_draft_tokens": settings.num_draft_tokens, "policy": settings.policy, "limit_per_task": settings.limit,
+        "max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature,
+        "batch_size": settings.batch_size, "repetitions": settings.repetitions, "warmups": settings.warmups,
+    }
 
 
 def _identity(description: dict[str, Any]) -> dict[str, Any]:

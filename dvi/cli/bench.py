@@ -6,13 +6,16 @@ down: nothing else under `dvi.bench` knows of it.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dvi.config import load_config
-from dvi.settings import DraftSettings, PaperConfig, Rival, TrainConfig
+from dvi.cli.options import DtypeOption
+from dvi.cli.section_options import listed, options_of, read_options
+from dvi.config import checked, load_config
+from dvi.settings import DraftSettings, ModelSettings, PaperConfig, RuleName, SpecBenchSettings, TrainConfig
 from dvi.signals import SIGNAL_BASE
 from dvi.terminal import finish, make_console, quieten_transformers
 
@@ -22,8 +25,6 @@ if TYPE_CHECKING:
     from dvi.decode.speculator import SelfSpeculator
     from dvi.learner import Learner
 
-RIVALS = get_args(Rival)
-MODES = ("frozen", "online", "online_untrained")
 LENGTH_POLICIES = ("confidence", "goodput", "companion")
 COMPANIONS = ("self", "exit", "model")  # older versions of the drafter need one that learns, and here it is frozen
 
@@ -39,10 +40,6 @@ ConfigArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.lr=1e-4 or model.num_threads=1.")
 ]
-DtypeOption = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "float64"],
-    typer.Option(help="auto: the adapter's; else bfloat16 on GPUs, and on CPUs what decodes faster, measured once."),
-]
 SpecBenchDirOption = Annotated[
     Path | None, typer.Option(help="A Spec-Bench checkout, whose own speed.py is then run too.")
 ]
@@ -52,45 +49,18 @@ TrainingLengthOption = Annotated[
 
 
 @app.command("spec-bench")
+@options_of(SpecBenchSettings, but=("warmups",))
 def spec_bench(
     output: OutputOption,
     model: Annotated[str, typer.Option(help="A folder, a hub name or a .gguf file.")],
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
-    modes: Annotated[
-        str, typer.Option(help=f"How the drafter runs, a list of {', '.join(MODES)}; online learns across questions.")
-    ] = "frozen",
-    rivals: Annotated[str, typer.Option(help=f"A list of {', '.join(RIVALS)}, or all.")] = "",
-    plain_padded: Annotated[
-        bool, typer.Option("--plain-padded", help="Also plain decoding with every pass in one fixed shape.")
-    ] = False,
     overrides: OverridesArgument = None,
-    template: Annotated[
-        Literal["auto", "vicuna", "chat"],
-        typer.Option(help="vicuna: as the harness prompts every model; auto: the model's own chat template if any."),
-    ] = "auto",
-    limit: Annotated[int, typer.Option(help="Questions of each task, 0 takes all 80.")] = 0,
-    repetitions: int = 3,
-    max_new_tokens: int = 1024,
-    temperature: Annotated[float, typer.Option(help="0 is greedy, and then outputs are compared.")] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Questions that are decoded together.")] = 1,
-    num_draft_tokens: Annotated[int, typer.Option(help="The most tokens drafted in a round.")] = (
-        DraftSettings().num_draft_tokens
-    ),
-    policy: Annotated[Literal["auto", "fixed", "confidence", "goodput", "companion"], typer.Option()] = "fixed",
-    split_layer: Annotated[int | None, typer.Option(help="Without an adapter; default one layer in sixteen.")] = None,
-    draft_checkpoint: Annotated[
-        Path | None, typer.Option(help="A draft model for hf_assistant, from dvi export --standalone.")
-    ] = None,
-    questions: Annotated[Path | None, typer.Option(help="Another question.jsonl; default the bundled 480.")] = None,
-    dtype: DtypeOption = "auto",
-    device: str = "auto",
-    num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
     verify_rule: Annotated[
-        Literal["strict", "margin", "typical"] | None,
+        RuleName | None,
         typer.Option(help="What our arms that draft verify by; all but strict, the default, are lossy: stamped so."),
     ] = None,
     spec_bench_dir: SpecBenchDirOption = None,
     training_length: TrainingLengthOption = None,
+    **options: Any,
 ) -> None:
     """Spec-Bench, beside plain decoding and rivals. In its own format, all in one process.
 
@@ -98,20 +68,13 @@ def spec_bench(
     a lossy rule, such as verify.margin_theta=0.84.
     """
     quieten_transformers()
-    from dvi.bench.session import SpecBenchRequest, run_session
+    config = load_config(None, [*(overrides or ()), *([f"verify.rule={verify_rule}"] if verify_rule else ())])
+    asked = {"model": model, "verify": asdict(config.verify)} | read_options(SpecBenchSettings, options)
+    settings = checked(asked, SpecBenchSettings)
+    from dvi.bench.session import run_session
 
-    settings = load_config(None, [*(overrides or ()), *([f"verify.rule={verify_rule}"] if verify_rule else ())])
-    request = SpecBenchRequest(
-        model=model, adapter=adapter, modes=_listed(modes, MODES, "--modes"),
-        rivals=RIVALS if rivals == "all" else _listed(rivals, RIVALS, "--rivals"), plain_padded=plain_padded,
-        template=template, limit=limit,
-        repetitions=repetitions, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
-        num_draft_tokens=num_draft_tokens, policy=policy, split_layer=split_layer, draft_checkpoint=draft_checkpoint,
-        questions=questions, dtype=dtype, device=device, num_threads=num_threads,
-        verify=settings.verify,
-    )
     report = run_session(
-        request, output, make_learner=_learner_maker(settings.train), console=make_console(),
+        settings, output, make_learner=_learner_maker(config.train), console=make_console(),
         spec_bench_dir=spec_bench_dir, training_length=training_length,
     )
     finish("bench spec-bench", **report)
@@ -162,8 +125,8 @@ def lengths(
     ] = 12,
     warmups: Annotated[int, typer.Option(help="Slices before these, in which policies learn; not counted.")] = 4,
     split_layer: Annotated[int | None, typer.Option(help="Without an adapter; default one layer in sixteen.")] = None,
-    dtype: DtypeOption = "auto",
-    device: str = "auto",
+    dtype: DtypeOption = ModelSettings.dtype,
+    device: str = ModelSettings.device,
     num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
 ) -> None:
     """How many tokens to draft. None, a fixed number and the rules that choose, at several batch sizes."""
@@ -172,8 +135,8 @@ def lengths(
 
     settings = LengthSettings(
         model=model, adapter=adapter and str(adapter), prompts=prompts and str(prompts),
-        batch_sizes=tuple(_numbers(batches, "--batches")), policies=_listed(policies, LENGTH_POLICIES, "--policies"),
-        companions=_listed(companions, COMPANIONS, "--companions"), companion_model=companion_model,
+        batch_sizes=tuple(_numbers(batches, "--batches")), policies=listed(policies, LENGTH_POLICIES, "--policies"),
+        companions=listed(companions, COMPANIONS, "--companions"), companion_model=companion_model,
         num_draft_tokens=num_draft_tokens, temperature=temperature, limit=limit, max_new_tokens=max_new_tokens,
         repetitions=repetitions, warmups=warmups, split_layer=split_layer, dtype=dtype, device=device,
         num_threads=num_threads,
@@ -250,7 +213,7 @@ def drift(
 
     found = run_drift(
         _strict_config(config, overrides), streams=list(stream or DEFAULT_STREAMS),
-        variants=list(_listed(variants, VARIANTS, "--variants") or VARIANTS), folder=output, data=data,
+        variants=list(listed(variants, VARIANTS, "--variants") or VARIANTS), folder=output, data=data,
         console=make_console(),
     )
     finish("bench drift", **found)
@@ -316,14 +279,6 @@ def _strict_config(config: Path, overrides: list[str] | None, *, schema: type[Tr
             "measures what a lossy rule does"
         )
     return settings
-
-
-def _listed(text: str, choices: tuple[str, ...], option: str) -> tuple[str, ...]:
-    names = tuple(name for name in text.replace(" ", "").split(",") if name)
-    for name in names:
-        if name not in choices:
-            raise ValueError(f"{option} must list some of {', '.join(choices)}, got {name!r}")
-    return names
 
 
 def _numbers(text: str, option: str, *, kind: type[int] | type[float] = int) -> list[Any]:

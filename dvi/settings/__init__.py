@@ -4,8 +4,9 @@ Each default and each list of choices stands here and nowhere else; a section's 
 of its keys. Knows nothing of files, models or training, and imports nothing heavy. `dvi.config` reads and checks them.
 """
 
-from dvi.settings.bench import BenchSection
+from dvi.settings.bench import BenchSection, SpecBenchSettings
 from dvi.settings.choices import (
+    BENCH_MODES,
     COMPANIONS,
     MODES,
     POLICIES,
@@ -38,6 +39,7 @@ from dvi.settings.verbs import PaperConfig, ServeConfig, TrainConfig, WarmupConf
 
 __all__ = [
     "AUTO_ADAPTER",
+    "BENCH_MODES",
     "COMPANIONS",
     "MACHINE_KEYS",
     "MODES",
@@ -68,6 +70,7 @@ __all__ = [
     "ServeConfig",
     "ServeOutputSettings",
     "ServeSettings",
+    "SpecBenchSettings",
     "TrainConfig",
     "VerifySettings",
     "WarmupConfig",

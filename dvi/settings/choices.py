@@ -29,6 +29,7 @@ SwitchBy = Literal["steps", "acceptance"]
 Strategy = Literal["ddp", "zero1", "zero2"]
 LearnerRole = Literal["shared", "dedicated"]
 TextSource = Literal["answers", "texts"]
+BenchMode = Literal["frozen", "online", "online_untrained"]
 BenchTemplate = Literal["auto", "vicuna", "chat"]
 Rival = Literal["hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle"]
 
@@ -37,4 +38,5 @@ EXACT_DTYPES = ("float32", "float64")  # in which decoding can be exact
 POLICIES: tuple[str, ...] = get_args(PolicyName)
 COMPANIONS: tuple[str, ...] = get_args(CompanionName)
 SWITCHES: tuple[str, ...] = get_args(SwitchBy)
+BENCH_MODES: tuple[str, ...] = get_args(BenchMode)
 RIVALS: tuple[str, ...] = get_args(Rival)

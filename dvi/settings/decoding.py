@@ -42,6 +42,7 @@ class ModelSettings:
                  where they are full; "tensor" every layer over the processes of torchrun; "zero3" too, but only to
                  record texts for a warm-up. See docs/multi_gpu.md.
     path_kind    how the layers are called: "views" (any model), "direct" (lean, Llama-shaped models), "auto" chooses.
+    device       auto, cpu, cuda, cuda:1 ...
     num_threads  CPU threads of torch; 0 leaves its own choice, and to a server all cores but one.
     """
 
@@ -74,6 +75,8 @@ class ModelSettings:
 class DrafterSettings:
     """The trainable part.
 
+    kind              "lora_head" is the paper's.
+    lora_alpha        the head's low-rank correction is scaled by alpha / rank.
     anchor_hidden     width of the anchored and recurrent drafters' MLP.
     draft_vocab_size  the head is trimmed to this many tokens in time: the traffic's most frequent, filled up with the
                       tokenizer's first; 0 keeps all, and so does as many as the model has, or more.
@@ -143,7 +146,16 @@ class VerifySettings:
 
 @dataclass(frozen=True)
 class RequestSettings:
-    """How a request's tokens are chosen and when it stops: keys of `dvi.records.SamplingParams`, its bounds."""
+    """How a request's tokens are chosen and when it stops: keys of `dvi.records.SamplingParams`, its bounds.
+
+    temperature         0 is greedy.
+    top_k               0 keeps every token.
+    top_p               1 keeps every token.
+    min_p               the least share of the likeliest token's probability that stays; 0 keeps every token.
+    repetition_penalty  of tokens in prompt or answer; 1 is off.
+    presence_penalty    of the answer's own tokens; 0 is off.
+    frequency_penalty   the same, as often as each occurs; 0 is off.
+    """
 
     temperature: NonNegative = 0.0
     top_k: Count = 0

@@ -33,8 +33,9 @@ class DataSettings:
     field          what holds the prompt in a row of either; null takes turns, prompt, messages, conversations,
                    instruction or text, the first that is there.
     domains        keep only these domains of `prompts`; empty keeps all.
-    split          keep only these rows of `prompts`.
-    limit          requests of one epoch, 0 takes all.
+    split          keep only these rows of `prompts`; "eval" is held out: measure on it, never train.
+    limit          requests of one epoch, from all files alike; 0 takes all.
+    batch_size     requests that decode together.
     shuffle_seed   null keeps the order of the files.
     template       how a prompt is put to the model: "auto" by its own chat template, or as bare text where it has none;
                    "vicuna" as vicuna_v1.1.
@@ -65,19 +66,23 @@ class LearningSettings:
     """The learning beside serving.
 
     enabled             false serves with the drafter as it is.
-    blocks_per_step     draft blocks in one optimizer step, each of block_len positions; of several ranks together.
+    blocks_per_step     draft blocks in one optimizer step, of several ranks together.
+    block_len           positions of a block.
     rounds_per_step     a step is due every so many rounds, of several ranks together ...
     budget              ... as long as training has taken at most this share of all time; 1 is no limit.
     steps_per_publish   the serving drafter takes over the learner's parameters every so many steps.
     steps_per_canary    the learner is held against its best so far every so many steps.
     learn_from_prompts  also distil on the prompts' own positions, not only on generated text.
-    target_temperature  the verifier's distribution is sharpened (below 1) or flattened by it before it is distilled.
+    target_temperature  the verifier's distribution is sharpened (below 1) or flattened by it before it is distilled:
+                        for greedy traffic only the argmax counts.
     tokens_before_trim  generated tokens to count before the head is trimmed to drafter.draft_vocab_size tokens.
     schedule            preset of the loss weights, see docs/training.md.
-    warmup_steps        optimizer steps of pure KL before the ramp of ramp_steps to the reward terms.
+    warmup_steps        optimizer steps of pure KL before the ramp to the reward terms.
+    ramp_steps          optimizer steps of that ramp; 0 jumps.
     switch_by           the warm-up ends by "steps", or by "acceptance" once it no longer rises.
     normalise_advantage the policy gradient's advantages are divided by their standard deviation in the batch.
-    replay_positions    positions the replay buffer holds, of which reservoir_fraction are a sample of all traffic.
+    replay_positions    positions of experience that the replay buffer holds in memory.
+    reservoir_fraction  share of them that samples all traffic, against forgetting.
     canary_tolerance    the best drafter comes back when acceptance falls below its own by more than this.
     settle_rounds       rounds without a rise in acceptance after which only a tenth of the steps is made; 0: never.
     drift_wakeup        a learner that has settled wakes when acceptance falls, or rises; false: it stays settled.
@@ -176,7 +181,11 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What a run leaves behind, all of it in `folder`. `resume` continues from the newest checkpoint there."""
+    """What a run leaves behind.
+
+    folder  for all of it.
+    resume  continue from the newest checkpoint there.
+    """
 
     folder: str = "runs/online"
     checkpoint_every_s: Positive = 300.0

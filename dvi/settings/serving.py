@@ -15,6 +15,7 @@ from dvi.settings.choices import Count, NonNegative, Port, Positive, PositiveCou
 class ServeSettings:
     """The server: where it listens, who may use it, and how much of it.
 
+    host                      any other than a loopback address needs an API key.
     port                      0 takes a free one.
     model_name                what clients call the model; null is the last part of model.path, which they may also give
                               in full.
@@ -34,10 +35,16 @@ class ServeSettings:
                               that it may choose. See docs/planning.md.
     prefix_cache_positions    cached positions kept of prompts and answers gone by, 0 keeps none.
     max_connections           at once; beyond them only /health is answered, and those that say nothing make way.
-    max_prompt_tokens         null: as many as the model's context holds; max_new_tokens the same.
-    max_stop, max_stop_chars  stop strings of a request (and stop token ids), and the length of each.
-    max_prompts, max_n        prompts in a request, and answers to each.
-    *_timeout_s               since arrival: still queued, without a first token, not ended.
+    max_prompt_tokens         null: as many as the model's context holds.
+    max_new_tokens            the most a request may ask for; null: as the context allows.
+    max_prompts               prompts in one request.
+    max_n                     answers to each.
+    max_stop                  stop strings, and stop token ids, of one request.
+    max_stop_chars            length of a stop string.
+    max_logprobs              likeliest tokens beside the chosen one.
+    queue_timeout_s           since arrival: still in the queue,
+    first_token_timeout_s     without a first token,
+    total_timeout_s           or not ended.
     drain_s                   after SIGTERM, running requests may take so long to end.
     learn_sample_rate         share of the requests that the learner sees.
     trust_remote_code         run Python code that comes with the model.
@@ -80,8 +87,9 @@ class ServeSettings:
 
 @dataclass(frozen=True)
 class ServeOutputSettings:
-    """What a server leaves behind in `folder`; one started on the same folder goes on where the last one stopped.
+    """What a server leaves behind.
 
+    folder       for all of it; a server started on the same folder goes on where the last one stopped.
     save_replay  also store the experience, which is users' text; without it a restarted learner gathers afresh.
     """
 

@@ -15,10 +15,11 @@ from dvi.bench.harness import load_speed, unmodified_figures
 from dvi.bench.questions import Conversation, Question
 from dvi.bench.records import ArmAnswer, ArmPlan
 from dvi.bench.report import compare_with_harness, make_report, read_results, summarise
-from dvi.bench.spec_bench import BenchSettings, run_spec_bench
+from dvi.bench.spec_bench import run_spec_bench
 from dvi.bench.tables import ReportTable, report_tables
 from dvi.decode.speculator import SelfSpeculator
 from dvi.records import RoundStats
+from dvi.settings import SpecBenchSettings
 from tests.support.paths import STORIES
 
 MODEL = STORIES
@@ -112,7 +113,7 @@ def folder(finished, tmp_path) -> Path:
 def make_run(folder: Path, speculator: SelfSpeculator, *arms: ArmPlan) -> Path:
     run_spec_bench(
         list(arms), QUESTIONS, Conversation(speculator.tokenizer), speculator=speculator, folder=folder,
-        settings=BenchSettings(model=str(MODEL), max_new_tokens=16, repetitions=2, warmups=0), console=quiet(),
+        settings=SpecBenchSettings(model=str(MODEL), max_new_tokens=16, repetitions=2, warmups=0), console=quiet(),
     )  # fmt: skip
     for path in folder.rglob("model_answer/*.jsonl"):
         set_clock(path, next(s for name, s in SECONDS.items() if f"-dvi-{name}-" in path.name))

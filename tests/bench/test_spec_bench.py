@@ -12,11 +12,13 @@ from dvi import SamplingParams, SelfSpeculator
 from dvi.bench.answers import DETAILS_FILE, check_answer, read_answers, read_details
 from dvi.bench.questions import Conversation, Question
 from dvi.bench.records import ArmAnswer, ArmPlan
-from dvi.bench.spec_bench import BenchSettings, run_spec_bench
+from dvi.bench.spec_bench import run_spec_bench
 from dvi.bench.timed_arm import count_tokens
+from dvi.config import checked
 from dvi.decode.speculator import PLAIN
 from dvi.draft.length_policies import FixedLength
 from dvi.records import RoundStats
+from dvi.settings import SpecBenchSettings
 
 EOS = 2
 QUESTIONS = [
@@ -95,7 +97,7 @@ def plan(name, log=None, arm=Canned, **options):
 
 def settings(**changes):
     defaults = {"model": "tests/stories260k", "max_new_tokens": 12, "repetitions": 1, "warmups": 0}
-    return BenchSettings(**(defaults | changes))
+    return SpecBenchSettings(**(defaults | changes))
 
 
 @pytest.fixture
@@ -485,13 +487,13 @@ def test_plans_that_make_no_run_are_refused(run):
         run(plan("A/b"))
     with pytest.raises(ValueError, match="needs an arm that can run here, got hf: no checkpoint"):
         run(plan("hf", na_reason="no checkpoint"))
-    with pytest.raises(ValueError, match="repetitions must be >= 1, got 0"):
-        settings(repetitions=0)
+    with pytest.raises(ValueError, match="repetitions must be greater than or equal to 1, got 0; the default is 3"):
+        checked({"repetitions": 0}, SpecBenchSettings)
 
 
 def test_a_limit_per_task_is_met_by_the_run(run):
     """Catches a setting that is written down and not followed."""
-    assert run(plan("plain"), limit_per_task=1).num_questions == 3
+    assert run(plan("plain"), limit=1).num_questions == 3
 
 
 def test_counts_of_rounds_are_summed_over_the_turns(run, tmp_path):

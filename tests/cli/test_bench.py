@@ -8,8 +8,8 @@ import pytest
 
 from dvi.bench.rivals import RIVAL_ARMS
 from dvi.bench.session import ARM_OF_MODE
-from dvi.cli.bench import MODES, RIVALS
 from dvi.decode.speculator import SelfSpeculator
+from dvi.settings import BENCH_MODES, RIVALS
 from tests.cli.test_main import STORIES, dvi_command
 from tests.support.exact_doubles import self_check_left_out
 
@@ -64,7 +64,7 @@ def test_report_of_a_finished_run_is_the_same_again(finished_run):
 
 def test_every_mode_and_rival_that_the_help_names_exists():
     """Catches a list in the help that the arms do not know."""
-    assert set(MODES) == set(ARM_OF_MODE) and set(RIVALS) == set(RIVAL_ARMS)
+    assert set(BENCH_MODES) == set(ARM_OF_MODE) and set(RIVALS) == set(RIVAL_ARMS)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich.console import Console
 from dvi.bench.arms import ArmOptions, plans_of_ours
 from dvi.bench.questions import Conversation, Question
 from dvi.bench.report import make_report
-from dvi.bench.spec_bench import BenchSettings, run_spec_bench
+from dvi.bench.spec_bench import run_spec_bench
 from dvi.config import load_config
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import MarginRule, StrictRule
@@ -26,6 +26,7 @@ from dvi.serving.metrics import dashboard
 from dvi.serving.metrics.figures import Figures
 from dvi.serving.metrics.prometheus import exposition
 from dvi.serving.metrics.terminal_view import show
+from dvi.settings import SpecBenchSettings
 from dvi.telemetry import read_metrics
 from tests.cli.test_main import dvi_command
 from tests.support.random_traffic import serving, stretch, trainer_of
@@ -167,7 +168,7 @@ def test_a_lossy_arm_is_stamped_everywhere_and_compared_with_nobody(tmp_path, sp
     run_spec_bench(
         plans, [Question(1, "writing", ("Tell me of a dog.",)), Question(2, "qa", ("Who was Lily?",))],
         Conversation(speculator.tokenizer), speculator=speculator, folder=tmp_path, console=quiet(),
-        settings=BenchSettings(model=STORIES, max_new_tokens=24, repetitions=1, warmups=0),
+        settings=SpecBenchSettings(model=STORIES, max_new_tokens=24, repetitions=1, warmups=0),
     )  # fmt: skip
     report = make_report(tmp_path, tokenizer=speculator.tokenizer, console=Console(width=200))
     arm = next(arm for arm in report["arms"] if arm["name"] == "speculative_lossy")

@@ -510,3 +510,13 @@ def test_counts_of_rounds_are_summed_over_the_turns(run, tmp_path):
     assert (found.num_rounds, found.num_drafted, found.num_accepted) == (2, 6, 4)
     assert (found.drafted_per_depth, found.accepted_per_depth) == ([2, 2, 2], [2, 2, 0])
     assert details(tmp_path, "hf")[0].num_rounds is None
+
+
+def test_run_json_keeps_the_names_that_earlier_folders_have(run, tmp_path):
+    """Catches a renamed setting: no folder that was begun before could be gone on with."""
+    run(plan("plain"), limit=1)
+    kept = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["settings"]
+    assert kept == {
+        "model": "tests/stories260k", "adapter": None, "num_draft_tokens": 4, "policy": "fixed", "limit_per_task": 1,
+        "max_new_tokens": 12, "temperature": 0.0, "batch_size": 1, "repetitions": 1, "warmups": 0,
+    }  # fmt: skip

@@ -29,7 +29,7 @@ from dvi.bench.rivals import rival_plans
 from dvi.bench.statistics import median_interval
 from dvi.bench.timed_arm import timed
 from dvi.config import load_config
-from dvi.decode.speculator import GOODPUT_BUCKETS
+from dvi.draft.catalogue import GOODPUT_BUCKETS
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
 from dvi.hardware import describe_machine

@@ -6,7 +6,6 @@ runs the benchmark passes in what makes a learner.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,11 +14,10 @@ import torch
 from torch import nn
 
 from dvi.bench.records import Arm, ArmAnswer, ArmPlan
-from dvi.decode.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodput_buckets
+from dvi.decode.speculator import EXACT_WIDTH, PLAIN, SelfSpeculator
 from dvi.decode.verification import StrictRule, VerifyRule
-from dvi.draft.costs import CostTable
+from dvi.draft.catalogue import GOODPUT_BUCKETS
 from dvi.draft.length_policies import LengthPolicy
-from dvi.draft.measure_costs import measure_costs
 from dvi.learner import Learner
 from dvi.model.adapter_store import load_drafter
 from dvi.model.drafter import DrafterConfig, build_drafter
@@ -119,9 +117,14 @@ def plans_of_ours(
         name: str, title: str, make_drafter: Callable[[], nn.Module], *, is_learning: bool, **other_facts: object
     ) -> ArmPlan:
         def build() -> Arm:
-            twin = _twin(speculator, drafter=make_drafter(), rule=options.rule)
+            twin = speculator.afresh(
+                drafter=make_drafter(), rule=options.rule, policy=options.policy,
+                num_draft_tokens=options.num_draft_tokens,
+            )
             learner = make_learner(twin) if is_learning else None
-            return OurArm(twin, _length_policy(twin, options), options, learner=learner)
+            # A rule of the arm's own, its costs measured now: the twin would measure at the first answer.
+            policy = twin.choose_policy([options.sampling(seed=0)], options.batch_size)
+            return OurArm(twin, policy, options, learner=learner)
 
         found = ArmPlan(
             name + suffix, f"{title}, {label}", build, is_learning=is_learning, is_lossy=is_lossy,
@@ -132,7 +135,7 @@ def plans_of_ours(
         return found
 
     makers: dict[str, Callable[[], ArmPlan]] = {
-        "plain": lambda: ArmPlan("plain", "DVI plain", lambda: OurArm(_twin(speculator), PLAIN, options)),
+        "plain": lambda: ArmPlan("plain", "DVI plain", lambda: OurArm(speculator.afresh(), PLAIN, options)),
         "plain_padded": lambda: _padded_plan(speculator, options),
         "speculative": lambda: plan("speculative", "DVI speculative", lambda: drafter, is_learning=False),
         "online": lambda: plan("online", "DVI online", lambda: _copy(drafter, speculator), is_learning=True),
@@ -157,18 +160,10 @@ def _padded_plan(speculator: SelfSpeculator, options: ArmOptions) -> ArmPlan:
     """Plain decoding with every pass in one fixed shape, where the machine allows it."""
     title = f"DVI plain, passes padded to {EXACT_WIDTH} positions"
     try:
-        padded = _twin(speculator, passes=ExactSplit(speculator.split, width=EXACT_WIDTH), mode="exact")
+        padded = speculator.afresh(passes=ExactSplit(speculator.split, width=EXACT_WIDTH), mode="exact")
     except ValueError as refusal:
         return ArmPlan("plain_padded", title, None, na_reason=str(refusal))
     return ArmPlan("plain_padded", title, lambda: OurArm(padded, PLAIN, options), facts={"width": EXACT_WIDTH})
-
-
-def _twin(speculator: SelfSpeculator, **changed: object) -> SelfSpeculator:
-    """The speculator with other attributes. A second SplitModel would hold the weights a second time."""
-    twin = copy.copy(speculator)
-    for name, value in changed.items():
-        setattr(twin, name, value)
-    return twin
 
 
 def _copy(drafter: nn.Module, speculator: SelfSpeculator) -> nn.Module:
@@ -187,15 +182,3 @@ def _untrained(config: DrafterConfig, speculator: SelfSpeculator) -> nn.Module:
         drafter = build_drafter(speculator.split, config).requires_grad_(False)
     drafter.publish(drafter, version=0)
     return drafter
-
-
-def _length_policy(speculator: SelfSpeculator, options: ArmOptions) -> LengthPolicy:
-    """A rule of the arm's own, its costs measured now: the speculator's own rule would measure at the first answer."""
-    name = "fixed" if options.policy == "auto" and options.temperature > 0 else options.policy
-
-    def costs() -> CostTable:
-        rows = tuple(sorted({r for r in (1, 2, 4, 8, 16) if r < options.batch_size} | {options.batch_size}))
-        buckets = goodput_buckets(options.num_draft_tokens)
-        return measure_costs(speculator.passes, speculator.drafter, buckets=buckets, rows=rows)
-
-    return speculator.new_policy(name, options.num_draft_tokens, costs=costs)

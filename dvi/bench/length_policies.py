@@ -9,7 +9,6 @@ out between two rounds is in it, prefills are not. A policy that learns goes on 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import shlex
@@ -26,8 +25,8 @@ from torch import Tensor
 
 from dvi.bench.length_report import FIXED, PLAIN_DECODING, Line, make_report
 from dvi.bench.questions import BUNDLED_QUESTIONS
-from dvi.decode.batch import DecodingBatch
-from dvi.decode.speculator import GOODPUT_BUCKETS, PLAIN, SelfSpeculator, goodput_buckets
+from dvi.decode.speculator import PLAIN, SelfSpeculator
+from dvi.draft.catalogue import GOODPUT_BUCKETS, goodput_buckets
 from dvi.draft.companion_length import CompanionLength
 from dvi.draft.length_policies import LengthPolicy
 from dvi.draft.measure_costs import measure_costs
@@ -173,8 +172,7 @@ def make_policies(
     policies: dict[str, LengthPolicy] = {PLAIN_DECODING: PLAIN}
     for name in (FIXED, *settings.policies):
         for kind in settings.companions if name == "companion" else (None,):
-            twin = copy.copy(speculator)
-            twin.companion = kind
+            twin = speculator.afresh(companion=kind)
             shown = name if kind is None else f"{name}:{kind}"
             policies[shown] = twin.new_policy(name, settings.num_draft_tokens, costs=lambda: measured)
     return policies
@@ -196,10 +194,7 @@ class Stream:
         self._speculator, self._prompts, self._settings = speculator, prompts, settings
         self._places = itertools.count(first)
         self._tokens_ahead = 0  # tokens beyond the slices that were asked for: a round gives several
-        self._batch = DecodingBatch(
-            speculator.passes, speculator.drafter, max_rows=batch_size, capacity=0, policy=policy,
-            rule=speculator.rule, wants_transitions=False,
-        )
+        self._batch = speculator.open_batch(max_rows=batch_size, policy=policy, wants_transitions=False)
 
     def decode(self, num_tokens: int) -> RoundStats:
         """Counts of a slice of so many tokens, those that the last one had too many included; decode_s is of rounds.

@@ -36,7 +36,8 @@ from dvi.settings import (
 from dvi.terminal import FOUND_WRONG, finish, make_console, quieten_transformers, say
 
 if TYPE_CHECKING:
-    from dvi.decode.speculator import Prompt, SelfSpeculator
+    from dvi.decode.prompts import Prompt
+    from dvi.decode.speculator import SelfSpeculator
     from dvi.decode.verification import VerifyRule
 
 _SAMPLING, _DRAFT, _DRAFTER, _VERIFY = SamplingSettings(), DraftSettings(), DrafterSettings(), VerifySettings()

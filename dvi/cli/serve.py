@@ -67,7 +67,7 @@ def serve(
 
             speculator, learner = build_serving(launch.config, launch.peers)
         else:
-            from dvi.decode.speculator import build_speculator
+            from dvi.decode.construction import build_speculator
 
             speculator, learner = build_speculator(launch.config), None
         loop = build_loop(settings, speculator, learner)

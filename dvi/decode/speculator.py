@@ -8,42 +8,35 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dvi.decode.batch import PREFILL_CHUNK, DecodingBatch
-from dvi.decode.precision import choose_dtype, settle_dtype
+from dvi.decode.generation import Begun, Generation
+from dvi.decode.precision import choose_dtype
+from dvi.decode.prompts import Prompt, PromptEncoder, is_one_prompt
 from dvi.decode.sequence import Sequence
-from dvi.decode.text import TextStream, check_token_ids
-from dvi.decode.verification import StrictRule, VerifyRule, make_rule
-from dvi.draft.companion_length import CompanionLength
-from dvi.draft.companion_model import ModelCompanion, load_companion
-from dvi.draft.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
+from dvi.decode.text import TextStream
+from dvi.decode.verification import StrictRule, VerifyRule
+from dvi.draft.catalogue import GOODPUT_BUCKETS, goodput_buckets, make_companion, make_policy
+from dvi.draft.companion_model import load_companion
+from dvi.draft.companions import Companion
 from dvi.draft.costs import CostTable
-from dvi.draft.length_policies import ConfidenceStop, FixedLength, GoodputLength, LengthPolicy
+from dvi.draft.length_policies import FixedLength, LengthPolicy
 from dvi.draft.measure_costs import measure_costs
 from dvi.learner import Learner
-from dvi.model.adapter_store import load_drafter, read_manifest, save_drafter
-from dvi.model.chat_templates import VICUNA_TEMPLATE, render_chat
-from dvi.model.context import max_positions_of, why_shorter
-from dvi.model.devices import (
-    NOT_TIMED,
-    TIMED_POLICIES,
-    check_ranks_agree,
-    check_settings,
-    is_tensor_parallel,
-    load_model,
-)
-from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.adapter_store import save_drafter
+from dvi.model.devices import NOT_TIMED, TIMED_POLICIES, check_lock_step, is_tensor_parallel, load_model
+from dvi.model.drafter import DrafterConfig
 from dvi.model.end_tokens import end_token_ids
 from dvi.model.exact import ExactSplit
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
+from dvi.model.starting_drafter import choose_split_layer, make_drafter
 from dvi.progress import shown_as
 from dvi.records import GenerationResult, SamplingParams
 from dvi.seeds import AnswerSeeds, Seeds, prompt_seed
@@ -55,18 +48,10 @@ from dvi.settings import (
     DraftSettings,
     LearningSettings,
     ModelSettings,
-    ServeConfig,
-    TrainConfig,
-    WarmupConfig,
     check_companion,
 )
-from dvi.traffic import Messages, as_text, why_no_text
+from dvi.traffic import Messages
 
-_LOG = logging.getLogger(__name__)
-
-Prompt = str | list[int] | list[dict[str, str]]
-
-GOODPUT_BUCKETS = (1, 2, 3, 4, 6, 8)
 # 12: GOODPUT_BUCKETS[-1] + 1, room for the longest draft of every policy, and up to a multiple of 4. With 9 rows some
 # float64 matrix products on CPUs treat the last row differently from the others, and the self-check refuses.
 EXACT_WIDTH = 12
@@ -197,10 +182,15 @@ class SelfSpeculator:
             **options,
         )
 
-    def afresh(self, *, rule: VerifyRule) -> SelfSpeculator:
-        """The same model and drafter by this rule, with length rules that have learnt nothing yet."""
+    def afresh(self, **changed: object) -> SelfSpeculator:
+        """The same with other attributes, and with length rules that have learnt nothing yet.
+
+        The model and its split are shared: a second SplitModel would hold the weights a second time.
+        """
         other = copy.copy(self)
-        other.rule, other._policies = rule, {}
+        other._policies = {}
+        for name, value in changed.items():
+            setattr(other, name, value)
         return other
 
     def encode(self, prompt: Prompt, *, max_tokens: int | None = None) -> list[int]:
@@ -208,47 +198,18 @@ class SelfSpeculator:
 
         max_tokens: a longer prompt loses its beginning; by default it is refused when it fills the model's context.
         """
-        if isinstance(prompt, str):
-            _check_characters(prompt, "the text")
-            ids = self._need_tokenizer("text prompts")(prompt)["input_ids"]
-        elif prompt and isinstance(prompt[0], dict):
-            tokenizer = self._need_tokenizer("chat messages")
-            if tokenizer.chat_template is None:
-                raise ValueError("this model has no chat template; give the prompt as text")
-            for index, message in enumerate(prompt):
-                _check_characters(message.get("content"), f"messages[{index}].content")
-            text = render_chat(tokenizer, prompt)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = list(prompt)
-        limit = self.max_positions
-        if not ids:
-            raise ValueError("a prompt must hold at least 1 token, got an empty one")
-        check_token_ids(ids, num_known=self.split.num_input_ids, tokenizer=self.tokenizer)
-        if max_tokens is not None:
-            ids = ids[-max_tokens:]
-        if len(ids) >= limit:
-            reason = why_shorter(self.model.config.get_text_config())
-            because = "" if reason is None else f": {reason}"
-            raise ValueError(
-                f"a prompt must be shorter than the model's context of {limit} tokens, got {len(ids)}{because}"
-            )
-        return ids
+        return self._prompts.encode(prompt, max_tokens=max_tokens)
 
     def encode_request(self, messages: Messages, *, max_new_tokens: int) -> tuple[list[int], bool]:
         """Token ids of chat messages with room for an answer, and whether they lost their beginning for it.
 
         Without a chat template the messages' bare text. Raises ValueError when the answer alone fills the context.
         """
-        room = self.max_positions - max_new_tokens - 1
-        if room < 1:
-            raise ValueError(
-                f"max_new_tokens, of answers and of eval, must be at most {self.max_positions - 2} for the model's "
-                f"context of {self.max_positions}, got {max_new_tokens}; try {self.max_positions // 2}"
-            )
-        prompt = messages if self._need_tokenizer("chat messages").chat_template is not None else as_text(messages)
-        ids = self.encode(prompt, max_tokens=room + 1)  # one more tells a longer prompt from one that fits
-        return ids[-room:], len(ids) > room
+        return self._prompts.encode_request(messages, max_new_tokens=max_new_tokens)
+
+    @property
+    def _prompts(self) -> PromptEncoder:
+        return PromptEncoder(self.tokenizer, self.model.config.get_text_config(), self.split.num_input_ids)
 
     @property
     def level(self) -> str:
@@ -258,12 +219,7 @@ class SelfSpeculator:
     @property
     def max_positions(self) -> int:
         """The model's context, prompt and answer together; less where `dvi.model.context` says why."""
-        return max_positions_of(self.model.config.get_text_config())
-
-    def _need_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise ValueError(f"{what} need a tokenizer; give token ids")
-        return self.tokenizer
+        return self._prompts.max_positions
 
     def generate(
         self,
@@ -294,7 +250,7 @@ class SelfSpeculator:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        if _is_one_prompt(prompts):
+        if is_one_prompt(prompts):
             prompts = [prompts]
         if isinstance(params, list):
             if not hasattr(prompts, "__len__") or len(prompts) != len(params):
@@ -307,96 +263,56 @@ class SelfSpeculator:
             pairs = ((prompt, shared) for prompt in prompts)
             seeds = seeds or AnswerSeeds(shared.seed)
         if any(one.stop_strings for one in representative):
-            self._need_tokenizer("stop strings")
+            self._prompts.need_tokenizer("stop strings")
         if isinstance(prompts, list):
-            pairs = list(zip(self._encode_all(prompts), [one for _, one in pairs], strict=True))
-        batch = DecodingBatch(
-            self.passes, self.drafter, max_rows=batch_size, capacity=0, rule=self.rule,
-            policy=policy or self._choose_policy(representative, batch_size),
+            pairs = list(zip(self._prompts.encode_all(prompts), [one for _, one in pairs], strict=True))
+        batch = self.open_batch(
+            max_rows=batch_size, policy=policy or self.choose_policy(representative, batch_size),
             wants_transitions=learner is not None or keep_transitions,
-            prefill_chunk=EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK,
         )
-        return self._run(batch, pairs, learner, seeds)
 
-    def _run(
-        self, batch: DecodingBatch, pairs: Iterable[tuple[Prompt, SamplingParams]], learner: Learner | None,
-        seeds: Seeds | None,
-    ) -> Iterator[GenerationResult]:
-        waiting = enumerate(pairs)
-        running: dict[int, tuple[int, TextStream | None, list]] = {}
-        is_exhausted = False
-        while True:
-            while batch.has_room and not is_exhausted:
-                item = next(waiting, None)
-                if item is None:
-                    is_exhausted = True
-                    break
-                index, (prompt, params) = item
-                sequence = None
-                try:
-                    prompt_ids = self.encode(prompt)
-                    if seeds is not None:
-                        params = dataclasses.replace(params, seed=seeds(index, prompt_ids))
-                    sequence, stream = self.new_sequence(prompt_ids, params)
-                    experience = batch.admit(sequence)
-                except Exception as error:
-                    yield self._failed(error, index, sequence, batch)
-                    continue
-                running[sequence.request_id] = (index, stream, [])
-                self._teach(experience, learner, running)
-            if not batch.sequences:
-                return
-            try:
-                transitions = batch.round()
-            except Exception as error:
-                if self._is_lock_step:  # the other ranks have computed it, or wait
-                    raise
-                batch.newest.fail(error)
-            else:
-                self._teach(transitions, learner, running)
-            if learner is not None:
-                learner.step_if_due()
-            for sequence in batch.take_finished():
-                yield self._result(sequence, *running.pop(sequence.request_id))
+        def begin(request_id: int, index: int, pair: tuple[Prompt, SamplingParams]) -> Begun:
+            prompt, params = pair
+            prompt_ids = self.encode(prompt)
+            if seeds is not None:
+                params = dataclasses.replace(params, seed=seeds(index, prompt_ids))
+            return self.new_sequence(prompt_ids, params, request_id=request_id)
 
-    def _encode_all(self, prompts: list[Prompt]) -> Iterator[list[int]]:
-        for index, prompt in enumerate(prompts):
-            try:
-                yield self.encode(prompt)
-            except ValueError as error:
-                where = getattr(prompt, "where", "") or (f"prompts[{index}]" if len(prompts) > 1 else "")
-                raise ValueError(f"{where}: {error}" if where else str(error)) from error
+        return self._generation(batch, learner).results(pairs, begin)
 
-    def _failed(
-        self, error: Exception, index: int, sequence: Sequence | None, batch: DecodingBatch
-    ) -> GenerationResult:
-        """The result of a request that did not come to decode. In lock-step the error itself: all ranks have it."""
-        if self._is_lock_step:
-            raise error
-        if sequence is None:
-            sequence = Sequence(next(self._request_ids), [], SamplingParams(), lambda _: None, 0)
-        sequence.fail(error)
-        if sequence in batch.prefilling:
-            batch.remove(sequence)
-        return self._result(sequence, index, None, [])
+    def open_batch(
+        self, *, max_rows: int, policy: LengthPolicy, wants_transitions: bool, drafter: nn.Module | None = None,
+        capacity: int = 0,
+    ) -> DecodingBatch:
+        """An empty batch that decodes in this speculator's mode and by its rule; the arguments are `DecodingBatch`'s.
 
-    def _teach(self, transitions: list, learner: Learner | None, running: dict) -> None:
-        if learner is not None:
-            learner.observe(transitions)
-        else:
-            for stretch in transitions:
-                running[stretch.request_id][2].append(stretch)
+        drafter: another one than the speculator's own.
+        """
+        return DecodingBatch(
+            self.passes, self.drafter if drafter is None else drafter, max_rows=max_rows, capacity=capacity,
+            policy=policy, rule=self.rule, wants_transitions=wants_transitions, prefill_chunk=self.prefill_chunk,
+        )
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Positions of one prefill pass: in exact mode no pass is wider than any other."""
+        return EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK
+
+    def _generation(self, batch: DecodingBatch, learner: Learner | None) -> Generation:
+        return Generation(
+            batch, request_ids=self._request_ids, learner=learner, level=self.level, is_lock_step=self._is_lock_step
+        )
 
     def new_sequence(
         self, prompt_ids: list[int], params: SamplingParams, *, request_id: int | None = None, **options: object
-    ) -> tuple[Sequence, TextStream | None]:
+    ) -> Begun:
         """A sequence that ends where the params, the model's own end tokens or its context say, and its text.
 
         It draws with `prompt_seed`, a function of the params' seed and the prompt, wherever it is decoded.
         options: other fields of `Sequence`. Raises ValueError for stop strings without a tokenizer.
         """
         if params.stop_strings:
-            self._need_tokenizer("stop strings")
+            self._prompts.need_tokenizer("stop strings")
         stream = None
         if self.tokenizer is not None:
             stream = TextStream(self.tokenizer, stop_strings=params.stop_strings)
@@ -417,19 +333,6 @@ class SelfSpeculator:
         """The ids that end a text, see `dvi.model.end_tokens`."""
         return set(end_token_ids(self.model, self.tokenizer))
 
-    def _result(self, sequence: Sequence, index: int, stream: TextStream | None, kept: list) -> GenerationResult:
-        if sequence.error is not None:
-            _LOG.error("request %d failed: %s", index, sequence.error, exc_info=sequence.error)
-        elif stream is not None:
-            stream.close()
-        return GenerationResult(
-            index=index, request_id=sequence.request_id, text="" if stream is None else stream.text,
-            token_ids=sequence.token_ids, finish_reason=sequence.finish_reason, stats=sequence.stats,
-            drafter_version=self.drafter.version, level=self.level,
-            accept_lengths=sequence.kept_per_round, transitions=kept,
-            error=None if sequence.error is None else str(sequence.error) or type(sequence.error).__name__,
-        )
-
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, learner: Learner | None = None
     ) -> Generator[str, None, GenerationResult]:
@@ -439,33 +342,13 @@ class SelfSpeculator:
         """
         params = params or SamplingParams()
         sequence, text = self.new_sequence(self.encode(prompt), params)
-        self._need_tokenizer("streamed text")
-        batch = DecodingBatch(
-            self.passes, self.drafter, max_rows=1, capacity=0, policy=self._choose_policy([params], 1), rule=self.rule,
-            wants_transitions=learner is not None,
-            prefill_chunk=EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK,
+        self._prompts.need_tokenizer("streamed text")
+        batch = self.open_batch(
+            max_rows=1, policy=self.choose_policy([params], 1), wants_transitions=learner is not None
         )
+        return self._generation(batch, learner).pieces(sequence, text)
 
-        def pieces() -> Generator[str, None, GenerationResult]:
-            experience = batch.admit(sequence)
-            while True:
-                if learner is not None:
-                    learner.observe(experience)
-                    learner.step_if_due()
-                if sequence.finish_reason is not None:
-                    break
-                experience = batch.round()
-                if piece := text.read():
-                    yield piece
-            text.close()
-            if piece := text.read(is_final=True):
-                yield piece
-            batch.take_finished()
-            return self._result(sequence, 0, text, [])
-
-        return pieces()
-
-    def _choose_policy(self, params: list[SamplingParams], batch_size: int) -> LengthPolicy:
+    def choose_policy(self, params: list[SamplingParams], batch_size: int) -> LengthPolicy:
         """The draft-length rule. "auto" is the goodput rule only where tokens cannot depend on the lengths it picks:
         a seeded sample should not change with the machine's speed, and ranks in lock-step must pick the same."""
         name = self.policy if self.num_draft_tokens else "fixed"
@@ -484,129 +367,25 @@ class SelfSpeculator:
         return self._policies[name, batch_size]
 
     def new_policy(self, name: str, num_draft_tokens: int, *, costs: Callable[[], CostTable]) -> LengthPolicy:
-        """A draft-length rule by its name, which has learnt nothing yet.
-
-        name: of POLICIES; "auto" is goodput here: whoever knows better does not ask for it.
-        costs: of a round's parts on this machine, asked for by the rules that weigh them, goodput and companion.
-        """
-        buckets = goodput_buckets(num_draft_tokens)
-        makers: dict[str, Callable[[], LengthPolicy]] = {
-            "fixed": lambda: FixedLength(num_draft_tokens),
-            "confidence": lambda: ConfidenceStop(num_draft_tokens, threshold=self.confidence_threshold),
-            "goodput": lambda: GoodputLength(buckets, costs()),
-            "companion": lambda: CompanionLength(
-                buckets, costs(), self.new_companion(), is_on_cpu=self.split.device.type == "cpu",
-                can_pack=self.passes.can_pack,
-            ),
-        }
-        makers["auto"] = makers["goodput"]
-        return makers[name if num_draft_tokens else "fixed"]()
+        """A draft-length rule by its name, which has learnt nothing yet; see `dvi.draft.catalogue.make_policy`."""
+        return make_policy(
+            name, num_draft_tokens, confidence_threshold=self.confidence_threshold, costs=costs,
+            companion=self.new_companion, is_on_cpu=self.split.device.type == "cpu", can_pack=self.passes.can_pack,
+        )
 
     def new_companion(self, name: str | None = None) -> Companion:
         """A companion by its name, of COMPANIONS; default the speculator's own choice. One serves one policy.
 
         Raises ValueError for "model" when the speculator was made without a companion_model.
         """
-        name = name or self.companion
-        if name == "model" and self._companion_split is None:
-            check_companion(name, None)
-        makers: dict[str, Callable[[], Companion]] = {
-            "self": SelfCompanion,
-            "exit": lambda: ExitCompanion(self.split.final_norm),
-            "older": OlderCompanion,
-            "ema": EmaCompanion,
-            "model": lambda: ModelCompanion(self._companion_split),
-        }
-        return makers[name]()
+        return make_companion(name or self.companion, split=self.split, companion_split=self._companion_split)
 
-    @torch.no_grad()
     def check_lock_step(self) -> None:
-        """For a tensor-parallel model: raises RuntimeError when the ranks' drafters or results differ in any bit.
-
-        They decide each for itself, so that one other bit may become another token, and ranks that wait for each other
-        for ever. All ranks must call it together.
-        """
-        split, width = self.split, 8
-        ids_1Q = torch.arange(width, device=split.device)[None] % split.vocab_size
-        cache = split.make_cache(1, width)
-        placement = cache.place(offset=0, width=width)
-        hidden_1QD = split.shallow(ids_1Q, cache, placement)
-        final_1QD = split.deep(hidden_1QD, ids_1Q, cache, placement)
-        drafted_1V = self.drafter.step(hidden_1QD[:, 0], self.drafter.begin(final_1QD[:, 0]), 0)
-        logits_1QV = split.head(final_1QD)
-        results = {"hidden states": hidden_1QD, "the verifier's logits": logits_1QV, "draft logits": drafted_1V}
-        check_ranks_agree(results | self.drafter.state_dict())
+        """Raises RuntimeError where ranks in lock-step would part; see `dvi.model.devices.check_lock_step`."""
+        check_lock_step(self.split, self.drafter)
 
     def save_drafter(self, folder: str | Path, *, metrics: dict | None = None, config: dict | None = None) -> None:
         """Writes the drafter as it serves now: PEFT layout, extra tensors, manifest; see `dvi.model.adapter_store`."""
         save_drafter(
             folder, self.drafter, self.split, base_model=self.model.config.name_or_path, metrics=metrics, config=config
         )
-
-
-def build_speculator(
-    config: TrainConfig | ServeConfig | WarmupConfig, *, kind: type[SelfSpeculator] = SelfSpeculator
-) -> SelfSpeculator:
-    """The speculator of a run's settings, its drafter untrained or as drafter.adapter has it."""
-    check_settings(config)
-    config = settle_dtype(config)
-    model, drafter, draft = config.model, config.drafter, config.draft
-    if model.num_threads:
-        torch.set_num_threads(model.num_threads)
-    shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
-    speculator = kind.from_pretrained(
-        model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
-        device=model.device, placement=model.placement, adapter=drafter.adapter, mode=model.mode, path=model.path_kind,
-        policy=draft.policy, num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
-        companion=draft.companion, companion_model=draft.companion_model,
-        seed=config.train.seed, rule=None if isinstance(config, WarmupConfig) else make_rule(config.verify),
-        trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,
-    )
-    if not isinstance(config, ServeConfig) and config.data.template == "vicuna":
-        speculator.tokenizer.chat_template = VICUNA_TEMPLATE
-    return speculator
-
-
-def make_drafter(
-    split: SplitModel, config: DrafterConfig | None = None, *, adapter: str | Path | None = None,
-    seed: int = LearningSettings.seed,
-) -> nn.Module:
-    """A drafter that serves: the adapter's, else an untrained one. Raises ValueError as `load_drafter` does."""
-    if adapter is not None:
-        drafter = load_drafter(adapter, split)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            drafter = build_drafter(split, config or DrafterConfig())
-        drafter.publish(drafter, version=0)
-    return drafter.requires_grad_(False)
-
-
-def choose_split_layer(config: PretrainedConfig, adapter: str | Path | None) -> int:
-    """Where to cut a model if nobody says: where the adapter was trained, else by `default_split_layer`."""
-    if adapter is not None:
-        return read_manifest(adapter).split_layer
-    return default_split_layer(config.get_text_config().num_hidden_layers)
-
-
-def default_split_layer(num_layers: int) -> int:
-    """One layer in sixteen. An anchored drafter gains little acceptance from more, and every shallow layer is paid for
-    at every drafted token: measured on the bundled model, docs/benchmarks.md; two of 32 layers is the paper's cut."""
-    return num_layers // 16
-
-
-def goodput_buckets(num_draft_tokens: int) -> tuple[int, ...]:
-    """The draft lengths that rules which weigh costs choose from."""
-    return tuple(t for t in GOODPUT_BUCKETS if t <= num_draft_tokens)
-
-
-def _check_characters(text: object, name: str) -> None:
-    """Raises ValueError for what a tokenizer does not take: it would say that it got no string."""
-    if isinstance(text, str) and (reason := why_no_text(text)) is not None:
-        raise ValueError(f"{name} {reason}")
-
-
-def _is_one_prompt(prompts: object) -> bool:
-    if isinstance(prompts, str):
-        return True
-    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (int, dict))

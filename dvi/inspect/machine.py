@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from dvi import software
 from dvi.config import load_config
 from dvi.decode.precision import known_dtype
-from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator, choose_split_layer
+from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator
 from dvi.inspect.memory_plan import DEVICE_GB, SplitShape
 from dvi.model.adapter_store import MANIFEST_FILE, read_manifest
 from dvi.model.context import max_positions_of, why_shorter
@@ -28,7 +28,7 @@ from dvi.model.drafter import DRAFTER_KINDS, DrafterConfig
 from dvi.model.exact import ExactSplit
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
-from dvi.model.starting_drafter import settle_adapter
+from dvi.model.starting_drafter import choose_split_layer, settle_adapter
 from dvi.records import LearnerMemory
 from dvi.settings import LearningSettings, ServeConfig, TrainConfig
 

@@ -154,6 +154,25 @@ def gather_module(module: nn.Module, device: torch.device) -> nn.Module:
     return gathered
 
 
+@torch.no_grad()
+def check_lock_step(split: object, drafter: nn.Module) -> None:
+    """For a tensor-parallel model: raises RuntimeError when the ranks' drafters or results differ in any bit.
+
+    They decide each for itself, so that one other bit may become another token, and ranks that wait for each other
+    for ever. All ranks must call it together. split: a `SplitModel`.
+    """
+    width = 8
+    ids_1Q = torch.arange(width, device=split.device)[None] % split.vocab_size
+    cache = split.make_cache(1, width)
+    placement = cache.place(offset=0, width=width)
+    hidden_1QD = split.shallow(ids_1Q, cache, placement)
+    final_1QD = split.deep(hidden_1QD, ids_1Q, cache, placement)
+    drafted_1V = drafter.step(hidden_1QD[:, 0], drafter.begin(final_1QD[:, 0]), 0)
+    logits_1QV = split.head(final_1QD)
+    results = {"hidden states": hidden_1QD, "the verifier's logits": logits_1QV, "draft logits": drafted_1V}
+    check_ranks_agree(results | drafter.state_dict())
+
+
 def check_ranks_agree(tensors: Mapping[str, Tensor]) -> None:
     """Raises RuntimeError, on every rank alike, naming the tensors of which some rank holds other bits than rank 0.
 

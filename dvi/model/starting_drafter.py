@@ -1,6 +1,7 @@
-"""Which drafter a run starts from where drafter.adapter is "auto": the one that lies beside the model, if it fits.
+"""What a run starts from: the drafter that lies beside the model, where drafter.adapter is "auto", or an untrained one;
+and the cut, if nobody names it.
 
-Knows settings, manifests and the names of a model's weights; loads neither model nor drafter.
+Knows settings, manifests and the names of a model's weights; loads no model.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dvi.config import setting_of_run
 from dvi.durable import surviving_folder
-from dvi.model.adapter_store import MANIFEST_FILE, AdapterManifest, read_manifest
+from dvi.model.adapter_store import MANIFEST_FILE, AdapterManifest, load_drafter, read_manifest
+from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.pretrained import read_config
-from dvi.model.split import fingerprint_of_head
+from dvi.model.split import SplitModel, fingerprint_of_head
 from dvi.progress import doing
-from dvi.settings import AUTO_ADAPTER, ServeConfig, TrainConfig, WarmupConfig
+from dvi.settings import AUTO_ADAPTER, LearningSettings, ServeConfig, TrainConfig, WarmupConfig
 
 Config = TypeVar("Config", bound=TrainConfig | ServeConfig | WarmupConfig)
 
@@ -123,3 +126,31 @@ def _fingerprint_on_disk(folder: Path, model: PreTrainedModel, *, dtype: torch.d
             for name in sorted(names.intersection(file.keys())):
                 return fingerprint_of_head(file.get_tensor(name).to(dtype))
     return None
+
+
+def make_drafter(
+    split: SplitModel, config: DrafterConfig | None = None, *, adapter: str | Path | None = None,
+    seed: int = LearningSettings.seed,
+) -> nn.Module:
+    """A drafter that serves: the adapter's, else an untrained one. Raises ValueError as `load_drafter` does."""
+    if adapter is not None:
+        drafter = load_drafter(adapter, split)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drafter = build_drafter(split, config or DrafterConfig())
+        drafter.publish(drafter, version=0)
+    return drafter.requires_grad_(False)
+
+
+def choose_split_layer(config: PretrainedConfig, adapter: str | Path | None) -> int:
+    """Where to cut a model if nobody says: where the adapter was trained, else by `default_split_layer`."""
+    if adapter is not None:
+        return read_manifest(adapter).split_layer
+    return default_split_layer(config.get_text_config().num_hidden_layers)
+
+
+def default_split_layer(num_layers: int) -> int:
+    """One layer in sixteen. An anchored drafter gains little acceptance from more, and every shallow layer is paid for
+    at every drafted token: measured on the bundled model, docs/benchmarks.md; two of 32 layers is the paper's cut."""
+    return num_layers // 16

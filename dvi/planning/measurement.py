@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dvi.decode.batch import PREFILL_CHUNK, DecodingBatch
+from dvi.decode.batch import PREFILL_CHUNK
+from dvi.decode.prompts import Prompt
 from dvi.decode.sequence import Sequence as Row
-from dvi.decode.speculator import EXACT_WIDTH, Prompt, SelfSpeculator
+from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength
 from dvi.hardware import describe_machine, wait_for
@@ -110,11 +111,12 @@ def measure_passes(speculator: SelfSpeculator, split_layer: int, *, budget_s: fl
     if split_layer != speculator.split.split_layer:
         passes = SplitModel(speculator.model, split_layer=split_layer, path=speculator.split.path)
         passes = ExactSplit(passes, width=EXACT_WIDTH) if speculator.mode == "exact" else passes
-    chunk = EXACT_WIDTH if speculator.mode == "exact" else PREFILL_CHUNK
+    speculator = speculator.afresh(passes=passes)
     far = min(FAR_CONTEXT, speculator.max_positions // 2)
     contexts = max(far // 8, 1), far
-    widths = tuple(sorted({min(width, chunk, speculator.max_positions - far - 2) for width in WIDTHS}))
-    benches = [_Bench(speculator, passes, context, chunk) for context in contexts]
+    widest = min(speculator.prefill_chunk, speculator.max_positions - far - 2)
+    widths = tuple(sorted({min(width, widest) for width in WIDTHS}))
+    benches = [_Bench(speculator, context) for context in contexts]
     seconds: dict[tuple[int, ...], list[float]] = {}
     is_lock_step = is_tensor_parallel(speculator.model)
     deadline_s = math.inf if is_lock_step else time.perf_counter() + budget_s
@@ -144,14 +146,9 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 class _Bench:
     """A batch whose rounds and readings are timed, always with as many positions cached, of no particular text."""
 
-    def __init__(
-        self, speculator: SelfSpeculator, passes: SplitModel | ExactSplit, context: int, chunk: int
-    ) -> None:
-        self._speculator, self._context = speculator, context
-        self._batch = DecodingBatch(
-            passes, speculator.drafter, max_rows=ROWS[-1], capacity=0, policy=FixedLength(0), rule=speculator.rule,
-            wants_transitions=True, prefill_chunk=chunk,
-        )
+    def __init__(self, speculator: SelfSpeculator, context: int) -> None:
+        self._context = context
+        self._batch = speculator.open_batch(max_rows=ROWS[-1], policy=FixedLength(0), wants_transitions=True)
 
     def runs(self, widths: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Callable[[], object]]]:
         """(rows, draft tokens) with a round, (width,) with a reading; each to be run before the next is asked for."""

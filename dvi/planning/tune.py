@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from dvi.decode.construction import build_speculator
 from dvi.decode.precision import settle_dtype
-from dvi.decode.speculator import build_speculator
 from dvi.hardware import describe_machine
 from dvi.planning.frontier import Choice, find_frontier, plans_table, plot_frontier
 from dvi.planning.measurement import DRAFT_TOKENS, measure_workload, obtain_profile

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dvi.decode.speculator import GOODPUT_BUCKETS
+from dvi.draft.catalogue import GOODPUT_BUCKETS
 from dvi.records import SamplingParams
 from dvi.seeds import SEED_SPAN, answer_seed
 from dvi.serving.protocol import ApiError, invalid

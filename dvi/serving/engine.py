@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from dvi.decode.batch import PREFILL_CHUNK, DecodingBatch
+from dvi.decode.batch import DecodingBatch
 from dvi.decode.sequence import Sequence
-from dvi.decode.speculator import EXACT_WIDTH, GOODPUT_BUCKETS, SelfSpeculator
+from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator
 from dvi.decode.text import TextStream
+from dvi.draft.catalogue import GOODPUT_BUCKETS
 from dvi.draft.length_policies import CostTable, GoodputLength, LengthPolicy
 from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import MAX_DEPTH
@@ -353,12 +354,11 @@ class Engine:
         key = (choice, "rejection" if params.is_greedy else params.coupling)
         if key not in self._lanes:
             is_exact, longest = self.speculator.mode == "exact", self.speculator.max_positions
-            self._lanes[key] = _Lane(DecodingBatch(
-                self.speculator.passes, self.drafters[choice.drafter], max_rows=FIRST_ROWS,
+            self._lanes[key] = _Lane(self.speculator.open_batch(
+                max_rows=FIRST_ROWS, policy=self._policy_of(choice), wants_transitions=self._wants_transitions,
+                drafter=self.drafters[choice.drafter],
                 # One capacity for all rows in exact mode: keys and values pass between them, and it is part of shapes.
-                capacity=longest + 2 * (MAX_DEPTH + 1) if is_exact else 0, policy=self._policy_of(choice),
-                rule=self.speculator.rule, wants_transitions=self._wants_transitions,
-                prefill_chunk=EXACT_WIDTH if is_exact else PREFILL_CHUNK,
+                capacity=longest + 2 * (MAX_DEPTH + 1) if is_exact else 0,
             ))
         return self._lanes[key]
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-import dvi.bench.arms
+import dvi.decode.speculator
 from dvi import SelfSpeculator
 from dvi.bench.arms import OUR_ARMS, ArmOptions, plans_of_ours
 from dvi.bench.records import ArmPlan
@@ -198,12 +198,11 @@ def test_time_in_which_other_arms_answered_is_not_the_learners(speculator):
 
 def test_costs_of_the_goodput_rule_are_measured_by_the_build(speculator, monkeypatch):
     """Catches seconds of measuring inside the first timed answer, and one rule's memory under two arms."""
-    measured, measure = [], dvi.bench.arms.measure_costs
+    measured, measure = [], dvi.decode.speculator.measure_costs
     monkeypatch.setattr(
-        dvi.bench.arms, "measure_costs",
+        dvi.decode.speculator, "measure_costs",
         lambda *args, rows, **options: measured.append(rows) or measure(*args, rows=rows, budget_s=0.0, **options),
     )
-    monkeypatch.setattr("dvi.decode.speculator.measure_costs", None)
     plan = plans(speculator, ArmOptions(max_new_tokens=16, policy="goodput", batch_size=3))["speculative"]
     arm = plan.build()
     assert measured == [(1, 2, 3)]

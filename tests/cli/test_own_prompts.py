@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from dvi.config import load_config
-from dvi.decode.speculator import SelfSpeculator, build_speculator
+from dvi.decode.construction import build_speculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.model.chat_templates import VICUNA_TEMPLATE, render_chat
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
 from tests.support.drafter_doubles import small_config

@@ -12,6 +12,7 @@ import torch
 from dvi import SelfSpeculator
 from dvi.config import load_config
 from dvi.decode import precision
+from dvi.decode.construction import build_speculator
 from dvi.decode.precision import (
     PlainSpeeds,
     choose_dtype,
@@ -21,7 +22,6 @@ from dvi.decode.precision import (
     plain_lead,
     settle_dtype,
 )
-from dvi.decode.speculator import build_speculator
 from dvi.model.pretrained import read_config
 from tests.support import paths
 from tests.support.tiny_models import tiny_model

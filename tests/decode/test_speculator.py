@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dvi import SamplingParams, SelfSpeculator
-from dvi.decode.speculator import GOODPUT_BUCKETS, default_split_layer
+from dvi.draft.catalogue import GOODPUT_BUCKETS
+from dvi.model.starting_drafter import default_split_layer
 from tests.support.paths import STORIES
 from trainers import OnlineTrainer
 
@@ -107,7 +108,7 @@ def test_no_draft_tokens_is_plain_decoding(speculator):
     (result,) = plain.generate(PROMPTS[0], SamplingParams(max_new_tokens=10))
     assert result.stats.num_drafted == 0
     limited = SelfSpeculator.from_pretrained(STORIES, num_draft_tokens=2, policy="goodput")
-    assert max(limited._choose_policy([SamplingParams()], 1).buckets) == 2
+    assert max(limited.choose_policy([SamplingParams()], 1).buckets) == 2
 
 
 @pytest.mark.parametrize(

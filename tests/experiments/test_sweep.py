@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from dvi.config import load_config
-from dvi.decode.speculator import build_speculator
+from dvi.decode.construction import build_speculator
 from tests.support.paths import STORIES
 from trainers.experiments import sweep as sweep_module
 from trainers.experiments.sweep import measure_live, run_sweep, speed_law

@@ -29,7 +29,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from dvi.decode.speculator import PLAIN, build_speculator
+from dvi.decode.construction import build_speculator
+from dvi.decode.speculator import PLAIN
 from dvi.records import SamplingParams
 from dvi.serving.access import load_access
 from dvi.serving.server import build_loop

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import trainers.jobs.warmup as warmup_module
 from dvi.config import load_config
-from dvi.decode.speculator import SelfSpeculator, build_speculator
+from dvi.decode.construction import build_speculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.model.adapter_store import load_drafter, read_manifest
 from dvi.settings import LearningSettings, WarmupConfig
 from dvi.telemetry import read_metrics

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dvi import SelfSpeculator
 from dvi.config import load_config, setting_of_run
+from dvi.decode.construction import build_speculator
 from dvi.decode.precision import settle_dtype
-from dvi.decode.speculator import build_speculator
 from dvi.inspect.machine import describe_model
 from dvi.model.adapter_store import MANIFEST_FILE
 from dvi.model.starting_drafter import adapter_of_run, drafter_beside, settle_adapter

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from starlette.testclient import TestClient
 
 from dvi.config import load_config
-from dvi.decode.speculator import build_speculator
+from dvi.decode.construction import build_speculator
 from dvi.planning.controller import build_controller
 from dvi.records import DrafterVersion, RoundStats
 from dvi.serving.access import Access

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dvi.decode.speculator import PLAIN, build_speculator
+from dvi.decode.construction import build_speculator
+from dvi.decode.speculator import PLAIN
 from dvi.draft.length_policies import FixedLength
 from dvi.hardware import describe_machine, wait_for
 from dvi.model.drafter import build_drafter

@@ -15,8 +15,9 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.config import write_provenance
+from dvi.decode.construction import build_speculator
 from dvi.decode.precision import dtype_of_run, settle_dtype
-from dvi.decode.speculator import SelfSpeculator, build_speculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.hardware import describe_machine
 from dvi.records import SamplingParams
 from dvi.settings import MACHINE_KEYS, LearningSettings, TrainConfig

@@ -18,8 +18,9 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.bench.statistics import Interval, median_interval
+from dvi.decode.construction import build_speculator
 from dvi.decode.precision import settle_dtype
-from dvi.decode.speculator import PLAIN, SelfSpeculator, build_speculator
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import FixedLength
 from dvi.draft.measure_costs import measure_costs
 from dvi.hardware import describe_machine

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
-from dvi.decode.speculator import default_split_layer
+from dvi.model.starting_drafter import default_split_layer
 from dvi.settings import DraftSettings
 from dvi.whole_files import write_picture, write_whole
 

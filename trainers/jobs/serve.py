@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dvi.config import write_provenance
+from dvi.decode.construction import build_speculator
 from dvi.decode.precision import settle_dtype
-from dvi.decode.speculator import SelfSpeculator, build_speculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import SOLO, Peers
 from dvi.model.adapter_store import read_manifest
 from dvi.model.starting_drafter import adapter_of_run, settle_adapter, with_adapter

@@ -26,8 +26,9 @@ from torch import nn
 
 from dvi import progress
 from dvi.config import load_config, write_provenance
+from dvi.decode.construction import build_speculator
 from dvi.decode.precision import dtype_of_run, plain_lead, settle_dtype
-from dvi.decode.speculator import SelfSpeculator, build_speculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import SOLO
 from dvi.durable import surviving_folder
 from dvi.model.adapter_store import load_drafter, read_manifest

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from torch import nn
 
-from dvi.decode.speculator import SelfSpeculator, build_speculator
+from dvi.decode.construction import build_speculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import wait
 from dvi.records import SamplingParams, UpdateReport
 from dvi.settings import WarmupConfig

@@ -19,11 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
-from dvi.decode.speculator import SelfSpeculator, choose_split_layer, make_drafter
+from dvi.decode.speculator import SelfSpeculator
 from dvi.model.devices import gather_module
 from dvi.model.drafter import DrafterConfig
 from dvi.model.pretrained import read_config, read_tokenizer, refuse_gguf
 from dvi.model.split import fingerprint_of_head, post_head_of, refuse_unsplittable
+from dvi.model.starting_drafter import choose_split_layer, make_drafter
 from dvi.model.views_path import Anatomy, dissect
 from dvi.settings import LearningSettings
 from dvi.software import install_extra

@@ -23,7 +23,7 @@ from tests.cli.test_main import dvi_command
 from tests.support.model_shapes import SHAPES
 from tests.support.paths import ROOT, STORIES
 from tests.support.tiny_models import ARCHITECTURES, tiny_model
-from trainers.learning import losses, online
+from trainers.learning import losses, publish_gate
 from trainers.learning.memory import learner_memory
 from trainers.learning.replay import ReplayBuffer
 from trainers.learning.versions import KEPT_VERSIONS
@@ -212,7 +212,7 @@ def test_without_learning_nothing_of_the_learner_is_planned():
 def test_a_plan_keeps_room_for_every_version_that_the_learner_keeps():
     """Catches a plan that forgets the best version, or the one being published."""
     kept = learner_memory(LearningSettings(), tiny_shape().split)
-    assert (kept.states, kept.canary_blocks) == (KEPT_VERSIONS + 2, online.CANARY_BLOCKS)
+    assert (kept.states, kept.canary_blocks) == (KEPT_VERSIONS + 2, publish_gate.CANARY_BLOCKS)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import trainers.learning.online
+import trainers.learning.publish_gate
 import trainers.learning.student
 from dvi.records import Transitions
 from tests.support.random_traffic import VOCAB_SIZE, WIDTH, is_finite, serving, state_of, stretch, trainer_of
@@ -26,7 +26,7 @@ STEPS_BETWEEN = 3
 @pytest.fixture(autouse=True)
 def small_canary(monkeypatch):
     """Enough for these drafters, and a quarter of the time."""
-    monkeypatch.setattr(trainers.learning.online, "CANARY_BLOCKS", 64)
+    monkeypatch.setattr(trainers.learning.publish_gate, "CANARY_BLOCKS", 64)
 
 
 def spoil(tensor: torch.Tensor, value: float, dice: random.Random) -> None:
@@ -91,7 +91,7 @@ def test_a_number_that_is_not_finite_costs_one_step_and_is_never_published(fault
         with pytest.MonkeyPatch.context() as patch:
             fault(trainer, value, dice, patch)
             if fault is bad_memory:
-                trainer._work = None  # whose batch was drawn before
+                trainer._tick.drop()  # whose batch was drawn before
             report = trainer.step()
         assert report.skipped_reason is not None and not report.published
         assert trainer.num_skipped == trainer.num_rollbacks == index + 1
@@ -157,7 +157,7 @@ def test_a_bad_update_is_stopped_by_the_canary_and_the_best_weights_come_back(sp
 
     speculator.drafter.publish = watched_publish
     for _ in range(3):
-        best, num_rollbacks = [t.clone() for t in trainer._history.best.state.values()], trainer.num_rollbacks
+        best, num_rollbacks = [t.clone() for t in trainer._gate.history.best.state.values()], trainer.num_rollbacks
         served.clear()
         with torch.no_grad():
             spoil_weights(trainer.drafter)

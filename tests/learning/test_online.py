@@ -14,6 +14,7 @@ from torch import Tensor
 
 import trainers.learning.budget
 import trainers.learning.online
+import trainers.learning.publish_gate
 import trainers.learning.student
 from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.length_policies import FixedLength
@@ -79,7 +80,8 @@ def test_a_step_waits_for_data_and_for_its_turn():
 def test_training_takes_no_more_than_its_share_of_the_time(monkeypatch):
     """Catches a budget that is measured but not kept, and credit that grows without bound in a quiet hour."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(trainers.learning.online, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for module in (trainers.learning.online, trainers.learning.tick):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     trainer = trainer_of(serving(), budget=0.1)
     add_gradient = trainer._student.add_gradient
 
@@ -160,7 +162,7 @@ def test_a_call_does_one_piece_and_nothing_that_serves_moves_before_the_last():
         num_calls += 1
     assert num_calls == num_slices + 1  # the gradients, the update, and the call that publishes
     assert speculator.drafter.version == 1
-    assert pieces_of(trainer) == num_slices + 1 + trainers.learning.online.CANARY_BLOCKS // 4 + 1
+    assert pieces_of(trainer) == num_slices + 1 + trainers.learning.publish_gate.CANARY_BLOCKS // 4 + 1
     assert set(sizes) == {4}
 
 
@@ -237,7 +239,7 @@ def test_what_a_tenant_brought_is_forgotten_in_the_middle_of_a_step():
     trainer.observe([stretch(i, tenant="leaver") for i in range(20)] + [stretch(i) for i in range(20, 40)])
     assert trainer.step_if_due() is None and trainer.is_busy
     assert trainer.forget("leaver") == 20 * WIDTH and trainer.forget("nobody") == 0
-    assert trainer._work is None and len(trainer.replay) == 20 * WIDTH
+    assert not trainer._tick.is_open and len(trainer.replay) == 20 * WIDTH
     trainer.observe([stretch(60)])
     assert trainer.step().published and trainer.num_steps == 1
     trainer.forget("")
@@ -332,14 +334,14 @@ def test_the_canary_returns_to_the_best_drafter_when_the_learner_got_worse():
     for _ in range(40):
         trainer.step()
     assert trainer.num_rollbacks == 0
-    best = [t.clone() for t in trainer._history.best.state.values()]
+    best = [t.clone() for t in trainer._gate.history.best.state.values()]
     for group in trainer._student.optimizer.param_groups:
         group["lr"] = 30.0
     reports = [trainer.step() for _ in range(10)]
     assert trainer.num_rollbacks == 1 and all(r.skipped_reason is None for r in reports)
     assert_same(list(speculator.drafter.state_dict().values()), best)
     assert_same(list(trainer.drafter.state_dict().values()), best)
-    assert speculator.drafter.version == trainer._version
+    assert speculator.drafter.version == trainer._gate.version
 
 
 # Going on

@@ -392,7 +392,7 @@ def test_a_rollback_asked_for_by_one_rank_comes_to_all():
         job.ranks[1].observe([stretch(index)])
     job.settle()
     first, live = job.versions[0] - 1, job.versions[0]
-    wanted = job.trainer._history.snapshot(first).state
+    wanted = job.trainer._gate.history.snapshot(first).state
     with pytest.raises(ValueError, match="99"):
         job.ranks[2].rollback(99)
     with pytest.raises(ValueError, match="not live"):

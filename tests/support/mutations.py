@@ -20,6 +20,7 @@ ROUND, VERIFICATION, SAMPLING = "dvi/decode/round.py", "dvi/decode/verification.
 BATCH, EXPERIENCE = "dvi/decode/batch.py", "dvi/decode/experience.py"
 CACHE, DIRECT, DRAFTER = "dvi/model/kv_cache.py", "dvi/model/llama_path.py", "dvi/model/drafter.py"
 ONLINE, REPLAY = "trainers/learning/online.py", "trainers/learning/replay.py"
+GATE, TICK = "trainers/learning/publish_gate.py", "trainers/learning/tick.py"
 
 ENGINE = "dvi/serving/engine.py"
 TEST_DECODING, TEST_ENGINE = "tests/decode/test_round.py", "tests/serving/test_engine.py"
@@ -227,12 +228,12 @@ MUTATIONS = [
     ),
     Mutation(
         "bad_weights_not_undone", ONLINE,
-        "            self.num_skipped += 1\n            self._return_to_best()\n",
+        "            self.num_skipped += 1\n            self._gate.return_to_best()\n",
         "            self.num_skipped += 1\n",
         TEST_ONLINE,
     ),
     Mutation(
-        "canary_the_wrong_way_round", ONLINE,
+        "canary_the_wrong_way_round", GATE,
         "candidate < best * (1 - config.canary_tolerance)", "candidate > best * (1 - config.canary_tolerance)",
         TEST_ONLINE,
     ),
@@ -253,16 +254,16 @@ MUTATIONS = [
         "tensors = [*self.drafter.parameters(), *moments]", "tensors = [*self.drafter.parameters()]", TEST_FAULTS,
     ),
     Mutation(
-        "rollback_that_the_next_canary_undoes", ONLINE, "        self._history.best = snapshot\n        self._return",
-        "        self._return", "tests/learning/test_versions.py",
+        "rollback_that_the_next_canary_undoes", GATE, "        self.history.best = snapshot\n        self.return",
+        "        self.return", "tests/learning/test_versions.py",
     ),
     Mutation(
-        "noop_published", ONLINE,
-        "if is_turn and self._serves(snapshot.state):", "if False:", "tests/learning/test_versions.py",
+        "noop_published", GATE,
+        "if is_turn and self.serves(snapshot.state):", "if False:", "tests/learning/test_versions.py",
     ),
     Mutation(
         "forgotten_in_the_replay_but_not_in_the_batch", ONLINE,
-        "            self._work = None\n        self.finish_tick()\n        self._batch = None\n", "            pass\n",
+        "            self._tick.drop()\n        self.finish_tick()\n        self._batch = None\n", "            pass\n",
         TEST_ONLINE,
     ),
     # Ranks
@@ -272,11 +273,11 @@ MUTATIONS = [
     ),
     Mutation("gradient_of_every_slice_sent", STUDENT, "is_kept = not is_last and", "is_kept = False and", TEST_RANKS),
     Mutation(
-        "means_over_a_rank_s_own_positions", ONLINE,
+        "means_over_a_rank_s_own_positions", TICK,
         "BatchTotals(message[rank_report.SIZE :].to(totals.values_K.device))", "totals", TEST_RANKS,
     ),
     Mutation(
-        "step_of_a_rank_without_time", ONLINE, "is_piece = (has_waited and", "is_piece = (False and", TEST_RANKS,
+        "step_of_a_rank_without_time", TICK, "is_piece = (has_waited and", "is_piece = (False and", TEST_RANKS,
     ),
     Mutation(
         "trim_by_a_rank_s_own_counts", ONLINE, "yield from self._peers.total(self.token_counts_V.clone())",

@@ -27,7 +27,8 @@ from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from trainers.jobs.evaluation import weights_alike
 from trainers.jobs.progress import RunDisplay
 from trainers.jobs.train import Job, Request, read_own_traffic, resume_job, settle_dtype_of
-from trainers.learning.online import MIN_POSITIONS_PER_BLOCK, OnlineTrainer
+from trainers.learning.experience import MIN_POSITIONS_PER_BLOCK
+from trainers.learning.online import OnlineTrainer
 from trainers.learning.rank_report import RankReport
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
 from trainers.learning.zero3 import ShardedBackbone, ShardedSpeculator

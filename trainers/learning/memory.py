@@ -8,7 +8,7 @@ from __future__ import annotations
 from dvi.model.split import SplitModel
 from dvi.records import LearnerMemory
 from dvi.settings import LearningSettings
-from trainers.learning.online import CANARY_BLOCKS
+from trainers.learning.publish_gate import CANARY_BLOCKS
 from trainers.learning.replay import ReplayBuffer
 from trainers.learning.versions import KEPT_VERSIONS
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+BEST = -1  # of Notices.rollback
+
 
 @dataclass
 class Notices:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dvi.distributed import SOLO, Peers, Pieces
+from dvi.distributed import SOLO, Peers, Pieces, Progress
 from dvi.model.drafter import build_drafter
 from dvi.records import LossWeights, ReplayBatch
 from dvi.settings import LearningSettings
@@ -27,6 +30,19 @@ from trainers.learning.versions import State
 
 # One bucket for all gradients: each message costs its latency, and none is large.
 BUCKET_MB = 4096
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Of a step, as it is in the parameters: the loss that it is of, its terms unweighted, and its norm unclipped."""
+
+    total: float
+    losses: dict[str, float]
+    norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.total) and math.isfinite(self.norm)
 
 
 class Student:
@@ -135,6 +151,28 @@ class Student:
             baseline_T=baseline.values_T, target_temperature=self._config.target_temperature,
             normalise_advantage=self._config.normalise_advantage, totals=totals,
         )
+
+    def gradient(
+        self, parts: list[ReplayBatch], *, totals: BatchTotals, weights: LossWeights, baseline: RewardBaseline
+    ) -> Pieces[Gradient]:
+        """The gradient over the batches of all ranks, this one's in parts; clipped. A piece for each part."""
+        self.clear_gradient()
+        total, values = torch.zeros((), device=self._split.device), Counter()
+        for index, part in enumerate(parts):
+            part_total, part_values = self.add_gradient(
+                part, totals=totals, weights=weights, baseline=baseline, is_last=index == len(parts) - 1
+            )
+            total += part_total
+            values.update(part_values)
+            yield Progress.WORKED
+        losses = torch.stack([total, *values.values()]).double().cpu()
+        # Under way together with the gradient: each wait costs rounds.
+        work = None if self._peers.is_alone else self._peers.begin_total(losses)
+        yield from self.sum_gradient()
+        if work is not None:
+            yield from self._peers.arrival(work)
+        total, *means = losses.tolist()
+        return Gradient(total, dict(zip(values, means, strict=True)), self.clip_gradient())
 
     def sum_gradient(self) -> Pieces[None]:
         """Takes the sum of all ranks' gradients for its own."""

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from dvi.model.drafter import MAX_DEPTH
 from dvi.records import DrafterVersion, LossWeights, Transitions, UpdateReport
+from trainers.learning.experience import COLUMNS
 from trainers.learning.versions import State
 from trainers.ranks.channel import Kind, Message
 
-COLUMNS = ("token_ids_W", "hidden_WD", "target_hidden_WD", "draft_token_ids_W", "draft_log_probs_W")
 # What is known of a stretch besides its columns, one column each of an int64 table.
 FACTS = ("round", "request_id", "start_position", "width", "num_drafted", "num_accepted", "drafter_version",
          "num_waived", "is_prefill", "tenant")  # fmt: skip
@@ -76,13 +76,6 @@ def split_columns(transitions: list[Transitions], columns: dict[str, Tensor]) ->
         dataclasses.replace(stretch, **{name: parts[name][i] for name in COLUMNS})
         for i, stretch in enumerate(transitions)
     ]
-
-
-def last_positions(stretch: Transitions, count: int) -> Transitions:
-    """The last `count` positions of a stretch without drafts, or all of it where it is shorter."""
-    columns = {name: getattr(stretch, name)[-count:] for name in COLUMNS}
-    num_cut = max(len(stretch) - count, 0)
-    return dataclasses.replace(stretch, start_position=stretch.start_position + num_cut, **columns)
 
 
 def pack_experience(rounds: Iterable[list[Transitions]], ended: list[int]) -> Message:

@@ -18,13 +18,13 @@ from dvi.distributed import POLL_S, PeerLostError
 from dvi.learner import Learner
 from dvi.records import DrafterVersion, Transitions, UpdateReport
 from dvi.settings import LearningSettings
+from trainers.learning.experience import last_positions
 from trainers.ranks.channel import Channel, Kind, Message
 from trainers.ranks.messages import (
     NONE,
     MessageError,
     Round,
     copy_to_host,
-    last_positions,
     pack_experience,
     pack_facts,
     publish,

@@ -258,7 +258,8 @@ class _WarmupJob(Job):
             wants_save=self.peers.is_first and is_save_due, num_done=self.num_done_here,
             wants_step=self.learner.steps_due,
         )  # fmt: skip
-        agreed = trainer.agreed = RankReport.of(wait(self.peers.total(mine.tensor())))
+        agreed = RankReport.of(wait(self.peers.total(mine.tensor())))
+        trainer.hear(agreed)
         if agreed.wants_save:
             self.save()
             self._saved_s = time.monotonic()

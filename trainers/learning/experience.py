@@ -42,8 +42,9 @@ class Experience:
         "_has_woken": "has_woken",
     }  # fmt: skip
 
-    def __init__(self, split: object, config: LearningSettings, *, rank: int) -> None:
-        self._split, self._config, self._seed = split, config, config.seed + rank
+    def __init__(self, split: object, config: LearningSettings, *, rank: int, num_blocks: int) -> None:
+        """num_blocks: of a batch here."""
+        self._split, self._config, self._seed, self._num_blocks = split, config, config.seed + rank, num_blocks
         self._replay = ReplayBuffer(
             capacity_positions=config.replay_positions, hidden_size=split.hidden_size, max_block=config.block_len,
             dtype=split.dtype, device=split.device, reservoir_fraction=config.reservoir_fraction,
@@ -60,6 +61,11 @@ class Experience:
     def __len__(self) -> int:
         """Positions in the replay and on their way there, some of which may be refused."""
         return len(self._replay) + self._num_unstored
+
+    @property
+    def is_enough(self) -> bool:
+        """So much of it that a batch does not repeat itself."""
+        return len(self) >= MIN_POSITIONS_PER_BLOCK * self._num_blocks
 
     def observe(self, transitions: list[Transitions]) -> None:
         """Keeps the experience of one round (or prefill), and follows the acceptance."""

@@ -24,7 +24,7 @@ from dvi.records import DrafterVersion, ReplayBatch, Transitions, UpdateReport
 from dvi.settings import LearningSettings
 from trainers.learning.budget import TimeBudget
 from trainers.learning.checkpoint import check_counts
-from trainers.learning.experience import MIN_POSITIONS_PER_BLOCK, Experience
+from trainers.learning.experience import Experience
 from trainers.learning.loss_schedule import LossSchedule
 from trainers.learning.losses import BatchTotals, RewardBaseline
 from trainers.learning.publish_gate import PublishGate
@@ -71,7 +71,7 @@ class OnlineTrainer(Learner):
         self._split, self._live, self._peers = speculator.split, speculator.drafter, peers
         self._student = build_student(self._split, self._live, config, peers=peers)
         self._gate = PublishGate(self._split, self._live, self._student, config, peers=peers)
-        self._experience = Experience(self._split, config, rank=peers.rank)
+        self._experience = Experience(self._split, config, rank=peers.rank, num_blocks=self.blocks_here)
         self.schedule = LossSchedule(
             config.schedule, by=config.switch_by, warmup_steps=config.warmup_steps, ramp_steps=config.ramp_steps
         )
@@ -159,12 +159,7 @@ class OnlineTrainer(Learner):
     @property
     def _wants_step(self) -> bool:
         is_owed = self.must_step or self.budget.is_step_owed
-        return is_owed and self._has_data and not self.notices.is_resting
-
-    @property
-    def _has_data(self) -> bool:
-        """Enough of it that a batch does not repeat itself."""
-        return len(self._experience) >= MIN_POSITIONS_PER_BLOCK * self.blocks_here
+        return is_owed and self._experience.is_enough and not self.notices.is_resting
 
     @property
     def is_busy(self) -> bool:
@@ -237,6 +232,10 @@ class OnlineTrainer(Learner):
         With peers it waits until one of them, or this rank, owes a step that all can make.
         """
         return self._tick.next_report()
+
+    def hear(self, agreed: RankReport) -> None:
+        """Takes the ranks' sum from whoever had them add up their reports outside a tick."""
+        self._tick.agreed = agreed
 
     def finish_tick(self) -> None:
         """Works the tick in progress off, and the step that it may have led to; the next call reports that one."""
@@ -311,13 +310,13 @@ class OnlineTrainer(Learner):
 
     def _next_batch(self) -> ReplayBatch:
         """A step's blocks of this rank."""
-        if self._peers.is_alone or self._has_data:
+        if self._peers.is_alone or self._experience.is_enough:
             return self._sample(self.blocks_here)
         return self._experience.empty_batch()
 
     def _canary_blocks(self, num_blocks: int) -> Iterator[ReplayBatch]:
         """Blocks of this rank to compare weights on, in parts; none where it has not enough."""
-        if self._has_data:
+        if self._experience.is_enough:
             batch = self._sample(num_blocks, torch.Generator().manual_seed(self.num_steps + 1))
             yield from self._experience.slices(batch)
 

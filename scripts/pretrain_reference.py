@@ -4,6 +4,8 @@
 
 The corpus has one document a line: {"d": domain, "m": [[role, text], ...]} with roles user, assistant or text. A killed
 run goes on from its last state when started again with the same arguments.
+
+One file though it is long: a program on its own, read from top to bottom, which imports nothing of this repository.
 """
 # L tokens of a sequence, S sequences, B sequences of one step.
 

@@ -43,23 +43,23 @@ def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRo
 
     @router.get("/versions")
     async def versions() -> dict[str, Any]:
-        known = await _answer(loop.versions())
+        known = await _answer(loop.admin.versions())
         return {"versions": [dataclasses.asdict(version) for version in known], "is_pinned": loop.is_pinned}
 
     @router.post("/rollback")
     async def rollback(request: Request) -> dict[str, Any]:
         body = parse_body(await read_body(request), VersionBody)
-        return dataclasses.asdict(await _answer(loop.rollback(body.version)))
+        return dataclasses.asdict(await _answer(loop.admin.rollback(body.version)))
 
     @router.post("/pin")
     async def pin(request: Request) -> dict[str, Any]:
         body = parse_body(await read_body(request), VersionBody)
-        return dataclasses.asdict(await _answer(loop.pin(body.version)))
+        return dataclasses.asdict(await _answer(loop.admin.pin(body.version)))
 
     @router.post("/unpin")
     async def unpin(request: Request) -> dict[str, Any]:
         await read_body(request)
-        await _answer(loop.unpin())
+        await _answer(loop.admin.unpin())
         return {"is_pinned": loop.is_pinned}
 
     @router.get("/plan")
@@ -78,7 +78,7 @@ def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRo
         folder = _folder(root, name)
         if not folder.is_dir():
             raise ApiError(404, f"there is no adapter {name!r} in {root}", code="not_found", param="name")
-        await _answer(loop.load_adapter(name, folder))
+        await _answer(loop.admin.load_adapter(name, folder))
         return {"name": name, "version": loop.engine.drafters[name].version}
 
     @router.delete("/adapters/{name}")
@@ -86,7 +86,7 @@ def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRo
         _folder(root, name)
         if name not in loop.engine.drafters:
             raise ApiError(404, f"no adapter {name!r} is loaded", code="not_found", param="name")
-        await _answer(loop.unload_adapter(name))
+        await _answer(loop.admin.unload_adapter(name))
         return {"name": name}
 
     @router.post("/save")
@@ -99,7 +99,7 @@ def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRo
                 code="conflict", param="name",
             )  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
-        await _answer(loop.save_adapter(folder))
+        await _answer(loop.admin.save_adapter(folder))
         return {"name": name, "folder": str(folder), "version": loop.engine.drafters[DEFAULT_DRAFTER].version}
 
     @router.post("/forget")
@@ -109,7 +109,7 @@ def admin_routes(loop: EngineLoop, config: ServeConfig, access: Access) -> APIRo
             tenant = body.key and check_name(body.key, what="key")  # "" is everybody's, where there are no keys
         except ValueError as error:
             raise invalid(str(error), param="key") from None
-        num_positions = await _answer(loop.forget(tenant))
+        num_positions = await _answer(loop.admin.forget(tenant))
         if config.output.save_replay and loop.learner is not None:
             await _answer(loop.learner.last_write)  # the files have forgotten only then
         return {"positions": num_positions}

@@ -14,15 +14,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from dvi.learner import Learner
-from dvi.model.adapter_store import load_drafter
-from dvi.records import DrafterVersion, ServingPlan, Transitions
+from dvi.records import ServingPlan, Transitions
+from dvi.serving.administration import Administration
 from dvi.serving.engine import Engine
 from dvi.serving.metrics.monitor import Monitor
-from dvi.serving.request import DEFAULT_DRAFTER, Draining, Load, QueueFull, Request, RequestOutput
+from dvi.serving.request import Draining, Load, QueueFull, Request, RequestOutput
 from dvi.serving.turns import who_gives_way
 
 T = TypeVar("T")
@@ -45,6 +44,7 @@ class EngineLoop:
     """Runs an engine, and a learner beside it, on a thread of their own.
 
     learner_error   why learning stopped; None while it is well, or where there is no learner.
+    admin           what an operator may do between rounds.
     planner         sees the requests that end, on the engine's thread; None where nobody plans.
     """
 
@@ -53,7 +53,7 @@ class EngineLoop:
         self.monitor.load = self.load
         self.learner_error: str | None = None
         self.planner: Planner | None = None
-        self.is_pinned = self.is_draining = False
+        self.is_draining = False
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._inbox: deque[list[Request]] = deque()
@@ -62,7 +62,7 @@ class EngineLoop:
         self._on_output: dict[int, tuple[Request, OnOutput]] = {}
         self._is_stopping = False
         self._stats_due_s = 0.0
-        self._version = engine.drafters[DEFAULT_DRAFTER].version  # the newest that the monitor knows of
+        self.admin = Administration(engine, learner, self.monitor, call=self.call)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread
@@ -89,6 +89,10 @@ class EngineLoop:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.admin.is_pinned
 
     def load(self) -> Load:
         """What the engine holds now, with the requests that it has not taken in yet among the waiting."""
@@ -148,126 +152,10 @@ class EngineLoop:
         """Runs by this plan from the next round on."""
         return self.call(lambda: self.engine.apply(plan))
 
-    # Administration
-
-    def versions(self) -> Future[list[DrafterVersion]]:
-        return self.call(self._versions)
-
-    def rollback(self, version: int | None) -> Future[DrafterVersion]:
-        """Publishes a kept version's weights again (None: the best) under a new number. ValueError when it cannot."""
-        return self.call(lambda: self._roll_back(version))
-
-    def pin(self, version: int | None) -> Future[DrafterVersion]:
-        """Drafts with this version (None: the live one), and the learner rests, until `unpin`."""
-
-        def pin() -> DrafterVersion:
-            self._rest(True)
-            try:
-                live = self._live()
-                if version is not None and version != live.version:
-                    live = self._roll_back(version)
-            except BaseException:
-                self._rest(self.is_pinned)
-                raise
-            self.is_pinned = True
-            self.monitor.on_event("pin", version=live.version)
-            return live
-
-        return self.call(pin)
-
-    def unpin(self) -> Future[None]:
-        def unpin() -> None:
-            if not self.is_pinned:
-                raise ValueError("no drafter version is pinned")
-            self._rest(False)
-            self.is_pinned = False
-            self.monitor.on_event("unpin")
-
-        return self.call(unpin)
-
-    def forget(self, tenant: str) -> Future[int]:
-        """Drops a tenant's experience and prefixes; the number of positions dropped. What was learnt stays learnt."""
-
-        def forget() -> int:
-            num_dropped = self.engine.prefixes.forget(tenant)
-            return num_dropped + (0 if self.learner is None else self.learner.forget(tenant))
-
-        return self.call(forget)
-
-    def load_adapter(self, name: str, folder: Path) -> Future[None]:
-        """Makes a saved drafter available as `name`. ValueError when the name is taken or the folder does not fit.
-
-        It is read and checked on a thread of its own, which for a gigabyte takes seconds; nobody's round waits for it.
-        """
-        loaded: Future[None] = Future()
-
-        def check_name() -> None:
-            if name in self.engine.drafters:
-                raise ValueError(f"an adapter {name!r} is loaded already; unload it first or choose another name")
-
-        def load() -> None:
-            try:
-                check_name()
-                drafter = load_drafter(folder, self.engine.speculator.split)
-                drafter.requires_grad_(False)
-
-                def publish() -> None:
-                    check_name()  # again: another may have come meanwhile
-                    self.engine.drafters[name] = drafter
-                    self.monitor.on_event("load", name, version=drafter.version)
-
-                self.call(publish).result()
-            except BaseException as error:
-                loaded.set_exception(error)
-            else:
-                loaded.set_result(None)
-
-        threading.Thread(target=load, name=f"load {name}", daemon=True).start()
-        return loaded
-
-    def unload_adapter(self, name: str) -> Future[None]:
-        def unload() -> None:
-            if name == DEFAULT_DRAFTER or name not in self.engine.drafters:
-                raise ValueError(f"no adapter {name!r} is loaded")
-            self.engine.unload(name)
-            self.monitor.on_event("unload", name)
-
-        return self.call(unload)
-
-    def save_adapter(self, folder: Path) -> Future[None]:
-        """Writes the default drafter as it drafts now."""
-
-        def save() -> None:
-            metrics = {} if self.learner is None else self.learner.provenance()
-            self.engine.speculator.save_drafter(folder, metrics=metrics)
-            self.monitor.on_event("save", folder.name, version=self._live().version)
-
-        return self.call(save)
-
-    def _versions(self) -> list[DrafterVersion]:
-        if self.learner is not None:
-            return self.learner.versions()
-        version = self.engine.drafters[DEFAULT_DRAFTER].version
-        return [DrafterVersion(
-            version=version, created_s=self._started_s, source="initial", step=0, canary_score=None, is_live=True,
-            is_kept=False,
-        )]  # fmt: skip
-
-    def _live(self) -> DrafterVersion:
-        return next(version for version in self._versions() if version.is_live)
-
-    def _roll_back(self, version: int | None) -> DrafterVersion:
-        if self.learner is None:
-            raise ValueError("this server does not learn, so it has no other version to return to")
-        published = self.learner.rollback(version)
-        self._version = published.version
-        self.monitor.on_event("rollback", f"to {version}" if version is not None else "to the best", published.version)
-        return published
-
     # The engine's thread
 
     def _run(self) -> None:
-        self._started_s = time.time()
+        self.admin.started_s = time.time()
         num_failed = 0
         while not self._is_stopping:
             try:
@@ -346,10 +234,6 @@ class EngineLoop:
             return False
         return not self.is_pinned or self.learner.has_peers
 
-    def _rest(self, is_resting: bool) -> None:
-        if self.learner is not None:
-            self.learner.rest(is_resting)
-
     def _teach(self, transitions: list[Transitions]) -> None:
         if self.learner is None or self.learner_error is not None:
             return
@@ -362,10 +246,7 @@ class EngineLoop:
         report = self.learner.step_if_due(is_idle=is_idle)
         if report is not None:
             self.monitor.on_update(report)
-        if self.engine.drafters[DEFAULT_DRAFTER].version != self._version:
-            live = self._live()
-            self.monitor.on_event("rollback" if live.source == "rollback" else "publish", version=live.version)
-            self._version = live.version
+        self.admin.tell_of_publish()
 
     def _report_learner(self) -> None:
         if self.learner is not None and time.monotonic() >= self._stats_due_s and self.learner_error is None:

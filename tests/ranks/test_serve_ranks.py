@@ -224,15 +224,15 @@ def test_a_loop_calls_a_learner_that_others_wait_for_while_it_is_pinned():
     learner = Resting(engine)
     with running(engine, learner) as loop:
         with pytest.raises(ValueError, match="not kept"):
-            loop.pin(3).result(PATIENCE_S)
+            loop.admin.pin(3).result(PATIENCE_S)
         assert learner.rests == [True, False] and not loop.is_pinned
-        loop.pin(None).result(PATIENCE_S)
+        loop.admin.pin(None).result(PATIENCE_S)
         num_steps = learner.num_steps
         requests = some_requests(loop, 2, seed=6)
         loop.submit(requests, client)
         client.wait_for_all(requests)
         assert learner.num_steps > num_steps and loop.is_pinned
-        loop.unpin().result(PATIENCE_S)
+        loop.admin.unpin().result(PATIENCE_S)
         assert learner.rests == [True, False, True, False]
 
 

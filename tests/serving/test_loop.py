@@ -198,18 +198,18 @@ def test_a_pinned_version_stays_while_experience_is_still_gathered():
         first = some_requests(loop, 4, seed=6)
         loop.submit(first, client)
         client.wait_for_all(first)
-        pinned = loop.pin(None).result(PATIENCE_S)
+        pinned = loop.admin.pin(None).result(PATIENCE_S)
         num_steps, num_observed = learner.num_steps, learner.num_observed
         second = some_requests(loop, 4, seed=7)
         loop.submit(second, client)
         client.wait_for_all(second)
         assert loop.is_pinned and learner.num_steps == num_steps and learner.num_observed > num_observed
         assert {client.last[r.request_id].drafter_version for r in second} == {pinned.version}
-        loop.unpin().result(PATIENCE_S)
+        loop.admin.unpin().result(PATIENCE_S)
         with pytest.raises(ValueError, match="pinned"):
-            loop.unpin().result(PATIENCE_S)
+            loop.admin.unpin().result(PATIENCE_S)
         with pytest.raises(ValueError, match="not kept"):
-            loop.rollback(3).result(PATIENCE_S)
+            loop.admin.rollback(3).result(PATIENCE_S)
 
 
 def test_idle_time_goes_to_the_learner_until_nothing_is_owed():
@@ -273,9 +273,9 @@ def test_an_adapter_is_read_beside_the_rounds(monkeypatch):
         assert may_end.wait(PATIENCE_S)
         return engine.drafters[DEFAULT_DRAFTER]
 
-    monkeypatch.setattr("dvi.serving.loop.load_drafter", slow)
+    monkeypatch.setattr("dvi.serving.administration.load_drafter", slow)
     with running(engine) as loop:
-        loaded = loop.load_adapter("large", Path("large"))
+        loaded = loop.admin.load_adapter("large", Path("large"))
         requests = some_requests(loop, 2, seed=3)
         loop.submit(requests, client)
         client.wait_for_all(requests)
@@ -346,7 +346,7 @@ def test_forgetting_reaches_prefixes_and_learner_alike():
         request = request_of(loop.next_request_id(), [5] * 130, tenant="one")
         loop.submit([request], client)
         client.wait_for_all([request])
-        assert loop.forget("one").result(PATIENCE_S) == 120 + 5
+        assert loop.admin.forget("one").result(PATIENCE_S) == 120 + 5
         assert learner.forgotten == ["one"] and engine.prefixes.num_positions == 0
 
 
@@ -354,19 +354,19 @@ def test_adapters_come_and_go_by_name(tmp_path):
     """Catches a name that is overwritten in silence, and an adapter that drafts on after it was unloaded."""
     engine, client = engine_of(), Client()
     with running(engine) as loop:
-        loop.save_adapter(tmp_path / "saved").result(PATIENCE_S)
-        loop.load_adapter("saved", tmp_path / "saved").result(PATIENCE_S)
+        loop.admin.save_adapter(tmp_path / "saved").result(PATIENCE_S)
+        loop.admin.load_adapter("saved", tmp_path / "saved").result(PATIENCE_S)
         with pytest.raises(ValueError, match="already"):
-            loop.load_adapter("saved", tmp_path / "saved").result(PATIENCE_S)
+            loop.admin.load_adapter("saved", tmp_path / "saved").result(PATIENCE_S)
         with pytest.raises(ValueError):
-            loop.load_adapter("missing", tmp_path / "missing").result(PATIENCE_S)
+            loop.admin.load_adapter("missing", tmp_path / "missing").result(PATIENCE_S)
         choice = DraftChoice("saved", FIXED.policy, FIXED.num_draft_tokens)
         request = request_of(loop.next_request_id(), [5, 9, 33], draft=choice)
         loop.submit([request], client)
         client.wait_for_all([request])
-        loop.unload_adapter("saved").result(PATIENCE_S)
+        loop.admin.unload_adapter("saved").result(PATIENCE_S)
         for name in ("saved", DEFAULT_DRAFTER):
             with pytest.raises(ValueError, match="no adapter"):
-                loop.unload_adapter(name).result(PATIENCE_S)
+                loop.admin.unload_adapter(name).result(PATIENCE_S)
         with pytest.raises(ValueError, match="no drafter"):
             loop.submit([request_of(loop.next_request_id(), [5], draft=choice)], client)

@@ -94,6 +94,7 @@ class FakeLoop:
         self.engine, self.learner, self.learner_error = engine, None, None
         self.monitor = Monitor()
         self.is_alive, self.is_draining, self.is_pinned = True, False, False
+        self.admin = self  # its Administration too
         self.refusal: Exception | None = None
         self.requests: list[Request] = []
         self.cancelled: list[int] = []

@@ -15,7 +15,7 @@ import typer
 from dvi.cli.arguments import load_arguments
 from dvi.cli.decode import warn_if_lossy
 from dvi.cli.options import PROMPTS_HELP, AdapterOption, PrintConfigOption, SourceArgument
-from dvi.config import to_yaml
+from dvi.explained_yaml import explained_yaml
 from dvi.settings import RouteSettings, ServeConfig, ServeSettings
 from dvi.terminal import finish, finish_job, make_console, quieten_transformers, say
 
@@ -47,7 +47,7 @@ def serve(
         options={"drafter.adapter": adapter and str(adapter), "serve.host": host, "serve.port": port},
     )
     if print_config:
-        print(to_yaml(settings), end="")
+        print(explained_yaml(settings), end="")
         return
     import logging
 

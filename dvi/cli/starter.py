@@ -1,21 +1,19 @@
-"""The commented file of settings that `dvi init` writes: a bundled one, with the user's model in it.
+"""The commented file of settings that `dvi init` writes: every key with its default, and the user's model.
 
-Knows the text of configs/online; a reader of the repository and a user of the wheel then see the same comments.
+Knows which bundled configuration a verb starts from.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 
-import yaml
-
 from dvi.bundled import bundled
-from dvi.config import YAML_SUFFIXES
+from dvi.config import YAML_SUFFIXES, load_config, nested
+from dvi.explained_yaml import explained_yaml
+from dvi.settings import ServeConfig, TrainConfig
 
 SOURCES = {"serve": "configs/online/serve.yaml", "train": "configs/online/reference.yaml"}
-PLAIN = re.compile(r"[\w./-]+")  # may stand without quotes where YAML reads it as a text at all
+SCHEMAS = {"serve": ServeConfig, "train": TrainConfig}
 
 
 def write_starter(place: str | Path, *, verb: str, model: str | None = None, overwrite: bool = False) -> Path:
@@ -36,33 +34,11 @@ def write_starter(place: str | Path, *, verb: str, model: str | None = None, ove
 
 
 def starter(verb: str, *, file: str, model: str | None = None) -> str:
-    """The text: every key with its default and what it means. file: its name, for the first line."""
-    header, _, settings = bundled(SOURCES[verb]).read_text(encoding="utf-8").partition("\n\n")
-    assert all(line.startswith("#") for line in header.splitlines()), f"{SOURCES[verb]} must begin with its comment"
-    values = {"output.folder": f"runs/{verb}"}
-    if model is not None:
-        values["model.path"] = model
-    for key, value in values.items():
-        settings = set_value(settings, key, value)
+    """The text: every key with its value and what it means. file: its name, for the first line."""
+    values = [nested("output.folder", f"runs/{verb}"), *([] if model is None else [nested("model.path", model)])]
+    config = load_config(bundled(SOURCES[verb]), values, schema=SCHEMAS[verb])
     return (
         f"# Settings of `dvi {verb}`, as dvi init writes them: dvi {verb} {file} [section.key=value ...]\n"
         "# Every key is here; what is deleted has its default. "
-        f"Paths are relative to the folder the command is started in.\n\n{settings}"
+        f"Paths are relative to the folder the command is started in.\n{explained_yaml(config)}"
     )
-
-
-def set_value(text: str, key: str, value: str) -> str:
-    """A YAML text of two levels with another value of section.key; the comment behind it stays where it was."""
-    section, _, name = key.partition(".")
-    is_plain = PLAIN.fullmatch(value) and yaml.safe_load(value) == value
-    written = value if is_plain else json.dumps(value, ensure_ascii=False)
-    pattern = re.compile(rf"(^{section}:[^\n]*\n(?:[ #][^\n]*\n|\n)*?  {name}: )([^\n#]*?)( *#[^\n]*)?$", re.MULTILINE)
-
-    def put(match: re.Match[str]) -> str:
-        before, old, comment = match[1], match[2], match[3] or ""
-        room = len(old) + len(comment) - len(comment.lstrip())
-        return before + (f"{written.ljust(room - 1)} {comment.lstrip()}" if comment else written)
-
-    text, count = pattern.subn(put, text, count=1)
-    assert count == 1, f"no {key} in the text"
-    return text

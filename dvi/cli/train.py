@@ -12,7 +12,7 @@ import typer
 
 from dvi.cli.arguments import load_arguments
 from dvi.cli.options import AdapterOption, PrintConfigOption, ResumeOption, SourceArgument
-from dvi.config import to_yaml
+from dvi.explained_yaml import explained_yaml
 from dvi.settings import TrainConfig, WarmupConfig
 from dvi.signals import SIGNAL_BASE
 from dvi.terminal import finish, finish_job, make_console, quieten_transformers, say
@@ -46,7 +46,7 @@ def train(
         source, arguments or (), schema=TrainConfig, verb="train", options={"output.resume": resume or None}
     )
     if print_config:
-        print(to_yaml(settings), end="")  # and no JSON after it: what is printed is a configuration file
+        print(explained_yaml(settings), end="")  # and no JSON after it: what is printed is a configuration file
         return
     quieten_transformers()
     from trainers.jobs.train import run_training
@@ -71,7 +71,7 @@ def warmup(
         source, arguments or (), schema=WarmupConfig, verb="warmup", options={"output.resume": resume or None}
     )
     if print_config:
-        print(to_yaml(settings), end="")
+        print(explained_yaml(settings), end="")
         return
     quieten_transformers()
     from trainers.jobs.warmup import run_warmup

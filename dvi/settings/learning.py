@@ -149,7 +149,7 @@ class WarmupSettings:
                         column holds the answer too, as whole texts or as conversations.
     max_new_tokens      of a decoded answer.
     text_positions      the most positions of a text, its prompt included; a longer one loses its beginning.
-    positions_per_step  answer positions for every optimizer step.
+    positions_per_step  answer positions for every optimizer step, in place of train.rounds_per_step.
     """
 
     source: TextSource = "answers"

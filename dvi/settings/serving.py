@@ -19,8 +19,9 @@ class ServeSettings:
     port                      0 takes a free one.
     model_name                what clients call the model; null is the last part of model.path, which they may also give
                               in full.
-    keys_file                 API keys, see `dvi.serving.access`; null takes DVI_API_KEY and DVI_ADMIN_KEY from the
-                              environment. Without any key only a loopback host is served.
+    keys_file                 a YAML list of {name, key or key_sha256, train, admin, adapters}, see
+                              `dvi.serving.access`; null takes DVI_API_KEY and DVI_ADMIN_KEY from the environment.
+                              Without any key only a loopback host is served.
     adapters_folder           saved drafters that admin routes load and save, by name.
     max_rows                  requests that decode together.
     max_positions             cached positions of all running requests together.

@@ -184,7 +184,7 @@ def test_a_bundled_configuration_holds_only_what_differs_and_files_that_exist(na
     config, defaults = load_config(path, schema=schema), schema()
     for section, keys in written.items():
         ours, theirs = getattr(config, section), getattr(defaults, section)
-        assert [key for key in keys if getattr(ours, key) == getattr(theirs, key)] == []
+        assert [key for key in keys or () if getattr(ours, key) == getattr(theirs, key)] == []
     prompts = getattr(getattr(config, "data", None), "prompts", ())
     assert all((ROOT / file).is_file() for file in prompts) and bool(prompts) == (schema is not ServeConfig)
     assert (ROOT / config.model.path / "config.json").is_file()

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dvi.cli.main import app
-from dvi.config import load_config, to_yaml
+from dvi.config import load_config
+from dvi.explained_yaml import explained_yaml
 from dvi.planning.plans import Forecast, LatencyBound, PlanSpace
 from dvi.planning.search import NoFeasiblePlan
 from dvi.planning.tune import plan_settings, plan_space, present_plan, report_plan
@@ -70,7 +71,7 @@ def test_a_plan_is_measured_found_and_written_as_settings_that_a_server_takes(fo
     )
     assert planned.draft.policy == "fixed" and differing(config, planned) <= CHANGED
     command = ["serve", str(folder / "serve.yaml"), str(folder / "out/plan.yaml"), "--print-config"]
-    assert CliRunner().invoke(app, command).stdout == to_yaml(planned)
+    assert CliRunner().invoke(app, command).stdout == explained_yaml(planned)
     written = json.loads((folder / "out/frontier.json").read_text())
     assert written["tuned"] == facts["tuned"] and written["frontier"][-1] == facts["tuned"]
     assert (folder / "out/frontier.png").read_bytes().startswith(b"\x89PNG")

@@ -1,8 +1,15 @@
 """The values that flow through DVI, as small documented records.
 
-Knows shapes and units; computes nothing but ratios of its own counts. Letters, once for the project: B rows, T drafted
-tokens, U = T + 1 verified positions, N samples, D hidden size, V vocabulary, S cached positions. Names of tensors end
-in their dimensions.
+Knows shapes and units; computes nothing but ratios of its own counts. Names of tensors end in their dimensions, those
+of one dimension where the name alone does not say them. A letter is the same thing everywhere:
+
+    B  rows of a batch                              D  hidden size
+    T  drafted tokens; positions of a draft block   V  vocabulary, the drafter's own where it is trimmed
+    U  T + 1 verified positions                     M  positions of any rows, in one list
+    Q  query positions of one pass                  N  samples: blocks, probes, requests, as the file says
+    S  positions of a text or of a cache            W  positions of a stretch of experience
+
+Any other letter is a file's own, and stands with these at its head. A digit is a dimension of that size.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Knows a split model, a drafter, their cache, a length policy and the rows' requests; emits transitions and knows nothing
 of replay, losses or text. It alone changes the rows' state: what agrees is committed, and one token more.
 """
-# B rows, D hidden, N tokens of the longest row (of a vocabulary's top: the likeliest), Q positions of one prefill pass,
-# S positions to prefill, T drafted tokens, U = T + 1 verified positions, V vocabulary, W committed positions.
+# B rows, D hidden, H columns for the host, K likeliest tokens, Q positions of one prefill pass, S positions of a text,
+# T drafted tokens, U = T + 1 verified positions, V vocabulary, W committed positions.
 
 from __future__ import annotations
 
@@ -256,10 +256,10 @@ class DecodingBatch:
         return self._state
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Lists of ids as one tensor [B, N], and which of its ids are theirs."""
+        """Lists of ids as one tensor [B, S], and which of its ids are theirs."""
         tensors = [torch.tensor(ids, dtype=torch.int64, device=self._split.device) for ids in rows]
-        ids_BN = pad_sequence(tensors, batch_first=True, padding_value=-1)
-        return ids_BN.clamp(min=0), ids_BN >= 0
+        ids_BS = pad_sequence(tensors, batch_first=True, padding_value=-1)
+        return ids_BS.clamp(min=0), ids_BS >= 0
 
     def take_finished(self) -> list[Sequence]:
         """Removes and returns the rows that have ended; other running rows move into the gaps."""
@@ -311,7 +311,7 @@ def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
 def _logprobs(logits_WV: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
     """The verifier's own log-probabilities of W committed tokens and of the num_top likeliest; waits for the device."""
     log_probs_WV = logits_WV.float().log_softmax(-1)
-    chosen_W = log_probs_WV.gather(1, torch.tensor(token_ids, device=log_probs_WV.device)[:, None])[:, 0].tolist()
-    values_WN, ids_WN = log_probs_WV.topk(num_top)
-    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids_WN.tolist(), values_WN.tolist(), strict=True)]
-    return [TokenLogprobs(*one) for one in zip(token_ids, chosen_W, tops, strict=True)]
+    chosen = log_probs_WV.gather(1, torch.tensor(token_ids, device=log_probs_WV.device)[:, None])[:, 0].tolist()
+    values_WK, ids_WK = log_probs_WV.topk(num_top)
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids_WK.tolist(), values_WK.tolist(), strict=True)]
+    return [TokenLogprobs(*one) for one in zip(token_ids, chosen, tops, strict=True)]

@@ -12,7 +12,8 @@ each draw is used once. For the same reason two requests that one learner serves
 neighbouring ones will do, keys draw independently). Gumbel noise is keyed by (request seed, absolute position, token)
 on purpose: there the output is a function of the noise and the target alone, whatever the drafter learnt.
 """
-# B rows, Q query positions, T drafted tokens, U = T + 1, V vocabulary.
+# B rows, Q query positions, S positions of a text, T drafted tokens, U = T + 1, V vocabulary, X = V + 1 of which the
+# last is for ids that do not count.
 
 from __future__ import annotations
 
@@ -162,25 +163,25 @@ class SeenTokens:
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str) -> None:
         # One spare column swallows what is not valid: a scatter with a fixed shape needs somewhere to put it.
-        self._anywhere_BW = torch.zeros(rows, vocab_size + 1, dtype=torch.bool, device=device)
-        self._times_generated_BW = torch.zeros(rows, vocab_size + 1, dtype=torch.int32, device=device)
+        self._anywhere_BX = torch.zeros(rows, vocab_size + 1, dtype=torch.bool, device=device)
+        self._times_generated_BX = torch.zeros(rows, vocab_size + 1, dtype=torch.int32, device=device)
         self.vocab_size = vocab_size
 
-    def add_prompt(self, token_ids_BN: Tensor, valid_BN: Tensor) -> None:
-        """Marks each row's valid token ids as read; ids where valid_BN is False may be anything."""
-        self._anywhere_BW.scatter_(1, torch.where(valid_BN, token_ids_BN, self.vocab_size), True)
+    def add_prompt(self, token_ids_BS: Tensor, valid_BS: Tensor) -> None:
+        """Marks each row's valid token ids as read; ids where valid_BS is False may be anything."""
+        self._anywhere_BX.scatter_(1, torch.where(valid_BS, token_ids_BS, self.vocab_size), True)
 
-    def add_generated(self, token_ids_BN: Tensor, valid_BN: Tensor) -> None:
+    def add_generated(self, token_ids_BS: Tensor, valid_BS: Tensor) -> None:
         """Counts each row's valid token ids as generated, every one as often as it comes."""
-        self.add_prompt(token_ids_BN, valid_BN)
-        index_BN = torch.where(valid_BN, token_ids_BN, self.vocab_size)
-        ones_BN = torch.ones_like(index_BN, dtype=torch.int32)
-        self._times_generated_BW.scatter_add_(1, index_BN, ones_BN)
+        self.add_prompt(token_ids_BS, valid_BS)
+        index_BS = torch.where(valid_BS, token_ids_BS, self.vocab_size)
+        ones_BS = torch.ones_like(index_BS, dtype=torch.int32)
+        self._times_generated_BX.scatter_add_(1, index_BS, ones_BS)
 
     def clear_row(self, row: int) -> None:
         """Forgets one row, for the next request that takes it."""
-        self._anywhere_BW[row] = False
-        self._times_generated_BW[row] = 0
+        self._anywhere_BX[row] = False
+        self._times_generated_BX[row] = 0
 
     def with_drafts(self, token_ids_BT: Tensor) -> Seen:
         """Of U = T + 1 positions: number j has the committed tokens before it and the drafted tokens before j.
@@ -199,10 +200,10 @@ class SeenTokens:
     def _after(self, index_BQT: Tensor) -> Seen:
         """Of Q positions, each after the committed tokens and its own T drafted ones."""
         shape = -1, index_BQT.shape[1], -1
-        anywhere_BQW = self._anywhere_BW[:, None, :].expand(shape).scatter(2, index_BQT, True)
+        anywhere_BQX = self._anywhere_BX[:, None, :].expand(shape).scatter(2, index_BQT, True)
         ones_BQT = torch.ones_like(index_BQT, dtype=torch.int32)
-        times_BQW = self._times_generated_BW[:, None, :].expand(shape).scatter_add(2, index_BQT, ones_BQT)
-        return Seen(anywhere_BQW[..., :-1], times_BQW[..., :-1])
+        times_BQX = self._times_generated_BX[:, None, :].expand(shape).scatter_add(2, index_BQT, ones_BQT)
+        return Seen(anywhere_BQX[..., :-1], times_BQX[..., :-1])
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

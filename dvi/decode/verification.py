@@ -3,10 +3,24 @@
 Knows distributions, token ids and uniforms; knows nothing of models or of where the uniforms come from. No host syncs
 and no data-dependent shapes. In Leviathan et al. 2023 (arXiv 2211.17192) our draft_probs is q and target_probs is p.
 
+The words, everywhere in this project:
+
+    round                 one draft and one verification: up to T tokens are drafted, T + 1 positions verified.
+    drafted               tokens that the verdict is about; those behind a row's num_drafted are padding.
+    accepted              drafted tokens that are kept: a prefix of the draft, up to the first one refused.
+    recovered             the token that takes the place of the first one refused.
+    bonus                 the token that follows when all drafted ones are accepted. Recovered or bonus, every round
+                          commits one token after the accepted ones.
+    acceptance rate       accepted / drafted.
+    mean accepted tokens  new tokens per round, the recovered or bonus token among them, as Spec-Bench and vLLM count.
+
+Accepted and new tokens of a text are those before its end: what a round gives behind it counts nowhere but in
+`RoundStats.committed_tokens`.
+
 The honest verdicts are functions. A `VerifyRule` can waive the honest test for some drafted tokens: they are kept
 whatever it says, and counted, so that nobody takes them for what the target would have produced.
 """
-# B rows, T drafted tokens, U = T + 1 verified positions, V vocabulary.
+# B rows, Q positions, T drafted tokens, U = T + 1 verified positions, V vocabulary.
 
 from __future__ import annotations
 

@@ -54,27 +54,27 @@ class AcceptanceBins:
 NO_BINS = AcceptanceBins([], [PRIOR], [[]], [[PRIOR]])
 
 
-def fit_bins(agreement_N: Floats, ratio_N: Floats, accepted_N: Floats) -> AcceptanceBins:
+def fit_bins(agreements: Floats, ratios: Floats, accepted: Floats) -> AcceptanceBins:
     """Bins with edges at the quantiles of S, and in each of them at the quantiles of A.
 
     A cell's mean is shrunk towards its bin of S, that towards the mean of all, and that towards PRIOR. Equal values
     share a bin, so that some bins may be empty: what is said of them is what is said of their parents.
     """
-    num, num_s, num_a = len(agreement_N), NUM_AGREEMENT_BINS, NUM_RATIO_BINS
-    edges_J = np.sort(agreement_N)[np.arange(1, num_s) * num // num_s]
-    bin_N = np.searchsorted(edges_J, agreement_N, side="right")
-    count_J = np.bincount(bin_N, minlength=num_s)
-    first_J = np.cumsum(count_J) - count_J
-    rank_JK = first_J[:, None] + np.arange(1, num_a) * count_J[:, None] // num_a
-    ratio_edges_JK = ratio_N[np.lexsort((ratio_N, bin_N))][rank_JK.clip(max=num - 1)]
-    cell_N = bin_N * num_a + (ratio_N[:, None] >= ratio_edges_JK[bin_N]).sum(1)
+    num, num_s, num_a = len(agreements), NUM_AGREEMENT_BINS, NUM_RATIO_BINS
+    edges = np.sort(agreements)[np.arange(1, num_s) * num // num_s]
+    bins = np.searchsorted(edges, agreements, side="right")
+    counts = np.bincount(bins, minlength=num_s)
+    firsts = np.cumsum(counts) - counts
+    rank_JK = firsts[:, None] + np.arange(1, num_a) * counts[:, None] // num_a
+    ratio_edges_JK = ratios[np.lexsort((ratios, bins))][rank_JK.clip(max=num - 1)]
+    cells = bins * num_a + (ratios[:, None] >= ratio_edges_JK[bins]).sum(1)
     count_JK, hits_JK = (
-        np.bincount(cell_N, weights, minlength=num_s * num_a).reshape(num_s, num_a) for weights in (None, accepted_N)
+        np.bincount(cells, weights, minlength=num_s * num_a).reshape(num_s, num_a) for weights in (None, accepted)
     )
-    overall_1 = _shrunk(np.array([accepted_N.sum()]), np.array([num]), np.array([PRIOR]))
-    by_agreement_J = _shrunk(hits_JK.sum(1), count_J, overall_1.repeat(num_s))
-    by_both_JK = _shrunk(hits_JK, count_JK, by_agreement_J[:, None].repeat(num_a, axis=1))
-    return AcceptanceBins(edges_J.tolist(), by_agreement_J.tolist(), ratio_edges_JK.tolist(), by_both_JK.tolist())
+    overall = _shrunk(np.array([accepted.sum()]), np.array([num]), np.array([PRIOR]))
+    by_agreement = _shrunk(hits_JK.sum(1), counts, overall.repeat(num_s))
+    by_both_JK = _shrunk(hits_JK, count_JK, by_agreement[:, None].repeat(num_a, axis=1))
+    return AcceptanceBins(edges.tolist(), by_agreement.tolist(), ratio_edges_JK.tolist(), by_both_JK.tolist())
 
 
 def _shrunk(hits: Floats, count: NDArray[np.int64], parent: Floats) -> Floats:
@@ -145,15 +145,15 @@ class AgreementEstimate:
         """None before the first sample."""
         if not self.num_samples:
             return None
-        _, _, accepted_N, by_agreement_N, by_both_N = self._newest()
-        acceptance = float(accepted_N.mean())
-        entropy = _log_loss(np.full_like(accepted_N, acceptance), accepted_N)
+        _, _, accepted, by_agreement, by_both = self._newest()
+        acceptance = float(accepted.mean())
+        entropy = _log_loss(np.full_like(accepted, acceptance), accepted)
         return AgreementFigures(
-            num_samples=len(accepted_N), acceptance=acceptance, entropy_bits=entropy,
-            gain_of_agreement_bits=entropy - _log_loss(by_agreement_N, accepted_N),
-            gain_of_both_bits=entropy - _log_loss(by_both_N, accepted_N),
-            ece_of_agreement=calibration_error(by_agreement_N, accepted_N),
-            ece_of_both=calibration_error(by_both_N, accepted_N),
+            num_samples=len(accepted), acceptance=acceptance, entropy_bits=entropy,
+            gain_of_agreement_bits=entropy - _log_loss(by_agreement, accepted),
+            gain_of_both_bits=entropy - _log_loss(by_both, accepted),
+            ece_of_agreement=calibration_error(by_agreement, accepted),
+            ece_of_both=calibration_error(by_both, accepted),
         )
 
     def _newest(self) -> Floats:
@@ -161,13 +161,13 @@ class AgreementEstimate:
         return self._samples_N5[: self.num_samples].T
 
 
-def calibration_error(predicted_N: Floats, accepted_N: Floats) -> float:
+def calibration_error(predicted: Floats, accepted: Floats) -> float:
     """|mean prediction - share accepted| in bins of equal width of the prediction, averaged over the samples."""
-    bin_N = (predicted_N * NUM_CALIBRATION_BINS).astype(int).clip(max=NUM_CALIBRATION_BINS - 1)
-    return float(np.abs(np.bincount(bin_N, predicted_N - accepted_N)).sum() / len(predicted_N))
+    bins = (predicted * NUM_CALIBRATION_BINS).astype(int).clip(max=NUM_CALIBRATION_BINS - 1)
+    return float(np.abs(np.bincount(bins, predicted - accepted)).sum() / len(predicted))
 
 
-def _log_loss(predicted_N: Floats, accepted_N: Floats) -> float:
+def _log_loss(predicted: Floats, accepted: Floats) -> float:
     """Mean bits by which the outcomes surprise who predicted so."""
-    likelihood_N = np.where(accepted_N > 0, predicted_N, 1 - predicted_N)
-    return float(-np.log(likelihood_N).mean()) / math.log(2)
+    likelihoods = np.where(accepted > 0, predicted, 1 - predicted)
+    return float(-np.log(likelihoods).mean()) / math.log(2)

@@ -5,6 +5,7 @@ sampling, whether position i is verified may depend on committed tokens, drafted
 i, never on the token drawn at i or later. (Stopping *because of* the token drawn at i would keep it more often when it
 suits, and the output would no longer follow the target.)
 """
+# B rows, T drafted tokens, V the drafter's vocabulary.
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ ONLINE, REPLAY = "trainers/learning/online.py", "trainers/learning/replay.py"
 GATE, TICK = "trainers/learning/publish_gate.py", "trainers/learning/tick.py"
 
 ENGINE = "dvi/serving/engine.py"
-TEST_DECODING, TEST_ENGINE = "tests/decode/test_round.py", "tests/serving/test_engine.py"
+TEST_BATCH, TEST_EXPERIENCE = "tests/decode/test_batch.py", "tests/decode/test_experience.py"
+TEST_ENGINE = "tests/serving/test_engine.py"
 TEST_PACKED = "tests/model/test_ragged.py"
 TEST_LAW = "tests/laws/test_sampling_law_engine.py"
 STUDENT, TEST_RANKS = "trainers/learning/student.py", "tests/learning/test_data_parallel.py"
@@ -100,59 +101,59 @@ MUTATIONS = [
     ),
     Mutation(
         "stale_hidden_state_of_the_last_draft", ROUND,
-        "hidden.append(shallow(token_B, num_draft_tokens))", "hidden.append(hidden[-1])", TEST_DECODING,
+        "hidden.append(shallow(token_B, num_draft_tokens))", "hidden.append(hidden[-1])", TEST_EXPERIENCE,
     ),
     Mutation(
         "shallow_position_off_by_one", ROUND,
         "cache.place(offset=depth, width=1, rows=state.rows)",
         "cache.place(offset=max(depth - 1, 0), width=1, rows=state.rows)",
-        TEST_DECODING,
+        TEST_EXPERIENCE,
     ),
     Mutation(
         "cache_commit_off_by_one", BATCH,
         "cache.commit([host_row.num_accepted + 1 for host_row in host_rows]",
         "cache.commit([host_row.num_accepted for host_row in host_rows]",
-        TEST_DECODING,
+        TEST_BATCH,
     ),
     Mutation(
         "correction_token_dropped", "dvi/decode/host_row.py",
         "return [*self.draft_ids[: self.num_accepted], self.next_token]",
         "return self.draft_ids[: self.num_accepted] or [self.next_token]",
-        TEST_DECODING,
+        TEST_BATCH,
     ),
     Mutation(
         "anchor_of_the_last_committed_token", ROUND,
-        "anchor_BD=final_BUD[row_B, verdict.num_accepted_B]", "anchor_BD=final_BUD[row_B, 0]", TEST_DECODING,
+        "anchor_BD=final_BUD[row_B, verdict.num_accepted_B]", "anchor_BD=final_BUD[row_B, 0]", TEST_EXPERIENCE,
     ),
-    Mutation("anchor_of_the_request_before", BATCH, "self._anchor_BD[row] = 0", "pass", TEST_DECODING),
+    Mutation("anchor_of_the_request_before", BATCH, "self._anchor_BD[row] = 0", "pass", TEST_BATCH),
     Mutation(
         "end_of_text_inside_a_block_missed", "dvi/decode/sequence.py",
         "            if self.finish_reason is not None:\n                return count",
         "            if self.finish_reason is not None and count == len(committed):\n                return count",
-        TEST_DECODING,
+        TEST_BATCH,
     ),
     Mutation(
         "moved_row_keeps_the_gaps_cache", BATCH,
         "self.cache.copy_row(source=source, target=target)", "self.cache.copy_row(source=target, target=target)",
-        TEST_DECODING,
+        TEST_BATCH,
     ),
     Mutation(
         "moved_row_keeps_the_gaps_anchor", BATCH,
-        "self._anchor_BD[target] = self._anchor_BD[source]", "pass", TEST_DECODING,
+        "self._anchor_BD[target] = self._anchor_BD[source]", "pass", TEST_BATCH,
     ),
     Mutation(
         "version_read_after_the_swap", ROUND,
-        "drafter_version=drafter.version,", "drafter_version=drafter.version + 1,", TEST_DECODING,
+        "drafter_version=drafter.version,", "drafter_version=drafter.version + 1,", TEST_EXPERIENCE,
     ),
     Mutation(
         "reward_column_shifted", EXPERIENCE,
         "draft_token_ids_W=self._draft_ids_BU[row, :width]",
         "draft_token_ids_W=self._draft_ids_BU[row].roll(1)[:width]",
-        TEST_DECODING,
+        TEST_EXPERIENCE,
     ),
     Mutation(
         "lossy_acceptance_called_honest", EXPERIENCE, "num_waived=outcome.num_waived, tenant=sequence.tenant,",
-        "tenant=sequence.tenant,", TEST_DECODING,
+        "tenant=sequence.tenant,", TEST_EXPERIENCE,
     ),
     Mutation(
         "wait_inside_drafting", ROUND,
@@ -164,7 +165,7 @@ MUTATIONS = [
         "stop_counts_what_nobody_saw", BATCH,
         "num_accepted = min(host_row.num_accepted, num_kept)",
         "num_accepted = host_row.num_accepted\n            num_kept = num_accepted + 1",
-        TEST_DECODING,
+        TEST_BATCH,
     ),
     # The cache and the paths
     Mutation(
@@ -198,7 +199,7 @@ MUTATIONS = [
     ),
     Mutation(
         "learned_positions_past_the_context", "dvi/model/views_path.py",
-        "positions_BQ = positions_BQ.clamp(max=self._last_position)", "pass", TEST_DECODING,
+        "positions_BQ = positions_BQ.clamp(max=self._last_position)", "pass", TEST_BATCH,
     ),
     Mutation(
         "exact_capacity_follows_the_draft_length", BATCH,
@@ -304,7 +305,7 @@ MUTATIONS = [
     # Serving
     Mutation(
         "joined_row_keeps_anothers_anchor", BATCH,
-        "self._anchor_BD[[row, place]] = self._anchor_BD[[place, row]]", "pass", "tests/decode/test_round.py",
+        "self._anchor_BD[[row, place]] = self._anchor_BD[[place, row]]", "pass", TEST_BATCH,
     ),
     Mutation(
         "resumed_text_without_its_answer", BATCH,

@@ -128,15 +128,15 @@ class DecodingBatch:
         return transitions
 
     def _join(self, sequence: Sequence, row: int) -> None:
-        """A prefilled row decodes from now on: it takes the place after the rows that do."""
-        place = len(self.sequences)
-        if row != place:
-            self.cache.swap_rows(row, place)
-            self._anchor_BD[[row, place]] = self._anchor_BD[[place, row]]
-            self.prefilling[row - place] = self.prefilling[0]
+        """A prefilled row decodes from now on: it moves behind the rows that do."""
+        target = len(self.sequences)
+        if row != target:
+            self.cache.swap_rows(row, target)
+            self._anchor_BD[[row, target]] = self._anchor_BD[[target, row]]
+            self.prefilling[row - target] = self.prefilling[0]
         self.prefilling.pop(0)
         self.sequences.append(sequence)
-        self._last_token_B[place] = sequence.text_ids[-1]
+        self._last_token_B[target] = sequence.text_ids[-1]
         self._state = None
         now_s = time.perf_counter()
         sequence.stats.prefill_s += now_s - sequence.started_s

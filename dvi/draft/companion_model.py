@@ -78,28 +78,28 @@ class _CompanionRows:
         texts, lengths = {row.request_id: row.text_ids for row in rows}, list(self._cache.lengths)
         # A round has ended, so nothing waits for this. What was not fed, another policy's rounds decoded.
         fed = torch.stack(self._fed, 1).tolist() if self._fed else [[]] * len(self._texts)
-        for place, (request_id, old, tokens) in enumerate(zip(self._request_ids, self._texts, fed, strict=True)):
+        for row, (request_id, old, tokens) in enumerate(zip(self._request_ids, self._texts, fed, strict=True)):
             new = texts.get(request_id, [])
             if new[: len(old)] == old:
-                lengths[place] += _num_equal(tokens, new[len(old) - 1 : -1])
+                lengths[row] += _num_equal(tokens, new[len(old) - 1 : -1])
             else:
-                lengths[place] = 0
+                lengths[row] = 0
         self._cache.set_lengths(lengths)
-        for place, request_id in enumerate(texts):
-            self._seat(place, request_id)
+        for row, request_id in enumerate(texts):
+            self._seat(row, request_id)
         del self._request_ids[len(texts) :]
         self._texts, self._fed = list(texts.values()), []
 
-    def _seat(self, place: int, request_id: int) -> None:
+    def _seat(self, row: int, request_id: int) -> None:
         """Puts the request's row there, an empty one if it has none. Rows before are seated already."""
         if request_id not in self._request_ids:
             self._cache.open_row(len(self._request_ids), 0)
             self._request_ids.append(request_id)
         source = self._request_ids.index(request_id)
-        if source != place:
-            self._cache.swap_rows(place, source)
-            self._request_ids[source] = self._request_ids[place]
-            self._request_ids[place] = request_id
+        if source != row:
+            self._cache.swap_rows(row, source)
+            self._request_ids[source] = self._request_ids[row]
+            self._request_ids[row] = request_id
 
     def has_any(self, request_ids: set[int]) -> bool:
         return not request_ids.isdisjoint(self._request_ids)
@@ -107,10 +107,10 @@ class _CompanionRows:
     def catch_up(self) -> None:
         """Reads what the texts have that the cache lacks, but for their newest tokens."""
         self._make_room(max(len(text) for text in self._texts) + MAX_DEPTH)
-        for place, text in enumerate(self._texts):
-            while len(text) - 1 - self._cache.lengths[place] > MAX_RAGGED:
-                start = self._cache.lengths[place]
-                self._read([text[start : len(text) - 1][:PREFILL_CHUNK]], slice(place, place + 1))
+        for row, text in enumerate(self._texts):
+            while len(text) - 1 - self._cache.lengths[row] > MAX_RAGGED:
+                start = self._cache.lengths[row]
+                self._read([text[start : len(text) - 1][:PREFILL_CHUNK]], slice(row, row + 1))
         pairs = zip(self._texts, self._cache.lengths, strict=False)
         if any(missing := [text[length:-1] for text, length in pairs]):
             self._read(missing, slice(0, len(missing)))

@@ -305,8 +305,8 @@ class GoodputLength:
 
     def _worth_a_probe(self, current: int) -> list[int]:
         """No drafts, the neighbours of `current` and the largest T, without `current` itself."""
-        place = self.buckets.index(current)
-        return sorted({0, *self.buckets[max(place - 1, 0) : place + 2], self.buckets[-1]} - {current})
+        index = self.buckets.index(current)
+        return sorted({0, *self.buckets[max(index - 1, 0) : index + 2], self.buckets[-1]} - {current})
 
     def keep(self, context: DraftContext) -> Tensor:
         return torch.ones_like(context.is_open_B)

@@ -72,7 +72,7 @@ def bad_moments(trainer: OnlineTrainer, value: float, dice: random.Random, patch
 
 def bad_memory(trainer: OnlineTrainer, value: float, dice: random.Random, patch: pytest.MonkeyPatch) -> None:
     name = dice.choice(["hidden", "target_hidden"])
-    patch.setitem(trainer.replay._fields, name, torch.full_like(trainer.replay._fields[name], value))
+    patch.setitem(trainer.replay._segments.fields, name, torch.full_like(trainer.replay._segments.fields[name], value))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -291,8 +291,8 @@ def poison_weights(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
 
 
 def poison_buffer(trainer: OnlineTrainer, patch: pytest.MonkeyPatch) -> None:
-    field = trainer.replay._fields["hidden"]
-    patch.setitem(trainer.replay._fields, "hidden", torch.full_like(field, torch.nan))
+    field = trainer.replay._segments.fields["hidden"]
+    patch.setitem(trainer.replay._segments.fields, "hidden", torch.full_like(field, torch.nan))
 
 
 @pytest.mark.parametrize("poison", [poison_loss, poison_gradient, poison_weights, poison_buffer])

@@ -439,8 +439,8 @@ def test_nothing_a_forgotten_tenant_brought_is_left_in_memory(operations, tenant
     # Catches remnants: of evicted segments under shorter new ones, in the gap the reservoir's last segment leaves.
     buffer = make_buffer(capacity_positions=20, reservoir_fraction=0.4)
     play(operations, buffer)
-    owners, before = buffer._tenants, len(buffer)
-    of_tenant = [length for owner, length in zip(owners, buffer._lengths, strict=True)
+    owners, before = buffer._segments.tenants, len(buffer)
+    of_tenant = [length for owner, length in zip(owners, buffer._segments.lengths, strict=True)
                  if owner == tenant_id(f"tenant {tenant}")]
     # Every row holds a value of its own, so what belongs to whom can be told from the values.
     brought = values_of(operations, tenant)

@@ -80,8 +80,9 @@ class Learning(Job):
 
 def positions(replay: ReplayBuffer) -> list[str]:
     """Every stored position, by what the verifier's hidden state was there."""
-    rows = [replay._rows(slot).start + i for slot, length in enumerate(replay._lengths) for i in range(length)]
-    return [str(replay._fields["target_hidden"][row].tolist()) for row in rows]
+    segments = replay._segments
+    rows = [segments.rows(slot).start + i for slot, length in enumerate(segments.lengths) for i in range(length)]
+    return [str(segments.fields["target_hidden"][row].tolist()) for row in rows]
 
 
 def live(folders: list[str], learns: list[int] | None) -> dict:

@@ -285,7 +285,7 @@ MUTATIONS = [
         "self.token_counts_V", TEST_RANKS,
     ),
     Mutation(
-        "remnants_of_the_forgotten", REPLAY,
+        "remnants_of_the_forgotten", "trainers/learning/segments.py",
         "            field[is_empty_R] = 0\n", "            pass\n", "tests/learning/test_replay.py",
     ),
     Mutation(

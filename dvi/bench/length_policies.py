@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dvi.bench.length_report import FIXED, PLAIN_DECODING, Line, make_report
 from dvi.bench.questions import BUNDLED_QUESTIONS
+from dvi.bench.records import written
 from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.catalogue import GOODPUT_BUCKETS, goodput_buckets
 from dvi.draft.companion_length import CompanionLength
@@ -33,85 +34,51 @@ from dvi.draft.measure_costs import measure_costs
 from dvi.hardware import describe_machine, wait_for
 from dvi.inspect.audit import find_divergence, logits_in_blocks
 from dvi.progress import Stage, doing
-from dvi.records import GREEDY_TEMPERATURE, RoundStats, SamplingParams
+from dvi.records import RoundStats, SamplingParams
+from dvi.settings import LengthSettings
 from dvi.traffic import NoPromptsError, read_prompts
 from dvi.whole_files import write_whole
 
 RUN_FILE, RESULTS_FILE = "run.json", "results.jsonl"
-COMPANIONS = ("self", "exit", "model")
-POLICIES = ("confidence", "goodput", "companion")  # besides plain decoding and the fixed length, which are always there
 # Answers of a slice, or one for each row where there are more: a slice of one answer would follow its text.
 ANSWERS_PER_SLICE = 8
 COSTS_BUDGET_S = 20.0  # enough for every number of rows: a table that extrapolates would judge the policy for it
 
 
-@dataclass(frozen=True)
-class LengthSettings:
-    """What a run is asked for; a folder holds the run of one such choice.
+def check_lengths(settings: LengthSettings) -> None:
+    """Raises ValueError for settings that cannot make a run."""
+    for name, least in (("max_new_tokens", 1), ("repetitions", 1), ("warmups", 0), ("limit", 0)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} must be >= {least}, got {getattr(settings, name)}")
+    most, sizes = GOODPUT_BUCKETS[-1], settings.batch_sizes
+    if not 1 <= settings.num_draft_tokens <= most:
+        raise ValueError(f"num_draft_tokens must be in 1..{most}, got {settings.num_draft_tokens}; try 4")
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"batch sizes must be >= 1, got {sizes}; try 1,2,4")
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"batch sizes must differ, got {sizes}")
+    if ("model" in settings.companions) != (settings.companion_model is not None):
+        raise ValueError(
+            "companions 'model' and companion_model, its folder or hub id, go together, got "
+            f"{', '.join(settings.companions) or 'none'} and {settings.companion_model}"
+        )
+    _sampling(settings, seed=0)  # checks the temperature
 
-    prompts         JSONL rows, see `dvi.traffic`; None is Spec-Bench's questions, their first turns. Of a file that
-                    marks rows as eval only these. They come in one shuffled order, again and again.
-    limit           prompts taken of them, 0 takes all.
-    policies        names of POLICIES.
-    companions      names of COMPANIONS, each with a companion policy of its own, if that is among the policies.
-    companion_model  model folder or hub id of the companion "model".
-    repetitions     slices of each policy that count; warmups: those before, in which policies learn and nothing counts.
-    The rest is as in `SelfSpeculator.from_pretrained`; num_threads 0 leaves torch's choice.
-    """
 
-    model: str
-    adapter: str | None = None
-    prompts: str | None = None
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    policies: tuple[str, ...] = POLICIES
-    companions: tuple[str, ...] = ("self", "exit")
-    companion_model: str | None = None
-    num_draft_tokens: int = 4
-    temperature: float = 0.0
-    limit: int = 0
-    max_new_tokens: int = 64
-    repetitions: int = 12
-    warmups: int = 4
-    split_layer: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    num_threads: int = 0
+def _num_answers(settings: LengthSettings, batch_size: int) -> int:
+    """Of a slice of all policies."""
+    num_companions = len(settings.companions) if "companion" in settings.policies else 0
+    num_policies = 2 + len(set(settings.policies) - {"companion"}) + num_companions
+    return num_policies * max(batch_size, ANSWERS_PER_SLICE)
 
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("repetitions", 1), ("warmups", 0), ("limit", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not 1 <= self.num_draft_tokens <= GOODPUT_BUCKETS[-1]:
-            raise ValueError(
-                f"num_draft_tokens must be in 1..{GOODPUT_BUCKETS[-1]}, got {self.num_draft_tokens}; try 4"
-            )
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch sizes must be >= 1, got {self.batch_sizes}; try 1,2,4")
-        if len(set(self.batch_sizes)) < len(self.batch_sizes):
-            raise ValueError(f"batch sizes must differ, got {self.batch_sizes}")
-        if ("model" in self.companions) != (self.companion_model is not None):
-            raise ValueError(
-                "companions 'model' and companion_model, its folder or hub id, go together, got "
-                f"{', '.join(self.companions) or 'none'} and {self.companion_model}"
-            )
-        self.sampling(seed=0)  # checks the temperature
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == GREEDY_TEMPERATURE
-
-    def num_answers(self, batch_size: int) -> int:
-        """Of a slice of all policies."""
-        num_companions = len(self.companions) if "companion" in self.policies else 0
-        num_policies = 2 + len(set(self.policies) - {"companion"}) + num_companions
-        return num_policies * max(batch_size, ANSWERS_PER_SLICE)
-
-    def sampling(self, *, seed: int) -> SamplingParams:
-        return SamplingParams(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
+def _sampling(settings: LengthSettings, *, seed: int) -> SamplingParams:
+    return SamplingParams(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, seed=seed)
 
 
 def bench_lengths(settings: LengthSettings, folder: Path, *, console: Console) -> dict[str, Any]:
-    """`run_lengths` with the speculator that the settings name."""
+    """`run_lengths` with the speculator that the settings name. Raises ValueError where they cannot make a run."""
+    check_lengths(settings)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     speculator = SelfSpeculator.from_pretrained(
@@ -138,16 +105,16 @@ def run_lengths(
     path = folder / RESULTS_FILE
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     num_slices = settings.warmups + settings.repetitions
-    num_answers = sum(settings.num_answers(batch_size) * num_slices for batch_size in settings.batch_sizes)
+    num_answers = sum(_num_answers(settings, batch_size) * num_slices for batch_size in settings.batch_sizes)
     console.print(f"about {num_answers:,} answers to come; how long they take shows after the first", soft_wrap=True)
     with doing("lengths", total=num_answers, noun="answers") as stage:
         for batch_size in settings.batch_sizes:
             num_done = sum(line["batch_size"] == batch_size and line["policy"] == FIXED for line in lines)
             stage.name(f"batch {batch_size}")
             if num_done == settings.repetitions:
-                stage.skip(settings.num_answers(batch_size) * num_slices)
+                stage.skip(_num_answers(settings, batch_size) * num_slices)
                 continue
-            stage.skip(settings.num_answers(batch_size) * num_done)
+            stage.skip(_num_answers(settings, batch_size) * num_done)
             for new_lines in _measure(
                 speculator, prompts, settings, batch_size=batch_size, num_done=num_done, stage=stage
             ):
@@ -223,7 +190,7 @@ class Stream:
         while self._batch.has_room:
             place = next(self._places)
             sequence, _ = self._speculator.new_sequence(
-                self._prompts[place % len(self._prompts)], self._settings.sampling(seed=place), request_id=place
+                self._prompts[place % len(self._prompts)], _sampling(self._settings, seed=place), request_id=place
             )
             self._batch.admit(sequence)
         wait_for(self._speculator.split.device)  # the prefills are not the next round's
@@ -300,7 +267,7 @@ def _encode_prompts(speculator: SelfSpeculator, settings: LengthSettings) -> lis
 def _describe(speculator: SelfSpeculator, settings: LengthSettings) -> dict[str, Any]:
     """The content of run.json."""
     return {
-        "settings": asdict(settings), "is_greedy": settings.is_greedy,
+        "settings": written(settings), "is_greedy": settings.is_greedy,
         "dtype": str(speculator.split.dtype).removeprefix("torch."),
         "drafter_version": speculator.drafter.version, "machine": describe_machine(speculator.split.device),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -10,7 +10,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from dvi.bench.arms import ArmOptions, OurArm, plans_of_ours
 from dvi.bench.margin_quality import ANSWER_MARK, final_number, negative_log_likelihood
 from dvi.bench.margin_report import RESULTS_FILE, Line, make_report
 from dvi.bench.questions import Conversation, Question, load_questions, select
-from dvi.bench.records import ArmAnswer
+from dvi.bench.records import ArmAnswer, written
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import MarginRule, StrictRule, TypicalRule, VerifyRule
 from dvi.hardware import describe_machine
 from dvi.progress import Stage, doing, each
+from dvi.settings import MarginSettings
 from dvi.whole_files import write_whole
 
 SCORED_TASK = "math_reasoning"  # GSM8K questions, whose references end in a number
@@ -37,52 +38,33 @@ CONDITIONS = {
 }
 
 
-@dataclass(frozen=True)
-class MarginSettings:
-    """What a run is asked for.
+def check_margin(settings: MarginSettings) -> None:
+    """Raises ValueError for settings that cannot make a run."""
+    for name, least in (("limit", 0), ("repetitions", 1), ("num_threads", 0)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} must be >= {least}, got {getattr(settings, name)}")
+    thetas = settings.thetas
+    if len(set(thetas)) < len(thetas) or not rules_of(settings)[1:]:
+        raise ValueError(f"thetas must differ, and there must be one or typical, got {thetas}; try 0.95,0.9")
+    _options(settings, StrictRule())  # checks the others
 
-    adapter, questions  None: an untrained drafter; the bundled questions. Of every question the first turn is asked.
-    thetas              of the margin rule, an arm each.
-    typical             also an arm of the typical rule, with its defaults.
-    limit               questions of each task, 0 takes all.
-    num_threads         of torch on CPUs, 0 leaves its choice.
-    """
 
-    model: str
-    adapter: str | None = None
-    questions: str | None = None
-    thetas: tuple[float, ...] = (0.98, 0.95, 0.9, 0.84, 0.75)
-    typical: bool = False
-    temperature: float = 0.0
-    limit: int = 0
-    max_new_tokens: int = 128
-    num_draft_tokens: int = 4
-    repetitions: int = 3
-    num_threads: int = 0
+def rules_of(settings: MarginSettings) -> list[VerifyRule]:
+    """The strict rule and then the lossy ones, the gentlest first."""
+    thetas = sorted(settings.thetas, reverse=True)
+    return [StrictRule(), *(MarginRule(theta) for theta in thetas), *([TypicalRule()] if settings.typical else [])]
 
-    def __post_init__(self) -> None:
-        for name, least in (("limit", 0), ("repetitions", 1), ("num_threads", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if len(set(self.thetas)) < len(self.thetas) or not self.rules[1:]:
-            raise ValueError(f"thetas must differ, and there must be one or typical, got {self.thetas}; try 0.95,0.9")
-        self.options(StrictRule())  # checks the others
 
-    @property
-    def rules(self) -> list[VerifyRule]:
-        """The strict rule and then the lossy ones, the gentlest first."""
-        thetas = sorted(self.thetas, reverse=True)
-        return [StrictRule(), *(MarginRule(theta) for theta in thetas), *([TypicalRule()] if self.typical else [])]
-
-    def options(self, rule: VerifyRule) -> ArmOptions:
-        return ArmOptions(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, num_draft_tokens=self.num_draft_tokens,
-            rule=rule,
-        )
+def _options(settings: MarginSettings, rule: VerifyRule) -> ArmOptions:
+    return ArmOptions(
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+        num_draft_tokens=settings.num_draft_tokens, rule=rule,
+    )
 
 
 def bench_margin(settings: MarginSettings, folder: Path, *, console: Console) -> dict[str, Any]:
-    """`run_margin` with the speculator that the settings name."""
+    """`run_margin` with the speculator that the settings name. Raises ValueError where they cannot make a run."""
+    check_margin(settings)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     speculator = SelfSpeculator.from_pretrained(settings.model, adapter=settings.adapter)
@@ -111,7 +93,7 @@ def run_margin(
     asked = [replace(q, turns=q.turns[:1]) for q in select(load_questions(settings.questions), settings.limit)]
     conversation = Conversation(speculator.tokenizer)
     prompts = [(question, conversation.encode(question.turns, [], room=room).token_ids) for question in asked]
-    arms = {rule.name: _arm(speculator, settings.options(rule)) for rule in settings.rules}
+    arms = {rule.name: _arm(speculator, _options(settings, rule)) for rule in rules_of(settings)}
     num_answers = settings.repetitions * len(asked) * len(arms)
     console.print(f"{num_answers:,} answers to come: {settings.repetitions} runs of {len(asked)} questions to "
                   f"{', '.join(arms)}; how long they take shows after the first", soft_wrap=True)  # fmt: skip
@@ -172,7 +154,7 @@ def _describe(
     speculator: SelfSpeculator, settings: MarginSettings, prompts: list[tuple[Question, list[int]]]
 ) -> dict[str, Any]:
     return {
-        "settings": asdict(settings), "dtype": str(speculator.split.dtype).removeprefix("torch."),
+        "settings": written(settings), "dtype": str(speculator.split.dtype).removeprefix("torch."),
         "drafter_version": speculator.drafter.version, "num_questions": len(prompts),
         "machine": describe_machine(speculator.split.device),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "conditions": CONDITIONS,

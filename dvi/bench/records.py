@@ -6,8 +6,9 @@ Knows names and counts; decodes nothing and measures nothing. An arm is one way 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 from dvi.records import RoundStats
 
@@ -60,3 +61,9 @@ class ArmPlan:
     batch_one: bool = False
     is_lossy: bool = False
     facts: dict[str, object] = field(default_factory=dict)
+
+
+def written(settings: Any) -> dict[str, Any]:
+    """The settings of a run as its files keep them, paths as text."""
+    values = asdict(settings)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dvi.cli.options import DtypeOption
 from dvi.cli.section_options import listed, options_of, read_options
 from dvi.config import checked, load_config
-from dvi.settings import DraftSettings, ModelSettings, PaperConfig, RuleName, SpecBenchSettings, TrainConfig
+from dvi.settings import LengthSettings, MarginSettings, PaperConfig, RuleName, SpecBenchSettings, TrainConfig
 from dvi.signals import SIGNAL_BASE
 from dvi.terminal import finish, make_console, quieten_transformers
 
@@ -25,8 +24,12 @@ if TYPE_CHECKING:
     from dvi.decode.speculator import SelfSpeculator
     from dvi.learner import Learner
 
-LENGTH_POLICIES = ("confidence", "goodput", "companion")
-COMPANIONS = ("self", "exit", "model")  # older versions of the drafter need one that learns, and here it is frozen
+
+
+def _written(numbers: tuple[float, ...]) -> str:
+    """As an option has them."""
+    return ",".join(map(str, numbers))
+
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure how fast it is, against whom, and if learning helps.",
@@ -97,80 +100,37 @@ def report(
 
 
 @app.command()
+@options_of(LengthSettings, but=("batch_sizes",))
 def lengths(
     output: OutputOption,
     model: Annotated[str, typer.Option(help="A folder, a hub name or a .gguf file.")],
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
-    batches: Annotated[str, typer.Option(help="A list of batch sizes.")] = "1,2,4,8,16,32",
-    policies: Annotated[
-        str, typer.Option(help=f"A list of {', '.join(LENGTH_POLICIES)}; plain and fixed are always there.")
-    ] = ",".join(LENGTH_POLICIES),
-    companions: Annotated[
-        str, typer.Option(help=f"A list of {', '.join(COMPANIONS)}: each is a policy of its own.")
-    ] = "self,exit",
-    companion_model: Annotated[
-        str | None, typer.Option(help="The small model of the companion model, with the same tokenizer.")
-    ] = None,
-    num_draft_tokens: Annotated[int, typer.Option(help="The most tokens drafted in a round.")] = (
-        DraftSettings().num_draft_tokens
-    ),
-    temperature: Annotated[float, typer.Option(help="0 is greedy, and then outputs are compared.")] = 0.0,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Rows or text, those marked eval if any are; default Spec-Bench's questions.")
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Prompts to take, 0 takes all; they come again and again.")] = 0,
-    max_new_tokens: int = 64,
-    repetitions: Annotated[
-        int, typer.Option(help="Slices of each policy at each batch size: 8 answers, or one for each row if more.")
-    ] = 12,
-    warmups: Annotated[int, typer.Option(help="Slices before these, in which policies learn; not counted.")] = 4,
-    split_layer: Annotated[int | None, typer.Option(help="Without an adapter; default one layer in sixteen.")] = None,
-    dtype: DtypeOption = ModelSettings.dtype,
-    device: str = ModelSettings.device,
-    num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
+    batches: Annotated[str, typer.Option(help="A list of batch sizes.")] = _written(LengthSettings.batch_sizes),
+    **options: Any,
 ) -> None:
     """How many tokens to draft. None, a fixed number and the rules that choose, at several batch sizes."""
     quieten_transformers()
-    from dvi.bench.length_policies import LengthSettings, bench_lengths
+    from dvi.bench.length_policies import bench_lengths
 
     settings = LengthSettings(
-        model=model, adapter=adapter and str(adapter), prompts=prompts and str(prompts),
-        batch_sizes=tuple(_numbers(batches, "--batches")), policies=listed(policies, LENGTH_POLICIES, "--policies"),
-        companions=listed(companions, COMPANIONS, "--companions"), companion_model=companion_model,
-        num_draft_tokens=num_draft_tokens, temperature=temperature, limit=limit, max_new_tokens=max_new_tokens,
-        repetitions=repetitions, warmups=warmups, split_layer=split_layer, dtype=dtype, device=device,
-        num_threads=num_threads,
+        model=model, batch_sizes=tuple(_numbers(batches, "--batches")), **read_options(LengthSettings, options)
     )
     finish("bench lengths", **bench_lengths(settings, output, console=make_console()))
 
 
 @app.command()
+@options_of(MarginSettings)
 def margin(
     output: Annotated[Path, typer.Option(help="Folder of the results, without any yet.")],
     model: Annotated[str, typer.Option(help="A folder, a hub name or a .gguf file.")],
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter.")] = None,
-    thetas: Annotated[str, typer.Option(help="A list of margins, an arm each.")] = "0.98,0.95,0.9,0.84,0.75",
-    typical: Annotated[bool, typer.Option("--typical", help="Also the typical rule.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    questions: Annotated[Path | None, typer.Option(help="Another question.jsonl; default the bundled 480.")] = None,
-    limit: Annotated[int, typer.Option(help="Questions of each task, 0 takes all 80.")] = 0,
-    max_new_tokens: int = 128,
-    num_draft_tokens: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = (
-        DraftSettings().num_draft_tokens
-    ),
-    repetitions: int = 3,
-    num_threads: Annotated[int, typer.Option(help="CPU threads, 0 leaves torch's choice.")] = 0,
+    thetas: Annotated[str, typer.Option(help="A list of margins, an arm each.")] = _written(MarginSettings.thetas),
+    **options: Any,
 ) -> None:
     """What lossy verify rules gain and cost. Speed, agreement with strict output, perplexity, task score."""
     quieten_transformers()
-    from dvi.bench.margin import MarginSettings, bench_margin
+    from dvi.bench.margin import bench_margin
 
-    settings = MarginSettings(
-        model=model, adapter=adapter and str(adapter), questions=questions and str(questions),
-        thetas=tuple(_numbers(thetas, "--thetas", kind=float)) if thetas else (), typical=typical,
-        temperature=temperature, limit=limit, max_new_tokens=max_new_tokens, num_draft_tokens=num_draft_tokens,
-        repetitions=repetitions, num_threads=num_threads,
-    )
+    margins = tuple(_numbers(thetas, "--thetas", kind=float)) if thetas else ()
+    settings = MarginSettings(model=model, thetas=margins, **read_options(MarginSettings, options))
     finish("bench margin", **bench_margin(settings, output, console=make_console()))
 
 

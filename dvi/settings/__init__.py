@@ -4,7 +4,7 @@ Each default and each list of choices stands here and nowhere else; a section's 
 of its keys. Knows nothing of files, models or training, and imports nothing heavy. `dvi.config` reads and checks them.
 """
 
-from dvi.settings.bench import BenchSection, SpecBenchSettings
+from dvi.settings.bench import BenchSection, LengthSettings, MarginSettings, SpecBenchSettings
 from dvi.settings.choices import (
     BENCH_MODES,
     COMPANIONS,
@@ -56,6 +56,8 @@ __all__ = [
     "Dtype",
     "EvalSettings",
     "LearningSettings",
+    "LengthSettings",
+    "MarginSettings",
     "Mode",
     "ModelSettings",
     "OutputSettings",

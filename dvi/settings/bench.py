@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dvi.settings.choices import (
+    MEASURED_POLICIES,
     BenchMode,
     BenchTemplate,
     Count,
     Dtype,
+    FrozenCompanion,
+    MeasuredPolicy,
     NonNegative,
     PolicyName,
     PositiveCount,
@@ -76,3 +79,73 @@ class SpecBenchSettings(BenchSection):
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class LengthSettings:
+    """What `dvi bench lengths` is asked for; a folder holds the run of one such choice.
+
+    adapter           folder of a saved drafter.
+    batch_sizes       a list of them.
+    policies          plain and fixed are always there.
+    companions        each is a policy of its own, if companion is among the policies.
+    companion_model   the small model of the companion model, with the same tokenizer.
+    num_draft_tokens  the most tokens drafted in a round.
+    temperature       0 is greedy, and then outputs are compared.
+    prompts           rows or text, those marked eval if any are; default Spec-Bench's questions.
+    limit             prompts to take, 0 takes all; they come again and again, in one shuffled order.
+    repetitions       slices of each policy at each batch size: 8 answers, or one for each row if more.
+    warmups           slices before these, in which policies learn; not counted.
+    split_layer       without an adapter; default one layer in sixteen.
+    dtype             auto: the adapter's; else bfloat16 on GPUs, and on CPUs what decodes faster, measured once.
+    num_threads       CPU threads, 0 leaves torch's choice.
+    """
+
+    model: str = ModelSettings.path
+    adapter: Path | None = None
+    prompts: Path | None = None
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    policies: tuple[MeasuredPolicy, ...] = MEASURED_POLICIES
+    companions: tuple[FrozenCompanion, ...] = ("self", "exit")
+    companion_model: str | None = None
+    num_draft_tokens: Count = DraftSettings.num_draft_tokens
+    temperature: NonNegative = 0.0
+    limit: Count = 0
+    max_new_tokens: PositiveCount = 64
+    repetitions: PositiveCount = 12
+    warmups: Count = 4
+    split_layer: Count | None = None
+    dtype: Dtype = ModelSettings.dtype
+    device: str = ModelSettings.device
+    num_threads: Count = ModelSettings.num_threads
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class MarginSettings:
+    """What `dvi bench margin` is asked for. Of every question the first turn is asked.
+
+    adapter           folder of a saved drafter; without one it is untrained.
+    questions         another question.jsonl; default the bundled 480.
+    thetas            a list of margins, an arm each.
+    typical           also the typical rule, with its defaults.
+    temperature       0 is greedy.
+    limit             questions of each task, 0 takes all 80.
+    num_draft_tokens  tokens drafted in a round.
+    num_threads       CPU threads, 0 leaves torch's choice.
+    """
+
+    model: str = ModelSettings.path
+    adapter: Path | None = None
+    questions: Path | None = None
+    thetas: tuple[float, ...] = (0.98, 0.95, 0.9, 0.84, 0.75)
+    typical: bool = False
+    temperature: NonNegative = 0.0
+    limit: Count = 0
+    max_new_tokens: PositiveCount = 128
+    num_draft_tokens: Count = DraftSettings.num_draft_tokens
+    repetitions: PositiveCount = 3
+    num_threads: Count = ModelSettings.num_threads

@@ -21,6 +21,9 @@ PathKind = Literal["auto", "direct", "views"]
 DrafterKind = Literal["anchored", "lora_head", "recurrent"]
 PolicyName = Literal["auto", "fixed", "confidence", "goodput", "companion"]
 CompanionName = Literal["self", "exit", "older", "ema", "model"]
+MeasuredPolicy = Literal["confidence", "goodput", "companion"]  # measured beside plain decoding and the fixed length
+# Older versions of the drafter need one that learns, and where policies are measured it is frozen.
+FrozenCompanion = Literal["self", "exit", "model"]
 RuleName = Literal["strict", "margin", "typical"]
 Split = Literal["traffic", "eval"]
 TrafficTemplate = Literal["auto", "vicuna"]
@@ -36,6 +39,7 @@ Rival = Literal["hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistan
 MODES: tuple[str, ...] = get_args(Mode)
 EXACT_DTYPES = ("float32", "float64")  # in which decoding can be exact
 POLICIES: tuple[str, ...] = get_args(PolicyName)
+MEASURED_POLICIES: tuple[MeasuredPolicy, ...] = get_args(MeasuredPolicy)
 COMPANIONS: tuple[str, ...] = get_args(CompanionName)
 SWITCHES: tuple[str, ...] = get_args(SwitchBy)
 BENCH_MODES: tuple[str, ...] = get_args(BenchMode)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-import dvi.bench.length_policies as length_policies
 from dvi import SelfSpeculator
-from dvi.bench.length_policies import LengthSettings, Stream, run_lengths
+from dvi.bench.length_policies import Stream, run_lengths
 from dvi.bench.length_report import plot_lengths, report_tables, summarise
-from dvi.cli.bench import COMPANIONS, LENGTH_POLICIES
 from dvi.decode.speculator import PLAIN
 from dvi.draft.length_policies import FixedLength
 from dvi.model.drafter import DrafterConfig
 from dvi.records import RoundStats
+from dvi.settings import COMPANIONS, POLICIES, LengthSettings
+from dvi.settings.explained import choices_of, types_of
 from dvi.terminal import make_console
 from tests.cli.test_main import STORIES, dvi_command
 from tests.support.tiny_models import tiny_model
@@ -214,9 +214,10 @@ def test_wrong_input_is_one_line_that_names_it(arguments, message, tmp_path):
     assert message in stderr.splitlines()[-1] and "Traceback" not in stderr
 
 
-def test_the_help_names_what_there_is():
-    """Catches a list in the help that the benchmark does not know."""
-    assert LENGTH_POLICIES == length_policies.POLICIES and COMPANIONS == length_policies.COMPANIONS
+def test_what_may_be_measured_is_among_all_there_is():
+    """Catches a policy or a companion that the speculator has not."""
+    assert set(choices_of(types_of(LengthSettings)["policies"])) < set(POLICIES)
+    assert set(choices_of(types_of(LengthSettings)["companions"])) < set(COMPANIONS)
 
 
 def test_under_sampling_nothing_is_compared(speculator, tmp_path):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dvi.bench.margin import MarginSettings
+from dvi.bench.margin import rules_of
 from dvi.bench.margin_quality import final_number, negative_log_likelihood, shared_share
 from dvi.bench.margin_report import report_tables, summarise
 from dvi.bench.questions import load_questions
 from dvi.decode.speculator import SelfSpeculator
+from dvi.settings import MarginSettings
 from tests.cli.test_main import STORIES, dvi_command
 
 QUESTIONS = [
@@ -161,5 +162,5 @@ def test_wrong_input_is_one_line_that_names_it(options, message, tmp_path):
 
 def test_rules_run_from_the_strict_one_to_the_loosest():
     """Catches a picture whose axis jumps to and fro."""
-    names = [rule.name for rule in MarginSettings(model="m", thetas=(0.8, 0.95), typical=True).rules]
+    names = [rule.name for rule in rules_of(MarginSettings(model="m", thetas=(0.8, 0.95), typical=True))]
     assert names == ["strict", "margin 0.95", "margin 0.8", "typical 0.3/0.09"]

@@ -10,6 +10,8 @@ of one dimension where the name alone does not say them. A letter is the same th
     S  positions of a text or of a cache            W  positions of a stretch of experience
 
 Any other letter is a file's own, and stands with these at its head. A digit is a dimension of that size.
+
+One file though it is long: half of it says what a field is, and it is looked up in one place.
 """
 
 from __future__ import annotations

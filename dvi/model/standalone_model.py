@@ -3,7 +3,6 @@
 Knows split models and their configs; what it writes is loaded without this library. `adapter_store` keeps drafters of
 every kind as they are; this is a copy of what one kind computes.
 """
-# D hidden, V vocabulary, B rows, Q query positions, N probes.
 
 from __future__ import annotations
 

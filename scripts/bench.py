@@ -35,7 +35,7 @@ from dvi.draft.measure_costs import measure_costs
 from dvi.hardware import describe_machine
 from dvi.model.drafter import DrafterConfig
 from dvi.records import RoundStats
-from dvi.settings import DrafterSettings, DraftSettings
+from dvi.settings import DrafterSettings, DraftSettings, ModelSettings
 from dvi.traffic import read_prompts
 from trainers import OnlineTrainer
 
@@ -164,7 +164,7 @@ def cold_help_s() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="checkpoints/reference-11m")
+    parser.add_argument("--model", default=ModelSettings.path)
     parser.add_argument("--prompts", default="configs/demo/prompts.jsonl")
     parser.add_argument("--adapter", help="take this drafter instead of training one")
     parser.add_argument("--save", default="runs/bench/drafter", help="where the trained drafter goes")

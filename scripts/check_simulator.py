@@ -35,6 +35,7 @@ from dvi.records import SamplingParams, ServingPlan
 from dvi.serving.engine import Engine
 from dvi.serving.request import DraftChoice, Request
 from dvi.serving.scheduler import SchedulerLimits
+from dvi.settings import ModelSettings
 from dvi.traffic import read_prompts
 
 CONSOLE = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
@@ -133,7 +134,7 @@ def _plan(text: str) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="checkpoints/reference-11m")
+    parser.add_argument("--model", default=ModelSettings.path)
     parser.add_argument("--adapter", default="checkpoints/reference-11m-drafter")
     parser.add_argument("--prompts", default="configs/demo/prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=96)

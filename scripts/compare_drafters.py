@@ -26,7 +26,7 @@ from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import DrafterConfig, build_drafter
 from dvi.model.split import SplitModel
 from dvi.progress import shown_on
-from dvi.settings import DraftSettings, LearningSettings
+from dvi.settings import DraftSettings, LearningSettings, ModelSettings
 from trainers import OnlineTrainer
 from trainers.jobs.warmup import RecordingLearner
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds
@@ -86,7 +86,7 @@ def train_and_score(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="checkpoints/reference-11m")
+    parser.add_argument("--model", default=ModelSettings.path)
     parser.add_argument("--prompts", type=Path, default=Path("configs/demo/prompts.jsonl"))
     parser.add_argument(
         "--drafters", nargs="+", help="kind:split_layer[:rank[:anchor_hidden]]",

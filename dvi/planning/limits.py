@@ -2,7 +2,7 @@
 
 Knows what steps take and the drawn requests; simulates nothing.
 """
-# R rows, N requests.
+# B rows, N requests.
 
 from __future__ import annotations
 
@@ -142,12 +142,12 @@ class Limits:
     def _rounds_of(self, plan: ServingPlan) -> _Rounds:
         key = plan.split_layer, plan.tensor_parallel, plan.num_draft_tokens, plan.max_rows
         if key not in self._rounds:
-            base_R, growth_R = self._times.rounds(plan)
+            base_B, growth_B = self._times.rounds(plan)
             rounds_N = self._requests.rounds(plan.split_layer, plan.num_draft_tokens)
             self._rounds[key] = _Rounds(
-                rounds_N, base_R + growth_R * (plan.num_draft_tokens + 1), growth_R,
+                rounds_N, base_B + growth_B * (plan.num_draft_tokens + 1), growth_B,
                 context_N=self._requests.reading_N + self._requests.new_N / 2,
-                longest_R=self._requests.longest_contexts(plan.max_rows),
+                longest_B=self._requests.longest_contexts(plan.max_rows),
             )
         return self._rounds[key]
 
@@ -157,15 +157,15 @@ class _Rounds:
     """Rounds with one split layer, degree and draft length.
 
     rounds_N   that each request takes; context_N: positions it has cached half-way.
-    base_R, growth_R  nanoseconds by rows, and more by position cached in the longest row.
-    longest_R  positions that the longest of so many rows usually has.
+    base_B, growth_B  nanoseconds by rows, and more by position cached in the longest row.
+    longest_B  positions that the longest of so many rows usually has.
     """
 
     rounds_N: np.ndarray
-    base_R: np.ndarray
-    growth_R: np.ndarray
+    base_B: np.ndarray
+    growth_B: np.ndarray
     context_N: np.ndarray
-    longest_R: np.ndarray
+    longest_B: np.ndarray
 
     @property
     def mean(self) -> float:
@@ -173,15 +173,15 @@ class _Rounds:
 
     def cheapest_share(self, rows: float) -> float:
         """The least that a row's share of a round takes where up to so many decode together."""
-        usual_R = self.base_R + self.growth_R * self.longest_R
+        usual_B = self.base_B + self.growth_B * self.longest_B
         places = np.append(np.arange(1, int(rows) + 1), rows)
-        return float((np.interp(places, np.arange(len(usual_R)), usual_R) / places).min())
+        return float((np.interp(places, np.arange(len(usual_B)), usual_B) / places).min())
 
     def with_rows(self, rows: float) -> np.ndarray:
         """[N] nanoseconds of a round with so many rows: the longest is each request's own, or another."""
-        places = np.arange(len(self.base_R))
-        base, growth = (np.interp(rows, places, table_R) for table_R in (self.base_R, self.growth_R))
-        return base + growth * np.maximum(self.context_N, np.interp(rows - 1, places, self.longest_R))
+        places = np.arange(len(self.base_B))
+        base, growth = (np.interp(rows, places, table_B) for table_B in (self.base_B, self.growth_B))
+        return base + growth * np.maximum(self.context_N, np.interp(rows - 1, places, self.longest_B))
 
 
 def percentile_99(values: np.ndarray) -> float:

@@ -2,7 +2,7 @@
 
 Knows clocks, a speculator and the engine; decides nothing. Profiles are kept by fingerprint: `dvi.planning.profile`.
 """
-# R rows.
+# B rows.
 
 from __future__ import annotations
 

@@ -56,14 +56,14 @@ class PassSeconds:
                 raise ValueError(f"{name} must hold positive seconds in a grid of {shape}, got one of {seconds.shape}")
 
     def rounds(self, max_rows: int, num_draft_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds of a round by rows 0..max_rows with nothing cached, and what each cached position adds, both [R + 1].
+        """Seconds of a round by rows 0..max_rows with nothing cached, and what each cached position adds, both [B + 1].
 
         More rows never take less: where they were measured so, that was noise.
         """
-        near_CR = np.array([
+        near_CB = np.array([
             [_line(num_draft_tokens, self.draft_tokens, by_length) for by_length in by_rows] for by_rows in self.round_s
         ])
-        return self._at_no_context([_line(np.arange(1, max_rows + 1), self.rows, by_rows) for by_rows in near_CR])
+        return self._at_no_context([_line(np.arange(1, max_rows + 1), self.rows, by_rows) for by_rows in near_CB])
 
     def prefill(self, max_width: int) -> tuple[np.ndarray, np.ndarray]:
         """Seconds to read 0..max_width positions of a row with nothing cached, and what each cached position adds."""

@@ -2,7 +2,7 @@
 
 Knows what steps take, requests, and the scheduler's order of things; no model, no clock.
 """
-# P plans, R rows, N requests.
+# P plans, B rows, N requests.
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def _within(forecast: Forecast, limit: Forecast) -> Forecast:
 
 @dataclass
 class _State:
-    """Where the plans of a simulation stand, each at a moment of its own; arrays by plan [P], and row [P, R].
+    """Where the plans of a simulation stand, each at a moment of its own; arrays by plan [P], and row [P, B].
 
     place        of the plan among those that were asked for. turn, most_read, width: of the plan; width is T + 1.
-    rounds_PN    that each request takes. round_ns, round_growth [P, R + 1] and read_ns, read_growth [P, W + 1]: see
+    rounds_PN    that each request takes. round_ns, round_growth [P, B + 1] and read_ns, read_growth [P, W + 1]: see
                  `StepTimes`.
     now_ns       time. begun: number of the request to be admitted next; 0 is the first that counts.
     queued, read  positions of all prompts admitted, and of those the ones read. Prompts are read in the order they
@@ -264,7 +264,7 @@ class _Run:
 
 
 def _at(tables: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Each plan's table [P, X] at that plan's index [P] or indices [P, R]."""
+    """Each plan's table [P, X] at that plan's index [P] or indices [P, B]."""
     plan = np.arange(len(tables))
     return tables[plan.reshape(-1, *[1] * (index.ndim - 1)), index]
 

@@ -3,7 +3,7 @@
 Knows a profile's seconds and a workload; schedules nothing. Requests are drawn once and shared by all plans, so that
 plans differ by what they do and not by chance.
 """
-# R rows, N requests, D depths, J rounds.
+# B rows, N requests, T depths, J rounds.
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class Requests:
         if key not in self._rounds:
             tokens_NJ = np.ones(self._luck_NJ.shape, dtype=np.int64)
             if num_draft_tokens:
-                reach_N, chance_DN = np.ones(len(self.new_N)), self._chances(split_layer)
+                reach_N, chance_TN = np.ones(len(self.new_N)), self._chances(split_layer)
                 for depth in range(num_draft_tokens):
                     # A draft is accepted, as those before it, where luck is below the chance of coming past it.
-                    reach_N = reach_N * chance_DN[min(depth, len(chance_DN) - 1)]
+                    reach_N = reach_N * chance_TN[min(depth, len(chance_TN) - 1)]
                     tokens_NJ += self._luck_NJ < reach_N[:, None]
             self._rounds[key] = 1 + (tokens_NJ.cumsum(axis=1) < self.new_N[:, None]).sum(axis=1)
         return self._rounds[key]
 
     def _chances(self, split_layer: int) -> np.ndarray:
-        """[D, N] chance that each request's draft is accepted at each depth, once the depth is reached."""
+        """[T, N] chance that each request's draft is accepted at each depth, once the depth is reached."""
         acceptance = self._workload.acceptance.get(split_layer)
         if acceptance is None:
             known = ", ".join(map(str, sorted(self._workload.acceptance)))
@@ -66,38 +66,38 @@ class Requests:
         return spread_out(acceptance.at(self._workload.tokens_seen), self._ease_N, new_N=self.new_N)
 
     def begun(self, num_rows: int) -> np.ndarray:
-        """[R] how much of its rounds is still to come for each row's first request, in (0, 1]."""
+        """[B] how much of its rounds is still to come for each row's first request, in (0, 1]."""
         return 1 - np.random.default_rng(self._seed_of_rows).random(num_rows)
 
     def longest_contexts(self, num_rows: int) -> np.ndarray:
-        """[R + 1] positions that the longest of 0, 1 .. num_rows rows is expected to have cached."""
+        """[B + 1] positions that the longest of 0, 1 .. num_rows rows is expected to have cached."""
         parts = (np.arange(4) + 0.5) / 4  # of an answer: a row is met as often in each
         contexts = (self.reading_N[:, None] + self.new_N[:, None] * parts).ravel()
         order = contexts.argsort()
         below = np.cumsum(np.repeat(self.new_N, len(parts))[order]) / (self.new_N.sum() * len(parts))
-        all_below_RX = below ** np.arange(1, num_rows + 1)[:, None]
-        return np.append(0.0, np.diff(all_below_RX, axis=1, prepend=0.0) @ contexts[order])
+        all_below_BX = below ** np.arange(1, num_rows + 1)[:, None]
+        return np.append(0.0, np.diff(all_below_BX, axis=1, prepend=0.0) @ contexts[order])
 
 
-def spread_out(acceptance_D: Sequence[float], shift_N: np.ndarray, *, new_N: np.ndarray) -> np.ndarray:
-    """[D, N] acceptance of requests whose log-odds differ by shift_N.
+def spread_out(acceptance_T: Sequence[float], shift_N: np.ndarray, *, new_N: np.ndarray) -> np.ndarray:
+    """[T, N] acceptance of requests whose log-odds differ by shift_N.
 
     At each depth all log-odds are moved alike until the rounds of all requests together accept as given: hard texts
     have more rounds and easy ones reach deeper, so without that the mean would be another.
     """
-    acceptance_D = np.clip(acceptance_D, MIN_ACCEPTANCE, MAX_ACCEPTANCE)
-    chance_DN = np.repeat(acceptance_D[:, None], len(shift_N), axis=1)
+    acceptance_T = np.clip(acceptance_T, MIN_ACCEPTANCE, MAX_ACCEPTANCE)
+    chance_TN = np.repeat(acceptance_T[:, None], len(shift_N), axis=1)
     for _ in range(WEIGHTINGS if shift_N.any() else 0):
-        weight_N = new_N / (1 + chance_DN.cumprod(axis=0).sum(axis=0))  # rounds that reach the depth
-        for depth, acceptance in enumerate(acceptance_D):
+        weight_N = new_N / (1 + chance_TN.cumprod(axis=0).sum(axis=0))  # rounds that reach the depth
+        for depth, acceptance in enumerate(acceptance_T):
             log_odds = math.log(acceptance / (1 - acceptance))
             for _ in range(NEWTON_STEPS):
                 chance_N = 1 / (1 + np.exp(-np.clip(log_odds + shift_N, -MAX_LOG_ODDS, MAX_LOG_ODDS)))
                 missing = acceptance * weight_N.sum() - weight_N @ chance_N
                 log_odds += np.clip(missing / (weight_N @ (chance_N * (1 - chance_N))), -1, 1)
             weight_N = weight_N * chance_N
-            chance_DN[depth] = chance_N
-    return chance_DN
+            chance_TN[depth] = chance_N
+    return chance_TN
 
 
 class StepTimes:
@@ -113,14 +113,14 @@ class StepTimes:
         self._reading: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def rounds(self, plan: ServingPlan) -> tuple[np.ndarray, np.ndarray]:
-        """[R + 1] by decoding rows: of a step with a round, and what each cached position adds."""
+        """[B + 1] by decoding rows: of a step with a round, and what each cached position adds."""
         key = plan.split_layer, plan.tensor_parallel, plan.num_draft_tokens, plan.max_rows
         if key not in self._rounds:
-            more, rows_R = self._profile.overheads, np.arange(plan.max_rows + 1)
-            base_R, growth_R = self._profile.of(*key[:2]).rounds(plan.max_rows, plan.num_draft_tokens)
+            more, rows_B = self._profile.overheads, np.arange(plan.max_rows + 1)
+            base_B, growth_B = self._profile.of(*key[:2]).rounds(plan.max_rows, plan.num_draft_tokens)
             tokens = self._requests.new_N.sum() / self._requests.rounds(plan.split_layer, plan.num_draft_tokens).sum()
-            base_R = base_R + more.step_s + rows_R * (more.row_s + tokens * more.token_s)
-            self._rounds[key] = np.rint(1e9 * base_R), 1e9 * growth_R
+            base_B = base_B + more.step_s + rows_B * (more.row_s + tokens * more.token_s)
+            self._rounds[key] = np.rint(1e9 * base_B), 1e9 * growth_B
         return self._rounds[key]
 
     def reading(self, plan: ServingPlan) -> tuple[np.ndarray, np.ndarray]:

@@ -63,17 +63,17 @@ class AcceptanceModel:
         different places show no curve: the newest acceptance is then taken as constant.
         """
         seen = np.array([tokens for tokens, _ in points], dtype=np.float64)
-        acceptance_ND = np.array([np.atleast_1d(acceptance) for _, acceptance in points], dtype=np.float64)
+        acceptance_NT = np.array([np.atleast_1d(acceptance) for _, acceptance in points], dtype=np.float64)
         places = np.unique(seen)
         if len(places) < 3:
-            return cls.constant(acceptance_ND[seen.argmax()].tolist())
+            return cls.constant(acceptance_NT[seen.argmax()].tolist())
         taus = np.geomspace(np.diff(places).min() / 2, 10 * (places[-1] - places[0]), FIT_TAUS)
 
         def solve(tau: float) -> tuple[float, np.ndarray]:
             decay = np.exp(-seen / tau)
             terms_N2 = np.stack([decay, 1 - decay], axis=1)
-            ends_2D = np.linalg.lstsq(terms_N2, acceptance_ND, rcond=None)[0].clip(0, 1)
-            return float(((terms_N2 @ ends_2D - acceptance_ND) ** 2).sum()), ends_2D
+            ends_2T = np.linalg.lstsq(terms_N2, acceptance_NT, rcond=None)[0].clip(0, 1)
+            return float(((terms_N2 @ ends_2T - acceptance_NT) ** 2).sum()), ends_2T
 
         tau = min(taus, key=lambda tau: solve(tau)[0])
         initial, final = solve(tau)[1].tolist()
@@ -121,13 +121,13 @@ class Workload:
         """
         requests = list(requests)
         lengths = tuple((request.prompt_tokens, request.new_tokens) for request in requests)
-        reached_ND = _padded([request.drafted_per_depth for request in requests])
-        accepted_ND = _padded([request.accepted_per_depth for request in requests])
-        if not reached_ND.sum():
+        reached_NT = _padded([request.drafted_per_depth for request in requests])
+        accepted_NT = _padded([request.accepted_per_depth for request in requests])
+        if not reached_NT.sum():
             raise ValueError("no request was drafted for, so no acceptance is known; set draft.num_draft_tokens to 4")
-        acceptance_D = (accepted_ND.sum(axis=0) / reached_ND.sum(axis=0)).clip(MIN_ACCEPTANCE, MAX_ACCEPTANCE)
-        ease = tuple(_ease(reached_ND, accepted_ND, acceptance_D).tolist())
-        return cls(lengths, {split_layer: AcceptanceModel.constant(acceptance_D.tolist())}, learner_share, ease=ease)
+        acceptance_T = (accepted_NT.sum(axis=0) / reached_NT.sum(axis=0)).clip(MIN_ACCEPTANCE, MAX_ACCEPTANCE)
+        ease = tuple(_ease(reached_NT, accepted_NT, acceptance_T).tolist())
+        return cls(lengths, {split_layer: AcceptanceModel.constant(acceptance_T.tolist())}, learner_share, ease=ease)
 
     def with_lengths(self, lengths: Sequence[tuple[int, int]]) -> Workload:
         """The same for requests of other lengths, each as easy as one of ours whose answer is about as long."""
@@ -155,24 +155,24 @@ class Workload:
 
 
 def _padded(counts: Sequence[Sequence[int]]) -> np.ndarray:
-    """[N, D] counts per depth, 0 beyond the depths that a request came to."""
+    """[N, T] counts per depth, 0 beyond the depths that a request came to."""
     num_depths = max(map(len, counts), default=0)
     return np.array([[*row, *[0] * (num_depths - len(row))] for row in counts], dtype=np.float64)
 
 
-def _ease(reached_ND: np.ndarray, accepted_ND: np.ndarray, acceptance_D: np.ndarray) -> np.ndarray:
+def _ease(reached_NT: np.ndarray, accepted_NT: np.ndarray, acceptance_T: np.ndarray) -> np.ndarray:
     """[N] the likeliest shift of each request's log-odds, by Newton's method.
 
     The wide prior keeps those finite that accepted all or nothing. It hardly shrinks the rest, although what few draws
     say of one request is mostly chance: so the simulated requests differ as the real ones did. Shrunk by the spread
     that all of them show they would not, the hard and short ones least; docs/planning.md.
     """
-    log_odds_D = np.log(acceptance_D / (1 - acceptance_D))
-    shift_N = np.zeros(len(reached_ND))
+    log_odds_T = np.log(acceptance_T / (1 - acceptance_T))
+    shift_N = np.zeros(len(reached_NT))
     for _ in range(NEWTON_STEPS):
-        chance_ND = 1 / (1 + np.exp(-(log_odds_D + shift_N[:, None])))
-        slope_N = (accepted_ND - reached_ND * chance_ND).sum(axis=1) - shift_N / EASE_PRIOR**2
-        bend_N = (reached_ND * chance_ND * (1 - chance_ND)).sum(axis=1) + EASE_PRIOR**-2
+        chance_NT = 1 / (1 + np.exp(-(log_odds_T + shift_N[:, None])))
+        slope_N = (accepted_NT - reached_NT * chance_NT).sum(axis=1) - shift_N / EASE_PRIOR**2
+        bend_N = (reached_NT * chance_NT * (1 - chance_NT)).sum(axis=1) + EASE_PRIOR**-2
         shift_N += np.clip(slope_N / bend_N, -1, 1)
     return shift_N
 

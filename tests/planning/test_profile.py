@@ -49,10 +49,10 @@ def quick(monkeypatch):
 
 def test_rounds_are_linear_between_and_beyond_what_was_measured():
     """Catches a wrong axis, an extrapolation that clamps, and a context that is not taken off."""
-    base_R, growth_R = PASSES.rounds(6, 1)
-    assert growth_R.tolist() == pytest.approx([0, 1e-3, 1e-3 * 4 / 3, 1e-3 * 5 / 3, 2e-3, 2e-3 * 7 / 6, 2e-3 * 4 / 3])
-    assert base_R[[1, 4]].tolist() == pytest.approx([2 - 0.1, 5 - 0.2])
-    assert base_R[6] + 100 * growth_R[6] == pytest.approx(7)
+    base_B, growth_B = PASSES.rounds(6, 1)
+    assert growth_B.tolist() == pytest.approx([0, 1e-3, 1e-3 * 4 / 3, 1e-3 * 5 / 3, 2e-3, 2e-3 * 7 / 6, 2e-3 * 4 / 3])
+    assert base_B[[1, 4]].tolist() == pytest.approx([2 - 0.1, 5 - 0.2])
+    assert base_B[6] + 100 * growth_B[6] == pytest.approx(7)
     assert PASSES.rounds(1, 4)[0][1] == pytest.approx(4.9)
 
 
@@ -68,8 +68,8 @@ def test_a_long_piece_is_read_in_the_widest_passes_each_behind_the_last():
 def test_noise_does_not_make_more_rows_cheaper():
     """Catches tables that fall: the limits of a box take the fewest rows for the cheapest round."""
     noisy = dataclasses.replace(PASSES, round_s=(((2.0, 3.0), (1.9, 6.0)), ((2.0, 3.0), (1.5, 6.0))))
-    base_R, growth_R = noisy.rounds(8, 0)
-    assert (np.diff(base_R) >= 0).all() and (np.diff(growth_R) >= 0).all() and base_R[1] > 0
+    base_B, growth_B = noisy.rounds(8, 0)
+    assert (np.diff(base_B) >= 0).all() and (np.diff(growth_B) >= 0).all() and base_B[1] > 0
 
 
 @pytest.mark.parametrize("changed", [

@@ -62,10 +62,10 @@ def by_the_scheduler(simulator, plan):
             left=left if is_begun else rounds_N[number % num], admitted_ns=now_ns, first_ns=None, read=0
         )
 
-    begun_R = requests.begun(num_rows)
+    begun_B = requests.begun(num_rows)
     for row in range(num_rows):
         number = row - 2 * num_rows
-        add(number, left=math.ceil(begun_R[row] * rounds_N[number % num]))
+        add(number, left=math.ceil(begun_B[row] * rounds_N[number % num]))
     following, firsts, tokens = -num_rows, {}, {}
     sums = np.zeros(4)
     while len(firsts) < num:
@@ -254,13 +254,13 @@ def test_requests_take_no_more_rounds_with_longer_drafts_and_as_many_as_tokens_w
 def test_easy_and_hard_requests_together_accept_as_given():
     """Catches a spread that moves the mean: a workload with one would promise another throughput."""
     rng = np.random.default_rng(0)
-    new_N, given_D = rng.integers(5, 200, 400), (0.8, 0.7, 0.9)
-    chance_DN = spread_out(given_D, rng.normal(0.3, 1.0, 400), new_N=new_N)
-    reached_DN = np.vstack([np.ones(400), chance_DN.cumprod(axis=0)])
-    rounds_N = new_N / reached_DN.sum(axis=0)
-    for depth, given in enumerate(given_D):
-        reached_N = rounds_N * reached_DN[depth]
-        assert (reached_N @ chance_DN[depth]) / reached_N.sum() == pytest.approx(given, abs=1e-3)
+    new_N, given_T = rng.integers(5, 200, 400), (0.8, 0.7, 0.9)
+    chance_TN = spread_out(given_T, rng.normal(0.3, 1.0, 400), new_N=new_N)
+    reached_TN = np.vstack([np.ones(400), chance_TN.cumprod(axis=0)])
+    rounds_N = new_N / reached_TN.sum(axis=0)
+    for depth, given in enumerate(given_T):
+        reached_N = rounds_N * reached_TN[depth]
+        assert (reached_N @ chance_TN[depth]) / reached_N.sum() == pytest.approx(given, abs=1e-3)
 
 
 def test_what_nobody_knows_is_refused_by_name():

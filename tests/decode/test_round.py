@@ -1,4 +1,4 @@
-"""The round: nothing computed twice, and a stop is a stop however it is carried out.
+"""The round: nothing computed twice, no length rule that peeks, and a stop is a stop however it is carried out.
 
 Most tests run in float64, where batched and single-row passes agree to 1e-12 and no argmax hangs on it.
 """
@@ -9,9 +9,11 @@ import functools
 from collections import Counter
 
 import pytest
+import torch
 from torch import nn
 
-from dvi.draft.length_policies import ConfidenceStop, FixedLength
+from dvi.draft.companions import SelfCompanion
+from dvi.draft.length_policies import ConfidenceStop, DraftContext, FixedLength
 from tests.support.drafter_doubles import Recorder, random_drafter
 from tests.support.small_speculator import PROMPTS, greedy, knowing, speculator_of, with_drafter
 
@@ -63,3 +65,33 @@ def test_a_confidence_stop_as_a_mask_gives_what_ending_early_gives(temperature):
     alone = [run([p], [q])[0] for p, q in zip(PROMPTS[:4], params, strict=True)]
     assert [together[i] for i in range(4)] == alone
     assert len({num_drafted for _, num_drafted, _ in alone}) > 1
+
+
+class Listener(FixedLength):
+    """Notes at each depth how many positions it has heard S and A of."""
+
+    def __init__(self, num_draft_tokens: int) -> None:
+        super().__init__(num_draft_tokens)
+        self.companion = SelfCompanion()
+        self.heard: set[tuple[int, int, int]] = set()
+
+    def keep(self, context: DraftContext) -> torch.Tensor:
+        self.heard.add((context.depth, len(context.agreements), len(context.token_ratios)))
+        return super().keep(context)
+
+
+@pytest.mark.parametrize(
+    ("options", "may_hear_of_drawn"),
+    [
+        ([{}, {}], True),
+        ([{"temperature": 0.8, "coupling": "gumbel"}] * 2, True),
+        ([{"temperature": 0.8}] * 2, False),
+        ([{}, {"temperature": 0.8}], False),
+    ],
+)
+def test_a_length_rule_hears_of_the_drawn_token_only_where_the_output_cannot_depend_on_it(options, may_hear_of_drawn):
+    """Law: under sampling no length rule may peek. Catches A of a position told before it is decided on."""
+    speculator = with_drafter(random_drafter(speculator_of().split, seed=1))
+    policy = Listener(3)
+    list(speculator.generate(PROMPTS[:2], [greedy(6, **one) for one in options], batch_size=2, policy=policy))
+    assert policy.heard == {(depth, depth + 1, depth + may_hear_of_drawn) for depth in range(3)}

@@ -349,6 +349,11 @@ MUTATIONS = [
     ),
     # Draft lengths and their costs
     Mutation(
+        "ratio_of_the_drawn_token_told_under_sampling", "dvi/draft/companions.py",
+        "return self._token_ratios if self._may_tell_drawn else self._token_ratios[:-1]", "return self._token_ratios",
+        "tests/decode/test_round.py",
+    ),
+    Mutation(
         "costs_compared_across_loads", "dvi/draft/costs.py",
         "samples.append(relative / self.pace)", "samples.append(relative)", "tests/draft/test_costs.py",
     ),

@@ -116,7 +116,7 @@ def export(
         raise FileExistsError(f"{folder} is there already; --force replaces an export, another name keeps both")
     quieten_transformers()
     if run is not None:
-        from trainers.jobs.train import load_run
+        from trainers.jobs.run_folder import load_run
 
         speculator, metrics, config = load_run(run, model=model)
     else:

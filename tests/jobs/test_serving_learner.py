@@ -27,10 +27,10 @@ from tests.learning.test_online import serving, stretch
 from tests.support.paths import STORIES
 from trainers.jobs import serving_learner as serving_job
 from trainers.jobs import traffic_counts
+from trainers.jobs.run_folder import load_run
 from trainers.jobs.serve import build_serving
 from trainers.jobs.serving_learner import ServingLearner
 from trainers.jobs.traffic_counts import TrafficCounts
-from trainers.jobs.train import load_run
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
 

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from dvi.config import load_config
 from dvi.decode.precision import dtype_of_run
 from dvi.model.adapter_store import read_manifest
+from dvi.records import SamplingParams
 from dvi.signals import handled
 from dvi.telemetry import read_metrics
 from tests.support.job_interruptions import Crash, after_requests, crash, interrupt, terminate
 from tests.support.paths import STORIES
-from trainers.jobs import train as job_module
 from trainers.jobs.evaluation import HeldOutRequests, drafts_alike
-from trainers.jobs.train import TrafficCursor, load_run, read_traffic, run_training
+from trainers.jobs.run_folder import load_run
+from trainers.jobs.traffic_cursor import TrafficCursor, read_traffic
+from trainers.jobs.train import run_training
 
 ROWS = [
     {"prompt": text}
@@ -192,7 +194,7 @@ def test_another_drafter_is_told_from_the_reloaded_one(settings, tmp_path):
     with torch.no_grad():
         other.drafter.draft_head.lora_B.add_(1e-3)
     other.drafter.publish(other.drafter, 1)
-    prompt, params = speculator.encode("Once upon a time"), job_module.SamplingParams(max_new_tokens=24)
+    prompt, params = speculator.encode("Once upon a time"), SamplingParams(max_new_tokens=24)
     assert drafts_alike(speculator, speculator.drafter, prompt, params, num_draft_tokens=4)
     assert not drafts_alike(speculator, other.drafter, prompt, params, num_draft_tokens=4)
     same, _, _ = load_run(tmp_path / "run")

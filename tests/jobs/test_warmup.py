@@ -21,7 +21,8 @@ from dvi.traffic import AnsweredPrompt
 from tests.support.drafter_doubles import small_config
 from tests.support.job_interruptions import Crash, after_requests, crash, interrupt
 from tests.support.paths import STORIES
-from trainers.jobs.train import load_run, run_training
+from trainers.jobs.run_folder import load_run
+from trainers.jobs.train import run_training
 from trainers.jobs.warmup import RecordingLearner, encode_text, learn_from_recordings, run_warmup
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.recordings import decode_answers, record, replay_rounds

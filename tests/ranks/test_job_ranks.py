@@ -20,7 +20,8 @@ from tests.support.job_interruptions import after_requests, terminate
 from tests.support.paths import STORIES
 from tests.support.ranks import run_ranks, try_ranks
 from tests.support.tiny_models import tiny_model
-from trainers.jobs.train import load_run, run_training
+from trainers.jobs.run_folder import load_run
+from trainers.jobs.train import run_training
 from trainers.ranks.shards import CHECKPOINTS, rank_folder
 
 TEXTS = ("Once upon a time", "Lily and Tom went", "One day a bird", "The sun was", "A big bear", "Ben had a")
@@ -139,7 +140,7 @@ def replay_sizes(config: TrainConfig) -> int | None:
     """Positions that a resumed rank has to learn from; None where it has no trainer."""
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainers.jobs.train.Job.run", lambda job: sizes.append(job.trainer and len(job.trainer.replay)))
+        patch.setattr("trainers.jobs.job.Job.run", lambda job: sizes.append(job.trainer and len(job.trainer.replay)))
         run_training(config, console=Console(quiet=True))
     return sizes[0]
 

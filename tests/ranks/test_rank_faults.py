@@ -16,7 +16,8 @@ from dvi.config import load_config
 from dvi.distributed import Peers
 from tests.support.rank_jobs import job_settings, saved, served
 from tests.support.ranks import Ranks, run_ranks, try_ranks
-from trainers.jobs.train import Job, run_training
+from trainers.jobs.job import Job
+from trainers.jobs.train import run_training
 from trainers.learning import online
 from trainers.ranks.shards import CHECKPOINTS
 

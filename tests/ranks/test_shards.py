@@ -16,7 +16,7 @@ from dvi.records import SamplingParams
 from dvi.telemetry import METRICS_FILE
 from tests.support.random_traffic import serving, stretch
 from tests.support.ranks import run_ranks, try_ranks
-from trainers.jobs.train import Job
+from trainers.jobs.job import Job
 from trainers.learning.checkpoint import TENSORS_FILE, CheckpointStore, pack, whole_steps
 from trainers.learning.replay import ReplayBuffer
 from trainers.ranks.launch import Launch

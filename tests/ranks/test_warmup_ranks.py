@@ -18,7 +18,7 @@ from dvi.telemetry import read_metrics
 from tests.support.job_interruptions import after_requests, crash, interrupt
 from tests.support.paths import STORIES
 from tests.support.ranks import run_ranks, try_ranks
-from trainers.jobs.train import Job
+from trainers.jobs.job import Job
 from trainers.jobs.warmup import run_warmup
 
 WORDS = ("the", "little", "dog", "and", "a", "big", "red", "bird", "saw", "Lily", "with", "Tom", "in", "the", "sun")

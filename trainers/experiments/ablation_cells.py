@@ -36,7 +36,7 @@ from trainers.experiments.ablation_figures import (
     ServedRequest,
 )
 from trainers.experiments.domain_shift import encode
-from trainers.jobs.train import read_traffic
+from trainers.jobs.traffic_cursor import read_traffic
 from trainers.jobs.warmup import learn_from_recordings
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds

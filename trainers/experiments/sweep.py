@@ -30,7 +30,7 @@ from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import TrainConfig
 from trainers.experiments.cell_folder import CellFolder
 from trainers.experiments.sweep_report import make_report, write_report
-from trainers.jobs.train import read_traffic
+from trainers.jobs.traffic_cursor import read_traffic
 from trainers.jobs.warmup import learn_from_recordings
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.recordings import RecordedText, decode_answers, record, replay_rounds

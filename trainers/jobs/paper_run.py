@@ -18,7 +18,8 @@ from rich.console import Console
 from dvi.config import load_config
 from dvi.decode.precision import dtype_of_run, settle_dtype
 from dvi.settings import MACHINE_KEYS, PaperConfig, TrainConfig
-from trainers.jobs.train import DRAFTER, SUMMARY, run_training
+from trainers.jobs.run_folder import DRAFTER, SUMMARY
+from trainers.jobs.train import run_training
 
 
 def run_paper(

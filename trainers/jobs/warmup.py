@@ -1,7 +1,7 @@
 """Learning from recorded texts before a drafter serves: the step of online training without the serving.
 
 Knows a corpus, a speculator and a trainer. Of a text nothing is kept but what the replay holds: another epoch decodes
-and records it anew. A run's folder is that of `trainers.jobs.train`.
+and records it anew. A run's folder is that of `trainers.jobs.run_folder`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dvi.signals import Interrupted, Signals
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from trainers.jobs.evaluation import weights_alike
+from trainers.jobs.job import Job, Request, read_own_traffic, resume_job, settle_dtype_of
 from trainers.jobs.progress import RunDisplay
-from trainers.jobs.train import Job, Request, read_own_traffic, resume_job, settle_dtype_of
 from trainers.learning.experience import MIN_POSITIONS_PER_BLOCK
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.rank_report import RankReport

@@ -73,9 +73,9 @@ class _WatchedTrainer(OnlineTrainer):
         self.num_transitions += sum(len(stretch) for stretch in transitions if not stretch.is_prefill)
         super().observe(transitions)
 
-    def _sample(self, num_blocks: int, generator: torch.Generator) -> ReplayBatch:
+    def _sample(self, num_blocks: int, generator: torch.Generator | None = None) -> ReplayBatch:
         batch = super()._sample(num_blocks, generator)
-        if generator is self._generator:  # the canary draws with one of its own
+        if generator is None:  # the canary draws with one of its own
             self.sampled += count_rewards(batch)
         return batch
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +18,21 @@ def wait_for(device: torch.device) -> None:
     """Returns when a CUDA device has done all that it was asked; other devices have by then."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call, and of the device's work in it."""
+    start_s = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - start_s
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: on a GPU of the device's, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, object]:

@@ -49,6 +49,7 @@ class ArmOptions:
     batch_size: int = SpecBenchSettings.batch_size
     rule: VerifyRule = dataclasses.field(default_factory=StrictRule)
     tells_decode_s: bool = False
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_draft_tokens <= GOODPUT_BUCKETS[-1]:
@@ -62,7 +63,9 @@ class ArmOptions:
         self.sampling(seed=0)  # checks the other two
 
     def sampling(self, *, seed: int) -> SamplingParams:
-        return SamplingParams(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
+        return SamplingParams(
+            temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed, ignore_eos=self.ignore_eos
+        )
 
 
 MakeLearner = Callable[[SelfSpeculator], Learner]

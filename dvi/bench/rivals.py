@@ -192,7 +192,7 @@ def _settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: ArmOptions
 ) -> GenerationConfig:
     """Every setting that would otherwise come from the model; a text ends where ours does."""
-    eos_ids = end_token_ids(model, tokenizer) or None
+    eos_ids = None if options.ignore_eos else end_token_ids(model, tokenizer) or None
     pad_id = None if tokenizer is None else tokenizer.pad_token_id
     sampling = {"temperature": options.temperature, "top_k": 0, "top_p": 1.0} if options.temperature else {}
     return GenerationConfig(

@@ -1,4 +1,4 @@
-"""The `dvi bench` verbs: spec-bench, report, lengths, margin, ablation, drift, sweep, paper.
+"""The `dvi bench` verbs: spec-bench, report, step, lengths, margin, ablation, drift, sweep, paper.
 
 Knows arguments; every verb imports what it needs when it runs. Training comes in here, as functions that are passed
 down: nothing else under `dvi.bench` knows of it.
@@ -14,7 +14,15 @@ import typer
 
 from dvi.cli.section_options import listed, options_of, read_options
 from dvi.config import checked, load_config
-from dvi.settings import LengthSettings, MarginSettings, PaperConfig, RuleName, SpecBenchSettings, TrainConfig
+from dvi.settings import (
+    LengthSettings,
+    MarginSettings,
+    PaperConfig,
+    RuleName,
+    SpecBenchSettings,
+    StepSettings,
+    TrainConfig,
+)
 from dvi.signals import SIGNAL_BASE
 from dvi.terminal import finish, make_console, quieten_transformers
 
@@ -97,6 +105,22 @@ def report(
         folder, console=make_console(), spec_bench_dir=spec_bench_dir, training_length=training_length
     )
     finish("bench report", **found)
+
+
+@app.command()
+@options_of(StepSettings)
+def step(
+    model: Annotated[str, typer.Option(help="A folder, a hub name or a .gguf file.")],
+    **options: Any,
+) -> None:
+    """Where a step's time goes. Plain, exact and scripted decoding, transformers, and a round's cost by part."""
+    quieten_transformers()
+    from dvi.bench.step import bench_step
+    from dvi.settings import LearningSettings
+
+    settings = StepSettings(model=model, **read_options(StepSettings, options))
+    learning = LearningSettings(rounds_per_step=10**9)  # all of a learner but its steps
+    finish("bench step", **bench_step(settings, make_learner=_learner_maker(learning), console=make_console()))
 
 
 @app.command()

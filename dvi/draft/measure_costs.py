@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from dvi.draft.costs import CostTable
-from dvi.hardware import wait_for
+from dvi.hardware import seconds_of
 from dvi.model.drafter import Drafter
 from dvi.model.split import SplitModel
 from dvi.progress import shown_as
@@ -39,10 +39,10 @@ def measure_costs(
     """
     passes: list[tuple[str, int, Callable[[], object]]] = []
     for num_rows in sorted(rows):
-        cache = _context(split, num_rows)
-        passes.append(("draft", num_rows, _draft_step(split, drafter, cache, num_rows)))
+        cache = filled_cache(split, num_rows)
+        passes.append(("draft", num_rows, draft_step(split, drafter, cache, num_rows)))
         for width in sorted({1, *(t + 1 for t in buckets)}):
-            passes.append(("verify", num_rows * width, _verify(split, cache, num_rows, width)))
+            passes.append(("verify", num_rows * width, rest_of_round(split, cache, num_rows, width)))
     num_required = len(passes) // len(rows)
     seconds: dict[str, dict[int, list[float]]] = {"draft": {}, "verify": {}}
     deadline_s = time.perf_counter() + budget_s
@@ -51,20 +51,14 @@ def measure_costs(
             if time.perf_counter() > deadline_s and (repeat or index >= num_required):
                 break
             if repeat == 0:
-                _timed(split, run)  # the warm-up
-            seconds[part].setdefault(size, []).append(_timed(split, run))
+                seconds_of(run, split.device)  # the warm-up
+            seconds[part].setdefault(size, []).append(seconds_of(run, split.device))
     medians = {part: {size: statistics.median(times) for size, times in s.items()} for part, s in seconds.items()}
     return CostTable(draft_step_s=medians["draft"], verify_s=medians["verify"])
 
 
-def _timed(split: SplitModel, run: Callable[[], object]) -> float:
-    start_s = time.perf_counter()
-    run()
-    wait_for(split.device)
-    return time.perf_counter() - start_s
-
-
-def _context(split: SplitModel, num_rows: int) -> object:
+def filled_cache(split: SplitModel, num_rows: int) -> object:
+    """PROFILE_CONTEXT positions of nothing in each row, and room for a pass behind them."""
     cache = split.make_cache(num_rows, PROFILE_CONTEXT + 64)
     for row in range(num_rows):
         cache.open_row(row, PROFILE_CONTEXT + 64)
@@ -72,7 +66,8 @@ def _context(split: SplitModel, num_rows: int) -> object:
     return cache
 
 
-def _draft_step(split: SplitModel, drafter: Drafter, cache: object, num_rows: int) -> Callable[[], object]:
+def draft_step(split: SplitModel, drafter: Drafter, cache: object, num_rows: int) -> Callable[[], object]:
+    """One draft step: the shallow layers, the drafter, the token. Commits nothing."""
     rows = slice(0, num_rows)
     token_B1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=split.device)
     state = drafter.begin(torch.zeros(num_rows, split.hidden_size, dtype=split.dtype, device=split.device))
@@ -84,7 +79,8 @@ def _draft_step(split: SplitModel, drafter: Drafter, cache: object, num_rows: in
     return run
 
 
-def _verify(split: SplitModel, cache: object, num_rows: int, width: int) -> Callable[[], object]:
+def rest_of_round(split: SplitModel, cache: object, num_rows: int, width: int) -> Callable[[], object]:
+    """The passes that verify width = T + 1 positions, T = 0 being a plain step, and their tokens on the host."""
     rows = slice(0, num_rows)
     ids_BU = torch.zeros(num_rows, width, dtype=torch.int64, device=split.device)
     hidden_BUD = torch.zeros(num_rows, width, split.hidden_size, dtype=split.dtype, device=split.device)

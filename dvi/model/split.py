@@ -133,6 +133,12 @@ class SplitModel:
         """The verifier's logits [..., V] of final hidden states [..., D], as the plain model gives them."""
         return self.post_head(self._linear_head(final_hidden))
 
+    @property
+    def num_weight_bytes(self) -> int:
+        """Of the weights that one plain step reads, as they are held: all layers, final norm and head, no embedding."""
+        modules = (*self.layers, self.final_norm)
+        return self.head_weight_VD.nbytes + sum(weight.nbytes for module in modules for weight in module.parameters())
+
     def fingerprint(self) -> str:
         """SHA-256 over the names and bytes of all of the backbone's parameters and persistent buffers.
 

@@ -24,7 +24,7 @@ from dvi.decode.sequence import Sequence as Row
 from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength
-from dvi.hardware import describe_machine, wait_for
+from dvi.hardware import describe_machine, seconds_of
 from dvi.model.devices import is_tensor_parallel
 from dvi.model.exact import ExactSplit
 from dvi.model.split import SplitModel
@@ -127,20 +127,13 @@ def measure_passes(speculator: SelfSpeculator, split_layer: int, *, budget_s: fl
             for size, run in bench.runs(widths):
                 if not repeat:
                     run()  # the warm-up
-                seconds.setdefault((index, *size), []).append(_timed(run, passes.device))
+                seconds.setdefault((index, *size), []).append(seconds_of(run, passes.device))
     median = {cell: statistics.median(times) for cell, times in seconds.items()}
     return PassSeconds(
         contexts=contexts, rows=ROWS, draft_tokens=DRAFT_TOKENS, widths=widths,
         round_s=tuple(tuple(tuple(median[c, r, t] for t in DRAFT_TOKENS) for r in ROWS) for c in range(2)),
         prefill_s=tuple(tuple(median[c, w] for w in widths) for c in range(2)),
     )
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    start_s = time.perf_counter()
-    run()
-    wait_for(device)
-    return time.perf_counter() - start_s
 
 
 class _Bench:

@@ -4,7 +4,7 @@ Each default and each list of choices stands here and nowhere else; a section's 
 of its keys. Knows nothing of files, models or training, and imports nothing heavy. `dvi.config` reads and checks them.
 """
 
-from dvi.settings.bench import BenchSection, LengthSettings, MarginSettings, SpecBenchSettings
+from dvi.settings.bench import BenchSection, LengthSettings, MarginSettings, SpecBenchSettings, StepSettings
 from dvi.settings.choices import (
     BENCH_MODES,
     COMPANIONS,
@@ -73,6 +73,7 @@ __all__ = [
     "ServeOutputSettings",
     "ServeSettings",
     "SpecBenchSettings",
+    "StepSettings",
     "TrainConfig",
     "VerifySettings",
     "WarmupConfig",

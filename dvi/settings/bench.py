@@ -17,6 +17,8 @@ from dvi.settings.choices import (
     PolicyName,
     PositiveCount,
     Rival,
+    RivalDtype,
+    Share,
 )
 from dvi.settings.decoding import DraftSettings, ModelSettings, VerifySettings
 
@@ -148,4 +150,34 @@ class MarginSettings:
     max_new_tokens: PositiveCount = 128
     num_draft_tokens: Count = DraftSettings.num_draft_tokens
     repetitions: PositiveCount = 3
+    num_threads: Count = ModelSettings.num_threads
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What `dvi bench step` is asked for.
+
+    adapter           folder of a saved drafter; without one it is untrained.
+    prompt            what is asked, as a chat message where the model has a chat template. Answers go on past any end.
+    num_draft_tokens  tokens drafted in every round of scripted drafts.
+    acceptance        how likely a scripted draft is right, at every depth.
+    draft_vocab_size  without an adapter: tokens that the drafter can draft, 0 is the whole vocabulary.
+    hf_dtypes         dtypes in which transformers' generate decodes beside ours, each from weights of its own.
+    repetitions       times that everything is measured, every arm in each.
+    split_layer       without an adapter; default one layer in sixteen.
+    num_threads       CPU threads, 0 leaves torch's choice.
+    """
+
+    model: str = ModelSettings.path
+    adapter: Path | None = None
+    prompt: str = "Explain to a child how a lighthouse works, and why ships need one."
+    max_new_tokens: PositiveCount = 64
+    num_draft_tokens: PositiveCount = DraftSettings.num_draft_tokens
+    acceptance: Share = 0.6
+    draft_vocab_size: Count = 8192
+    hf_dtypes: tuple[RivalDtype, ...] = ("bfloat16", "float32")
+    repetitions: PositiveCount = 5
+    split_layer: Count | None = None
+    dtype: Dtype = ModelSettings.dtype
+    device: str = ModelSettings.device
     num_threads: Count = ModelSettings.num_threads

@@ -34,6 +34,7 @@ LearnerRole = Literal["shared", "dedicated"]
 TextSource = Literal["answers", "texts"]
 BenchMode = Literal["frozen", "online", "online_untrained"]
 BenchTemplate = Literal["auto", "vicuna", "chat"]
+RivalDtype = Literal["bfloat16", "float16", "float32"]
 Rival = Literal["hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle"]
 
 MODES: tuple[str, ...] = get_args(Mode)

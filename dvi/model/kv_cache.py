@@ -103,6 +103,13 @@ class RollbackCache:
             visible = end if self.device.type == "cpu" else min(-(-end // VISIBLE_STEP) * VISIBLE_STEP, self.capacity)
         return Placement(rows=rows, positions_BQ=positions_BQ, visible=visible, slots=slots)
 
+    def buffers(self, layer: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All that a layer's keys and values are stored in, each [rows, H, capacity, d] and contiguous."""
+        if layer not in self._buffers:
+            like_BHQD = torch.empty(0, num_heads, 0, head_dim, dtype=dtype, device=self.device)
+            self._allocate(layer, like_BHQD, like_BHQD)
+        return self._buffers[layer]
+
     def write(self, layer: int, keys_BHQD: Tensor, values_BHQD: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
         """Stores the pass's keys and values; returns views [B, H, visible, D] of all the pass may attend to."""
         if layer not in self._buffers:

@@ -268,6 +268,8 @@ def _fuse_in_place(linears: tuple[nn.Linear, ...]) -> Tensor:
 class DirectPath:
     """Shallow and deep passes over the blocks of one Llama-shaped model."""
 
+    TAKES = "Llama-shaped models"
+
     @staticmethod
     def supports(model: nn.Module) -> bool:
         """True for Llama-shaped models whose weights are plain tensors on one device with static rotary angles."""

@@ -25,7 +25,7 @@ from dvi.model.views_path import ViewsPath, dissect
 from dvi.progress import shown_as
 from dvi.settings import ModelSettings
 
-PATHS = ("auto", "views", "direct")
+PATHS = ("auto", "views", "direct", "native")
 SPLITTABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 SPLITTABLE_ATTENTION = ("sdpa", "eager")
 
@@ -40,8 +40,8 @@ class SplitModel:
     """A model seen as two: `shallow` runs layers [0, split_layer), `deep` the others and the final norm.
 
     split_layer  0..num_layers-1; at 0 only the embedding is shallow.
-    path         how layers are called: "views" suits every model, "direct" is leaner on Llama-shaped ones, "auto" is
-                 direct where it can be.
+    path         how layers are called: "views" suits every model, "direct" is leaner on Llama-shaped ones, "native" is
+                 that in kernels compiled on this machine, for CPUs; "auto" is the last of these that can be.
 
     The backbone is frozen: no gradients, eval mode. Attributes: model, config (of its decoder), path, split_layer,
     layers, num_layers, hidden_size, vocab_size, num_input_ids (ids below it can be read), device (where token ids go,
@@ -77,14 +77,12 @@ class SplitModel:
         self.dtype = model.dtype
         self.post_head = post_head_of(model.config)
         self.path = _choose_path(model, path)
-        if self.path == "direct":
-            from dvi.model.llama_path import DirectPath
-
-            self._path = DirectPath(model, split_layer=split_layer)
-            self._linear_head = self._path.head
-        else:
+        if self.path == "views":
             self._path = ViewsPath(anatomy, split_layer=split_layer)
             self._linear_head = head
+        else:
+            self._path = _lean_paths()[self.path](model, split_layer=split_layer)
+            self._linear_head = self._path.head
         if self.device.type != "meta":  # a shape has no numbers to compare
             self.self_check()
 
@@ -111,16 +109,16 @@ class SplitModel:
 
         Writes the deep layers' keys and values at the placement; commits nothing.
         """
-        if self.path == "direct":  # Llama-shaped layers never look at token ids
-            return self._path.deep(hidden_BQD, cache, placement)
-        return self._path.deep(hidden_BQD, token_ids_BQ, cache, placement).to(self.device)
+        if self.path == "views":
+            return self._path.deep(hidden_BQD, token_ids_BQ, cache, placement).to(self.device)
+        return self._path.deep(hidden_BQD, cache, placement)  # Llama-shaped layers never look at token ids
 
     @property
     def can_pack(self) -> bool:
         """Whether positions that a length rule leaves out of a round cost nothing: see `deep_packed`."""
         # Not on a GPU: how many positions count is known there only after a wait inside the round, shapes that follow
         # the data cannot be captured as a graph, and few positions cost about what fewer do.
-        return self.path == "direct" and self.device.type == "cpu"
+        return self.path != "views" and self.device.type == "cpu"
 
     def deep_packed(self, hidden_MD: Tensor, cache: RollbackCache, placement: Placement, packing: Packing) -> Tensor:
         """final_hidden_MD: `deep` of the positions alone that the packing keeps of the placement's. Where `can_pack`.
@@ -207,16 +205,27 @@ class SplitModel:
 def _choose_path(model: PreTrainedModel, path: str) -> str:
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    if path == "direct" and is_spread(model):
-        raise ValueError("path 'direct' needs the whole model on one device, this one is spread; use 'views'")
-    if path == "views" or is_spread(model):
+    lean_paths = _lean_paths()
+    if is_spread(model):
+        if path in lean_paths:
+            raise ValueError(f"path {path!r} needs the whole model on one device, this one is spread; use 'views'")
         return "views"
-    from dvi.model.llama_path import DirectPath
+    if path == "auto":
+        return next((name for name, kind in lean_paths.items() if kind.supports(model)), "views")
+    if path in lean_paths and not lean_paths[path].supports(model):
+        raise ValueError(
+            f"path {path!r} is for {lean_paths[path].TAKES}, got {type(model).__name__} in "
+            f"{str(model.dtype).removeprefix('torch.')}; use 'auto' or 'views'"
+        )
+    return path
 
-    is_supported = DirectPath.supports(model)
-    if path == "direct" and not is_supported:
-        raise ValueError(f"path 'direct' is for Llama-shaped models, got {type(model).__name__}; use 'views'")
-    return "direct" if is_supported else "views"
+
+def _lean_paths() -> dict[str, type]:
+    """The paths of Llama-shaped models by name, the leanest first."""
+    from dvi.model.llama_path import DirectPath
+    from dvi.model.native.path import NativePath
+
+    return {"native": NativePath, "direct": DirectPath}
 
 
 def fingerprint_of_head(weight_VD: Tensor) -> str:

@@ -41,7 +41,8 @@ class ModelSettings:
     placement    "single" device; "device_map" spreads the layers over this machine's GPUs, and its memory and disk
                  where they are full; "tensor" every layer over the processes of torchrun; "zero3" too, but only to
                  record texts for a warm-up. See docs/multi_gpu.md.
-    path_kind    how the layers are called: "views" (any model), "direct" (lean, Llama-shaped models), "auto" chooses.
+    path_kind    how the layers are called: "views" (any model), "direct" (lean, Llama-shaped models), "native" (the
+                 same in kernels compiled on this machine, CPUs), "auto" takes the fastest that there is.
     device       auto, cpu, cuda, cuda:1 ...
     num_threads  CPU threads of torch; 0 leaves its own choice, and to a server all cores but one.
     """
@@ -65,9 +66,10 @@ class ModelSettings:
                 f"device must be 'auto' with placement {self.placement!r}, which finds its devices itself, got "
                 f"{self.device!r}; CUDA_VISIBLE_DEVICES limits them"
             )
-        if self.placement != "single" and self.path_kind == "direct":
+        if self.placement != "single" and self.path_kind in ("native", "direct"):
             raise ValueError(
-                f"path_kind 'direct' needs the whole model on one device, got placement {self.placement!r}; try 'auto'"
+                f"path_kind {self.path_kind!r} needs the whole model on one device, got placement {self.placement!r}; "
+                "try 'auto'"
             )
 
 

@@ -282,9 +282,9 @@ def test_a_split_layer_outside_the_model_is_refused_with_the_range(split_layer):
 
 def test_unknown_and_unsuitable_paths_are_refused_with_the_choices():
     """A misspelt path must not fall back to another silently."""
-    with pytest.raises(ValueError, match="must be one of auto, views, direct, got 'fast'"):
+    with pytest.raises(ValueError, match="must be one of auto, views, direct, native, got 'fast'"):
         SplitModel(tiny_model("llama"), split_layer=1, path="fast")
-    with pytest.raises(ValueError, match="GPT2LMHeadModel; use 'views'"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel in float64; use 'auto' or 'views'"):
         SplitModel(tiny_model("gpt2"), split_layer=1, path="direct")
 
 

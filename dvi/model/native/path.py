@@ -1,0 +1,169 @@
+"""The lean path on x86 CPUs: whole runs of layers in one call of compiled kernels, for few rows.
+
+Knows the weights of Llama-shaped blocks and a `RollbackCache`; knows nothing of drafting. Every row is computed in one
+order of operations, whatever rows stand beside it, however far the cache reaches: prefill, plain decoding and
+verification of a position give the same bits.
+"""
+# B rows, Q query positions, M = B * Q or fewer where a packing leaves some out, D hidden, S positions, d head size.
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from dvi.model.kv_cache import Placement, RollbackCache
+from dvi.model.llama_path import DirectPath
+from dvi.model.native.library import Layer, Pass, load
+from dvi.model.native.weights import BLOCK, L, PackedWeight, multiply, pack
+from dvi.model.ragged import Packing
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_HEAD_DIM = 512
+
+
+class NativePath:
+    """Shallow and deep passes over the blocks of one Llama-shaped model, as `DirectPath` has them."""
+
+    TAKES = "Llama-shaped models in float32 or bfloat16 on an x86 CPU with a C++ compiler"
+
+    @staticmethod
+    def supports(model: nn.Module) -> bool:
+        """Whether the kernels take the model, and this machine has them: compiles them if they never were."""
+        if not DirectPath.supports(model):
+            return False
+        attention, weight = model.model.layers[0].self_attn, model.get_input_embeddings().weight
+        return (
+            weight.device.type == "cpu"
+            and weight.dtype in DTYPES
+            and attention.head_dim % (2 * L) == 0
+            and attention.head_dim <= MAX_HEAD_DIM
+            and all(size % L == 0 for size in (model.config.hidden_size, model.config.intermediate_size))
+            and load() is not None
+        )
+
+    def __init__(self, model: nn.Module, split_layer: int) -> None:
+        self._library = load()
+        inner = model.model
+        self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
+        self._dtype = self._embed.weight.dtype
+        with torch.no_grad():
+            self._layers = [_NativeLayer(layer) for layer in inner.layers]
+            self._structs = (Layer * len(self._layers))(*(layer.struct for layer in self._layers))
+            head = model.get_output_embeddings()
+            self._head = pack(head.weight, head.bias)
+            self._final_gain_D, self._final_eps = inner.norm.weight.float().clone(), inner.norm.variance_epsilon
+        first = self._layers[0]
+        self._widest_input = max(weight.shape[1] for weight in first.weights)
+        self._widest_output = max(first.qkv.shape[0], first.gate_up.shape[0])
+        self.split_layer = split_layer
+        self._cos_Sd = self._sin_Sd = None
+
+    def _rotary_table(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [S, d], float32, for every position a cache can hold; grown, never shrunk."""
+        if self._cos_Sd is None or len(self._cos_Sd) < capacity:
+            cos, sin = self._rotary(torch.zeros(1), torch.arange(capacity)[None])
+            half = cos.shape[-1] // 2
+            self._cos_Sd = cos[0].contiguous()
+            self._sin_Sd = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        return self._cos_Sd, self._sin_Sd
+
+    def _run(
+        self, x_MD: Tensor, blocks: range, cache: RollbackCache, placement: Placement, packing: Packing | None
+    ) -> Tensor:
+        """x_MD float32, changed in place: through the blocks."""
+        if not blocks:
+            return x_MD
+        first, num_rows = self._layers[0], len(x_MD)
+        buffers = [cache.buffers(i, first.num_kv_heads, first.head_dim, self._dtype) for i in blocks]
+        pointers = ctypes.c_void_p * len(blocks)
+        keys, values = (pointers(*(buffer.data_ptr() for buffer in of_one)) for of_one in zip(*buffers, strict=True))
+        positions_M = placement.positions_BQ.reshape(-1)
+        width = placement.positions_BQ.shape[1]
+        rows_M = torch.arange(placement.rows.start, placement.rows.stop).repeat_interleave(width)
+        if packing is not None:
+            positions_M, rows_M = positions_M[packing.kept_M], rows_M[packing.kept_M]
+        cos_Sd, sin_Sd = self._rotary_table(cache.capacity)
+        threads = torch.get_num_threads()
+        scratch = (
+            torch.empty(num_rows, self._widest_input, dtype=self._dtype),
+            torch.empty(num_rows, self._widest_output),
+            torch.empty(num_rows, self._widest_input // BLOCK),
+            torch.empty(threads, cache.capacity + L),
+        )
+        tensors = (rows_M, positions_M.contiguous(), cos_Sd, sin_Sd, *scratch)
+        the_pass = Pass(
+            num_rows, x_MD.shape[1], first.num_heads, first.num_kv_heads, first.head_dim, cache.capacity, threads,
+            first.scale, *(tensor.data_ptr() for tensor in tensors),
+        )
+        structs = ctypes.byref(self._structs, blocks.start * ctypes.sizeof(Layer))
+        self._library.dvi_layers(
+            ctypes.cast(structs, ctypes.POINTER(Layer)), len(blocks), ctypes.byref(the_pass), keys, values,
+            x_MD.data_ptr(),
+        )
+        return x_MD
+
+    def shallow(self, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
+        """h_k [B, Q, D] of the tokens at the placement's positions."""
+        hidden_BQD = self._embed(token_ids_BQ)
+        if self.split_layer == 0:
+            return hidden_BQD
+        x_MD = hidden_BQD.view(-1, hidden_BQD.shape[-1]).to(torch.float32)
+        x_MD = self._run(x_MD, range(self.split_layer), cache, placement, None)
+        return x_MD.to(self._dtype).view_as(hidden_BQD)
+
+    def deep(self, hidden_BQD: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
+        """The verifier's final hidden state [B, Q, D], after the final norm, from stored h_k."""
+        flat_MD = hidden_BQD.reshape(-1, hidden_BQD.shape[-1])
+        return self.deep_packed(flat_MD, cache, placement, None).view_as(hidden_BQD)
+
+    def deep_packed(
+        self, hidden_MD: Tensor, cache: RollbackCache, placement: Placement, packing: Packing | None
+    ) -> Tensor:
+        """`deep` of the positions that the packing keeps, [M, D]; None keeps all."""
+        x_MD = hidden_MD.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        x_MD = self._run(x_MD, range(self.split_layer, len(self._layers)), cache, placement, packing)
+        final_MD = torch.empty_like(x_MD, dtype=self._dtype)
+        self._library.dvi_norm(
+            x_MD.data_ptr(), self._final_gain_D.data_ptr(), self._final_eps, *x_MD.shape,
+            self._dtype == torch.bfloat16, final_MD.data_ptr(),
+        )
+        return final_MD
+
+    def head(self, final_hidden_BQD: Tensor) -> Tensor:
+        """Logits [B, Q, V], float32, of final hidden states."""
+        flat_MD = final_hidden_BQD.reshape(-1, final_hidden_BQD.shape[-1])
+        return multiply(self._library, self._head, flat_MD).view(*final_hidden_BQD.shape[:-1], -1)
+
+
+class _NativeLayer:
+    """One layer's packed weights and gains, and the struct that points at them."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_dim = attention.head_dim
+        self.num_heads = attention.q_proj.weight.shape[0] // self.head_dim
+        self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
+        self.scale = attention.scaling
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        bias_N = None if projections[0].bias is None else torch.cat([p.bias for p in projections])
+        self.qkv = pack(torch.cat([p.weight for p in projections]), bias_N)
+        self.o = pack(attention.o_proj.weight)
+        self.gate_up = pack(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        self.down = pack(mlp.down_proj.weight)
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        if hasattr(attention, "q_norm"):
+            norms += [attention.q_norm, attention.k_norm]
+        self._gains = [norm.weight.float().clone() for norm in norms]
+        gains = [gain.data_ptr() for gain in self._gains] + [None] * (4 - len(norms))
+        # Mistral's window is a fact of its config alone.
+        window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+        self.struct = Layer(
+            *(weight.product for weight in self.weights), *gains,
+            norms[0].variance_epsilon, norms[1].variance_epsilon, norms[-1].variance_epsilon, window or 0,
+        )
+
+    @property
+    def weights(self) -> tuple[PackedWeight, ...]:
+        return self.qkv, self.o, self.gate_up, self.down

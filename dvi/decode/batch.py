@@ -12,7 +12,6 @@ import time
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dvi.decode.experience import RoundExperience, of_prefill
 from dvi.decode.host_row import HostRow, fetch
@@ -25,6 +24,7 @@ from dvi.model.cuda_graph import RoundGraphs, can_capture
 from dvi.model.drafter import MAX_DEPTH, Drafter
 from dvi.model.kv_cache import KeysAndValues
 from dvi.model.split import SplitModel
+from dvi.model.transfers import to_device, to_host
 from dvi.records import Draft, TokenLogprobs, Transitions, Verdict
 
 PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations
@@ -111,7 +111,7 @@ class DecodingBatch:
         aligned_end = end - end % self._prefill_chunk
         if done < aligned_end and end < len(text_ids) - 1:
             end = aligned_end  # passes begin at multiples of the chunk, however the positions were rationed
-        ids_1S = torch.tensor([text_ids[done:end]], dtype=torch.int64, device=self._split.device)
+        ids_1S = to_device([text_ids[done:end]], self._split.device, dtype=torch.int64)
         for chunk_1Q in ids_1S.split(self._prefill_chunk, dim=1) if end > done else ():
             start, width = self.cache.lengths[row], chunk_1Q.shape[1]
             placement = self.cache.place(offset=0, width=width, rows=rows)
@@ -132,7 +132,8 @@ class DecodingBatch:
         target = len(self.sequences)
         if row != target:
             self.cache.swap_rows(row, target)
-            self._anchor_BD[[row, target]] = self._anchor_BD[[target, row]]
+            swapped_2D = torch.stack([self._anchor_BD[target], self._anchor_BD[row]])
+            self._anchor_BD[row], self._anchor_BD[target] = swapped_2D
             self.prefilling[row - target] = self.prefilling[0]
         self.prefilling.pop(0)
         self.sequences.append(sequence)
@@ -249,7 +250,7 @@ class DecodingBatch:
                 seen = SeenTokens(len(self.sequences), self._split.vocab_size, self._split.device)
                 seen.add_prompt(*self._padded([s.prompt_ids for s in self.sequences]))
                 seen.add_generated(*self._padded([s.token_ids for s in self.sequences]))
-            self._room_B[rows] = torch.tensor([s.room for s in self.sequences], device=self._split.device)
+            self._room_B[rows] = to_device([s.room for s in self.sequences], self._split.device)
             self._state = RowState(
                 rows, self._room_B[rows], self._last_token_B[rows], self._anchor_BD[rows], sampling, seen
             )
@@ -257,8 +258,8 @@ class DecodingBatch:
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Lists of ids as one tensor [B, S], and which of its ids are theirs."""
-        tensors = [torch.tensor(ids, dtype=torch.int64, device=self._split.device) for ids in rows]
-        ids_BS = pad_sequence(tensors, batch_first=True, padding_value=-1)
+        width = max(map(len, rows))
+        ids_BS = to_device([ids + [-1] * (width - len(ids)) for ids in rows], self._split.device, dtype=torch.int64)
         return ids_BS.clamp(min=0), ids_BS >= 0
 
     def take_finished(self) -> list[Sequence]:
@@ -311,7 +312,11 @@ def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
 def _logprobs(logits_WV: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
     """The verifier's own log-probabilities of W committed tokens and of the num_top likeliest; waits for the device."""
     log_probs_WV = logits_WV.float().log_softmax(-1)
-    chosen = log_probs_WV.gather(1, torch.tensor(token_ids, device=log_probs_WV.device)[:, None])[:, 0].tolist()
+    chosen_W1 = log_probs_WV.gather(1, to_device(token_ids, log_probs_WV.device)[:, None])
     values_WK, ids_WK = log_probs_WV.topk(num_top)
-    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids_WK.tolist(), values_WK.tolist(), strict=True)]
-    return [TokenLogprobs(*one) for one in zip(token_ids, chosen, tops, strict=True)]
+    # In float64, which holds ids and log-probabilities alike: one wait.
+    found_WX = to_host(torch.cat([chosen_W1.double(), values_WK.double(), ids_WK.double()], dim=1))
+    return [
+        TokenLogprobs(token_id, chosen, tuple(zip(map(int, both[num_top:]), both[:num_top], strict=True)))
+        for token_id, (chosen, *both) in zip(token_ids, found_WX.tolist(), strict=True)
+    ]

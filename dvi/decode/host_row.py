@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dvi.model.transfers import to_host
 from dvi.records import Draft, Verdict
 
 SCORE_UNITS = 2**20  # companion scores cross to the host among integers, in these units
@@ -57,7 +58,7 @@ def fetch(for_host_BH: Tensor, draft: Draft) -> list[HostRow]:
     num_drafts, has_scores = draft.token_ids_BT.shape[1], draft.companion_scores_BTC is not None
     end_of_scores = 3 * num_drafts if has_scores else num_drafts
     rows = []
-    for numbers in for_host_BH.tolist():
+    for numbers in to_host(for_host_BH).tolist():
         scores = [units / SCORE_UNITS for units in numbers[num_drafts:end_of_scores]]
         pairs = list(zip(scores[::2], scores[1::2], strict=True)) if has_scores else None
         is_finite, *counts = numbers[end_of_scores:]

@@ -24,6 +24,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from dvi.model.transfers import to_device
 from dvi.records import SamplingParams
 
 
@@ -61,18 +62,19 @@ class SamplingBatch:
         self._has_min_p = any(p.min_p > 0 for p in params)
         self.has_filters = self._has_ranking or self._has_min_p
 
-        def column(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
-
-        self.seed_B = torch.tensor([p.seed for p in params], dtype=torch.int64, device=device)
-        self.is_greedy_B = torch.tensor([p.is_greedy for p in params], device=device)
-        self._temperature_B11 = column([1.0 if p.is_greedy else p.temperature for p in params], torch.float64)
-        self._repetition_B11 = column([p.repetition_penalty for p in params], torch.float64)
-        self._presence_B11 = column([p.presence_penalty for p in params], torch.float64)
-        self._frequency_B11 = column([p.frequency_penalty for p in params], torch.float64)
-        self._top_k_B11 = column([_effective_top_k(p, vocab_size) for p in params], torch.int64)
-        self._top_p_B11 = column([p.top_p if p.top_p < 1 else math.inf for p in params], torch.float64)
-        self._log_min_p_B11 = column([math.log(p.min_p) if p.min_p else -math.inf for p in params], torch.float64)
+        integers = [(p.seed, p.is_greedy, _effective_top_k(p, vocab_size)) for p in params]
+        self.seed_B, is_greedy_B, top_k_B = to_device(integers, device, dtype=torch.int64).unbind(1)
+        self.is_greedy_B, self._top_k_B11 = is_greedy_B.bool(), top_k_B[:, None, None]
+        reals = [
+            (
+                1.0 if p.is_greedy else p.temperature, p.repetition_penalty, p.presence_penalty, p.frequency_penalty,
+                p.top_p if p.top_p < 1 else math.inf, math.log(p.min_p) if p.min_p else -math.inf,
+            )
+            for p in params
+        ]  # fmt: skip
+        columns = to_device(reals, device, dtype=torch.float64)[:, :, None, None].unbind(1)
+        self._temperature_B11, self._repetition_B11, self._presence_B11, self._frequency_B11, *filters = columns
+        self._top_p_B11, self._log_min_p_B11 = filters
 
     def warp(self, logits_BQV: Tensor, seen: Seen | None = None) -> Tensor:
         """The distribution each next token is drawn from, [B, Q, V], float64 for float64 logits and float32 otherwise.

@@ -34,7 +34,6 @@ import functools
 import itertools
 import operator
 
-import torch
 from torch import Tensor
 
 from dvi.draft.agreement import FIRST_FIT, AgreementEstimate
@@ -49,6 +48,7 @@ from dvi.draft.length_policies import (
     RoundOutcome,
 )
 from dvi.model.ragged import is_worth_packing
+from dvi.model.transfers import to_device
 
 FULL = 0.99  # chance that the rule lets a row go on, before anything is known of it
 
@@ -150,7 +150,7 @@ class CompanionLength(GoodputLength):
             self._num_wanted[row] += 1
         if self._keeps_all:
             return context.is_open_B
-        return torch.tensor([num_wanted > context.depth for num_wanted in self._num_wanted])
+        return to_device([num_wanted > context.depth for num_wanted in self._num_wanted], context.is_open_B.device)
 
     def _reach(self, context: DraftContext) -> list[float]:
         """The chance, row by row, that this position is reached and accepted, if it counts."""

@@ -19,6 +19,7 @@ from dvi.model.devices import load_model
 from dvi.model.drafter import MAX_DEPTH, Drafter
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
+from dvi.model.transfers import to_device, to_host
 
 PREFILL_CHUNK = 512  # positions of one pass, as for the verifier
 # A round leaves a row one token behind at most, plain rounds one each; what lacks more is read in a pass of its own.
@@ -77,7 +78,7 @@ class _CompanionRows:
     def follow(self, rows: Sequence[Row]) -> None:
         texts, lengths = {row.request_id: row.text_ids for row in rows}, list(self._cache.lengths)
         # A round has ended, so nothing waits for this. What was not fed, another policy's rounds decoded.
-        fed = torch.stack(self._fed, 1).tolist() if self._fed else [[]] * len(self._texts)
+        fed = to_host(torch.stack(self._fed, 1)).tolist() if self._fed else [[]] * len(self._texts)
         for row, (request_id, old, tokens) in enumerate(zip(self._request_ids, self._texts, fed, strict=True)):
             new = texts.get(request_id, [])
             if new[: len(old)] == old:
@@ -125,7 +126,7 @@ class _CompanionRows:
         """One pass over rows of unequal width; what fills up the shorter ones is not committed."""
         widths = [len(ids) for ids in token_ids]
         filled = [ids + [0] * (max(widths) - len(ids)) for ids in token_ids]
-        self._final(torch.tensor(filled, device=self._split.device), rows, offset=0)
+        self._final(to_device(filled, self._split.device), rows, offset=0)
         self._cache.commit(widths, rows=rows)
 
     def step(self, token_B: Tensor, depth: int) -> Tensor:

@@ -195,9 +195,12 @@ class EmaCompanion(_PastDrafter):
     def _move_on(self, drafter: Drafter) -> None:
         for average, newest in zip(self._past.parameters(), drafter.parameters(), strict=True):
             average.lerp_(newest, 1 - EMA_MOMENTUM)
-        # A version gone NaN is taken back by its learner; an average would never come back.
-        is_finite = all(bool(average.isfinite().all()) for average in self._past.parameters())
-        self._past.publish(self._past if is_finite else drafter, drafter.version)
+        # A version gone NaN is taken back by its learner; an average would never come back. Without looking: that
+        # would be a wait.
+        is_finite = torch.stack([average.isfinite().all() for average in self._past.parameters()]).all()
+        for average, newest in zip(self._past.parameters(), drafter.parameters(), strict=True):
+            average.copy_(torch.where(is_finite, average, newest))
+        self._past.publish(self._past, drafter.version)
 
 
 def _copy_of(drafter: Drafter, *, is_published: bool = True) -> Drafter:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dvi.model.kv_cache import KeysAndValues, Placement, RollbackCache
 from dvi.model.split import SplitModel
+from dvi.model.transfers import to_device
 from dvi.progress import shown_as
 
 CAPACITY_STEP = 64
@@ -84,7 +85,7 @@ class RowCaches:
 
     def _refresh(self) -> None:
         self.lengths = [0 if cache is None else cache.lengths[0] for cache in self._caches]
-        self.lengths_B.copy_(torch.tensor(self.lengths))
+        self.lengths_B.copy_(to_device(self.lengths, self._device, dtype=torch.int64))
 
 
 class ExactSplit:

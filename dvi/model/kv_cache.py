@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dvi.model.transfers import to_device
+
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]  # by layer
 
 VISIBLE_STEP = 256  # a GPU attends over whole multiples of this many slots: few shapes, so few captured graphs
@@ -213,7 +215,7 @@ class RollbackCache:
         """Declares each row's committed length: rollback, row reuse and prefill go through here."""
         assert len(lengths) == self.rows and min(lengths) >= 0 and max(lengths) <= self.capacity
         self.lengths = list(lengths)
-        self.lengths_B.copy_(torch.tensor(lengths, dtype=torch.int64))
+        self.lengths_B.copy_(to_device(lengths, self.device, dtype=torch.int64))
 
     @property
     def num_bytes(self) -> int:

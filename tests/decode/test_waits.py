@@ -1,74 +1,31 @@
-"""One wait for the device per round, and none while it drafts and verifies."""
+"""Rounds on a device that is not there: one wait for it per round, and none while it drafts and verifies."""
 
 from __future__ import annotations
 
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from collections.abc import Iterator
 
-from dvi.decode.batch import DecodingBatch
-from dvi.decode.round import RowState, draft_and_verify
-from dvi.decode.sampling import SamplingBatch, SeenTokens
+import pytest
+from torch import Tensor, nn
+
 from dvi.decode.sequence import Sequence
-from dvi.decode.verification import StrictRule
 from dvi.draft.companion_length import CompanionLength
+from dvi.draft.companion_model import ModelCompanion
 from dvi.draft.companions import Companion, EmaCompanion, ExitCompanion, OlderCompanion, SelfCompanion
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import ConfidenceStop, FixedLength
-from dvi.model.drafter import build_drafter
-from dvi.model.llama_path import DirectPath
 from dvi.model.split import SplitModel
-from dvi.records import SamplingParams
-from tests.support.drafter_doubles import random_drafter, small_config
+from tests.support.pretend_device import DEVICE, OnDevice, PretendDevice
+from tests.support.rehearsal import PROMPTS, SAMPLING, new_speculator, params_of, speculator_on
+from tests.support.small_speculator import batch_of, sequence_of
 from tests.support.tiny_models import tiny_model
 
-VOCAB_SIZE = 64
+PATHS = ("direct", "views")
 
 
-class CountWaits(TorchDispatchMode):
-    """Counts operations that make the host wait for the device, or whose result's shape depends on data."""
-
-    WAITS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_waits = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.num_waits += str(func.overloadpacket) in self.WAITS
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_round_waits_for_the_device_once(monkeypatch):
-    """One small transfer per round; on a CPU, where it costs nothing, drafting also asks if all rows stopped."""
-    model = tiny_model("llama", num_layers=2, hidden_size=16, vocab_size=VOCAB_SIZE)
-    split = SplitModel(model, split_layer=1)
-    drafter = random_drafter(split, seed=1)
-    fetched = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: fetched.append(tensor.shape) or tolist(tensor))
-    for name in ("item", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a second wait for the device"))
-    for num_draft_tokens in (0, 3):
-        batch = DecodingBatch(
-            split, drafter, max_rows=2, capacity=0, policy=FixedLength(num_draft_tokens), rule=StrictRule(),
-            wants_transitions=True,
-        )  # fmt: skip
-        for index, prompt in enumerate([[5, 9, 33], [7]]):
-            batch.admit(Sequence(index, prompt, SamplingParams(), lambda _token: None, max_new_tokens=16))
-        fetched.clear()
-        with CountWaits() as waits:
-            batch.round()
-        assert fetched == [(2, num_draft_tokens + 5)]
-        assert waits.num_waits == num_draft_tokens  # the CPU's early end
-
-
-META_PARAMS = {
-    "greedy": {},
-    "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.2},
-    "sampled": {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.01, "presence_penalty": 0.1},
-    "gumbel": {"temperature": 1.0, "coupling": "gumbel"},
-}
+@pytest.fixture
+def device() -> Iterator[PretendDevice]:
+    with PretendDevice() as device:
+        yield device
 
 
 def companion_length(companion: Companion) -> CompanionLength:
@@ -76,43 +33,130 @@ def companion_length(companion: Companion) -> CompanionLength:
     return CompanionLength((3,), costs, companion, is_on_cpu=False)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        FixedLength(3), ConfidenceStop(3, threshold=0.4), companion_length(SelfCompanion()),
-        companion_length(ExitCompanion(torch.nn.Identity())), companion_length(OlderCompanion()),
-        companion_length(EmaCompanion()),
-    ],
-)
-@pytest.mark.parametrize("name", list(META_PARAMS))
-@pytest.mark.parametrize("path", ["direct", "views"])
-def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(path, name, policy):
-    """On meta tensors there is no data: every `.item()`, `if tensor`, mask index or nonzero raises. It is also the
-    branch that other devices take: no early end, writes by position, weights not packed."""
-    model = tiny_model("llama", num_layers=2, hidden_size=16, vocab_size=VOCAB_SIZE, dtype=torch.float32)
-    split = SplitModel(model, split_layer=1, path="views")
-    drafter = build_drafter(split, small_config())
-    model.to("meta")
-    split.device, split.head_weight_VD = torch.device("meta"), model.lm_head.weight
-    if path == "direct":
-        split.path, split._path = "direct", DirectPath(model, split_layer=1)
-        split._linear_head = split._path.head
-    drafter.to("meta").draft_head._frozen = (model.lm_head.weight, None)
-    drafter.publish(drafter, 1)
-    params = [SamplingParams(seed=i, **META_PARAMS[name]) for i in range(2)]
-    sampling = SamplingBatch(params, vocab_size=VOCAB_SIZE, device=split.device)
-    seen = SeenTokens(2, VOCAB_SIZE, split.device) if sampling.has_penalties else None
-    rows = slice(0, 2)
-    cache = split.make_cache(2, 16)
-    last_token_B = torch.zeros(2, dtype=torch.int64, device="meta")
-    room_B = torch.zeros(2, dtype=torch.int64, device="meta")
-    state = RowState(rows, room_B, last_token_B, torch.zeros(2, 16, device="meta"), sampling, seen)
-    if policy.companion is not None:
-        policy.companion.follow(drafter, [])
-    with torch.no_grad():
-        verified = draft_and_verify(
-            split, drafter, cache, state, policy, 3, StrictRule(), wants_log_probs=True
-        )
-    num_scores = 0 if policy.companion is None else 6
-    assert verified.for_host_BH.shape == (2, 8 + num_scores)
-    assert verified.draft.hidden_BUD.shape == (2, 4, 16)
+POLICIES = {
+    "fixed": lambda: FixedLength(3), "confidence": lambda: ConfidenceStop(3, threshold=0.4),
+    "self": lambda: companion_length(SelfCompanion()), "exit": lambda: companion_length(ExitCompanion(nn.Identity())),
+    "older": lambda: companion_length(OlderCompanion()), "ema": lambda: companion_length(EmaCompanion()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SAMPLING))
+@pytest.mark.parametrize("path", PATHS)
+def test_whole_answers_are_the_cpus_and_each_round_waits_once(device, path, name):
+    """Catches a branch that only a GPU takes and that computes something else, and every wait but a verdict's.
+
+    Rows of unequal length come and go; the texts that are read, and the settings of new rows, go there without a wait.
+    """
+    options = {"policy": FixedLength(3), "batch_size": 2}
+    expected = sorted(
+        (r.index, r.token_ids) for r in speculator_on("cpu", path).generate(PROMPTS, params_of(name), **options)
+    )
+    speculator = speculator_on(DEVICE, path)
+    with device.without_waits() as transfers:
+        results = sorted(speculator.generate(PROMPTS, params_of(name), **options), key=lambda result: result.index)
+    assert [(r.index, r.token_ids) for r in results] == expected
+    assert 0 < sum(r.stats.num_accepted for r in results) < sum(r.stats.num_drafted for r in results)
+    assert all(isinstance(stretch.hidden_WD, OnDevice) for r in results for stretch in r.transitions)
+    [(place, num_waits)] = [(place, n) for (function, place), n in transfers.items() if function == "to_host"]
+    assert place.startswith("dvi/decode/host_row.py:") and num_waits >= max(len(r.accept_lengths) for r in results)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_round_moves_two_small_tensors(device, path, num_draft_tokens):
+    """The verdicts come, the lengths go; settings go once for a set of rows."""
+    batch = batch_of(speculator_on(DEVICE, path), FixedLength(num_draft_tokens), max_rows=2)
+    for index, prompt in enumerate(PROMPTS[:2]):
+        batch.admit(sequence_of(index, prompt, params_of("sampled")))
+    for num_sent in (6, 1, 1):  # room, two of settings, and what the rows have seen: prompts, answers
+        with device.without_waits():
+            batch.round()
+        assert (device.count("to_host"), device.count("to_device")) == (1, num_sent)
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("name", list(SAMPLING))
+@pytest.mark.parametrize("path", PATHS)
+def test_drafting_and_judging_never_read_a_value_or_make_a_shape_from_one(device, path, name, policy):
+    """Catches an early end that asks the device, a length rule or companion that looks, and a mask that selects."""
+    speculator, policy = speculator_on(DEVICE, path), POLICIES[policy]()
+    batch = batch_of(speculator, policy, max_rows=2)
+    for index, prompt in enumerate(PROMPTS[:2]):
+        batch.admit(sequence_of(index, prompt, params_of(name)))
+    with device.without_waits():
+        batch.round()
+        speculator.drafter.publish(speculator.drafter, speculator.drafter.version + 1)  # which companions then follow
+        batch.round()
+    assert device.count("to_host") == 2
+    assert all(len(sequence.token_ids) >= 2 for sequence in batch.sequences)
+
+
+def test_a_companion_that_is_a_model_waits_for_what_it_was_fed(device):
+    """One read more, between rounds: its cache keeps what its texts and the drafts have in common."""
+    model = tiny_model("llama", num_layers=1, hidden_size=16, vocab_size=64, seed=5)
+    companion = ModelCompanion(SplitModel(model.to(DEVICE), split_layer=0, path="views"))
+    policy = FixedLength(3)
+    policy.companion = companion
+    batch = batch_of(speculator_on(DEVICE, "direct"), policy, max_rows=2)
+    for index, prompt in enumerate(PROMPTS[:2]):
+        batch.admit(sequence_of(index, prompt, params_of("greedy")))
+    batch.round()
+    for _ in range(3):
+        with device.without_waits():
+            batch.round()
+        assert device.count("to_host") == 2
+
+
+def test_log_probabilities_are_one_more_wait_for_each_row(device):
+    """Catches a read for every column of them, and ids that come through a float too narrow for them."""
+    texts = {}
+    for where in ("cpu", DEVICE):
+        batch = batch_of(speculator_on(where, "views"), FixedLength(3), max_rows=2)
+        for index, prompt in enumerate(PROMPTS[:2]):
+            batch.admit(Sequence(index, prompt, params_of("greedy"), lambda _: None, 12, num_logprobs=3))
+        if where == DEVICE:
+            with device.without_waits():
+                batch.round()
+            assert device.count("to_host") == 1 + 2
+        else:
+            batch.round()
+        texts[where] = [sequence.logprobs for sequence in batch.sequences]
+    assert texts["cpu"] == texts[DEVICE] and len(texts["cpu"][0][0].top) == 3
+
+
+def test_rows_that_were_read_in_another_order_trade_places_without_a_wait(device):
+    """Two prompts are prefilled by turns, and the second is done first: its anchor moves with it."""
+    batches = {}
+    for where in ("cpu", DEVICE):
+        batch = batches[where] = batch_of(speculator_on(where, "views"), FixedLength(3), max_rows=2)
+        sequences = [sequence_of(index, prompt, params_of("greedy")) for index, prompt in enumerate(PROMPTS[::-1][:2])]
+        with device.without_waits():
+            for sequence in sequences:
+                batch.open(sequence)
+            batch.prefill(sequences[0], 2)
+            for sequence in reversed(sequences):
+                batch.prefill(sequence, 99)
+            batch.round()
+    assert [s.token_ids for s in batches["cpu"].sequences] == [s.token_ids for s in batches[DEVICE].sequences]
+    assert [s.request_id for s in batches[DEVICE].sequences] == [1, 0]
+
+
+def test_an_average_of_versions_leaves_a_broken_one_without_a_look(device):
+    """A version gone NaN is not averaged in: the past is then the version itself, and is finite again with the next."""
+    speculator = new_speculator(DEVICE, "views")
+    drafter, companion = speculator.drafter.requires_grad_(False), EmaCompanion()
+    companion.follow(drafter, [])
+    healthy = [parameter.clone() for parameter in drafter.parameters()]
+
+    def published(values: list[Tensor]) -> list[Tensor]:
+        for parameter, value in zip(drafter.parameters(), values, strict=True):
+            parameter.copy_(value)
+        drafter.publish(drafter, drafter.version + 1)
+        with device.without_waits():
+            companion.follow(drafter, [])
+        assert not device.transfers
+        return list(companion._past.parameters())
+
+    assert any(bool(parameter.isnan().any()) for parameter in published([h * float("nan") for h in healthy]))
+    recovered = published(healthy)
+    assert all(bool((a == b).all()) for a, b in zip(recovered, healthy, strict=True))

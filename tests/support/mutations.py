@@ -275,7 +275,7 @@ MUTATIONS = [
     Mutation("gradient_of_every_slice_sent", STUDENT, "is_kept = not is_last and", "is_kept = False and", TEST_RANKS),
     Mutation(
         "means_over_a_rank_s_own_positions", TICK,
-        "BatchTotals(message[rank_report.SIZE :].to(totals.values_K.device))", "totals", TEST_RANKS,
+        "BatchTotals(to_device(message[rank_report.SIZE :], totals.values_K.device))", "totals", TEST_RANKS,
     ),
     Mutation(
         "step_of_a_rank_without_time", TICK, "is_piece = (has_waited and", "is_piece = (False and", TEST_RANKS,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dvi.distributed import Peers, Pieces, Progress
+from dvi.model.transfers import to_host
 from dvi.records import DrafterVersion, ReplayBatch
 from dvi.settings import LearningSettings
 from trainers.learning.student import Student, copy_state
@@ -61,7 +62,7 @@ class PublishGate:
             yield Progress.WORKED
             totals[:2] += self._student.accepted_prefixes(part, self.history.best.state)
             totals[2] += len(part.mask_NT)
-        learner, best, num_all = (yield from self._peers.total(totals.cpu())).tolist()
+        learner, best, num_all = (yield from self._peers.total(to_host(totals))).tolist()
         return learner / num_all, best / num_all
 
     def settle(self, step: int, scores: tuple[float, float] | None) -> bool:
@@ -149,7 +150,8 @@ class PublishGate:
     def serves(self, state: State) -> bool:
         """Whether the serving drafter has these weights."""
         live = self._live.state_dict()
-        return all(torch.equal(live[name], tensor) for name, tensor in state.items())
+        differs = torch.stack([(live[name] != tensor).any() for name, tensor in state.items()])
+        return not to_host(differs.any()).item()
 
     def _publish(self, snapshot: Snapshot, source: str) -> None:
         """Makes the student's weights serve under a new number. snapshot: a copy of them."""

@@ -14,6 +14,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from dvi.model.transfers import to_device, to_host
 from dvi.records import ReplayBatch, Transitions
 from dvi.settings import LearningSettings
 from dvi.tenancy import tenant_id
@@ -110,7 +111,7 @@ class ReplayBuffer:
             return
         columns = self._columns(transitions)
         # The call's one device sync.
-        is_finite = columns["checksum"].isfinite().tolist()
+        is_finite = to_host(columns["checksum"].isfinite()).tolist()
         offset = 0
         for stretch in transitions:
             first = 0
@@ -157,7 +158,7 @@ class ReplayBuffer:
                 )
                 for column in range(len(stretch))
             ]  # fmt: skip
-        position_N, depth_N, reward_N, version_N = torch.tensor(host, device=self._segments.device).unbind(1)
+        position_N, depth_N, reward_N, version_N = to_device(host, self._segments.device).unbind(1)
         facts = {
             TOKEN: torch.cat([stretch.token_ids_W for stretch in transitions]), POSITION: position_N,
             ACTION: torch.cat([stretch.draft_token_ids_W for stretch in transitions]), DEPTH: depth_N,
@@ -210,7 +211,7 @@ class ReplayBuffer:
             row_NP, is_aligned_N = self._probes_in(slots, aligned_fraction, generator)
         else:
             row_NP, is_aligned_N = self._probes_anywhere(num_blocks, aligned_fraction, generator)
-        row_N, is_found_N = self._best_starts(row_NP.to(segments.device), is_aligned_N.to(segments.device))
+        row_N, is_found_N = self._best_starts(row_NP, is_aligned_N)
         step_T = torch.arange(block_len, device=segments.device)
         offset_N = row_N % segments.segment_len
         is_inside_NT = offset_N[:, None] + step_T < segments.segment_len
@@ -249,20 +250,27 @@ class ReplayBuffer:
                     num_slots * segments.segment_len, (count, NUM_PROBES), generator=generator, device=generator.device
                 )
                 probes.append(rows_NP + first_slot * segments.segment_len)
-                is_aligned.append(torch.arange(count) < round(count * aligned_fraction))
-        return torch.cat(probes), torch.cat(is_aligned)
+                is_aligned.append(self._is_among_first(count, aligned_fraction))
+        return to_device(torch.cat(probes), segments.device), torch.cat(is_aligned)
 
     def _probes_in(
         self, slots: list[int], aligned_fraction: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The same, one block in each of these slots, among the rows that a block can start at."""
         segments = self._segments
-        first_row_N = torch.tensor([slot * segments.segment_len + segments.num_unanchored(slot) for slot in slots])
-        num_rows_N = torch.tensor([segments.num_starts(slot) for slot in slots])
+        host = [
+            (slot * segments.segment_len + segments.num_unanchored(slot), segments.num_starts(slot)) for slot in slots
+        ]
+        first_row_N, num_rows_N = to_device(host, segments.device).unbind(1)
         shape = (len(slots), NUM_PROBES)
-        offset_NP = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).cpu()
+        offset_NP = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+        offset_NP = to_device(offset_NP, segments.device)
         row_NP = first_row_N[:, None] + (offset_NP * num_rows_N[:, None]).long()
-        return row_NP, torch.arange(len(slots)) < round(len(slots) * aligned_fraction)
+        return row_NP, self._is_among_first(len(slots), aligned_fraction)
+
+    def _is_among_first(self, num_blocks: int, share: float) -> Tensor:
+        """bool [N]: the first so many of the blocks, on the replay's device."""
+        return torch.arange(num_blocks, device=self._segments.device) < round(num_blocks * share)
 
     def _best_starts(self, row_NP: Tensor, is_aligned_N: Tensor) -> tuple[Tensor, Tensor]:
         """One of the probed rows for each block to start at, and whether it can.

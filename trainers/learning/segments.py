@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dvi.model.transfers import to_device
 from dvi.records import Transitions
 from dvi.tenancy import TenantSlots, tenant_id
 
@@ -128,8 +129,8 @@ class Segments:
 
     def write(self, columns: dict[str, Tensor]) -> None:
         """Fills the rows found since the last write."""
-        rows_N = torch.tensor(self._unwritten_rows, dtype=torch.int64, device=self.device)
-        columns_N = torch.tensor(self._unwritten_columns, dtype=torch.int64, device=self.device)
+        places = self._unwritten_rows, self._unwritten_columns
+        rows_N, columns_N = to_device(places, self.device, dtype=torch.int64)
         for name, field in self.fields.items():
             field[rows_N] = columns[name][columns_N].to(field.dtype)
         self._unwritten_rows, self._unwritten_columns = [], []

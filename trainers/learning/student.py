@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from dvi.distributed import SOLO, Peers, Pieces, Progress
 from dvi.model.drafter import build_drafter
+from dvi.model.transfers import to_host
 from dvi.records import LossWeights, ReplayBatch
 from dvi.settings import LearningSettings
 from trainers.learning import losses
@@ -70,7 +71,11 @@ class Student:
         options = DistributedDataParallelKwargs(
             broadcast_buffers=False, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
         )
-        return Accelerator(cpu=self._split.device.type == "cpu", mixed_precision="no", kwargs_handlers=[options])
+        # The copy is where the split is, wherever that may be.
+        return Accelerator(
+            device_placement=False, cpu=self._split.device.type == "cpu", mixed_precision="no",
+            kwargs_handlers=[options],
+        )  # fmt: skip
 
     def _prepare(self, drafter: nn.Module) -> None:
         config = self._config
@@ -114,9 +119,14 @@ class Student:
 
     def is_finite(self) -> bool:
         """Whether the weights and the optimizer's moments are: an infinite moment would freeze its weight."""
-        moments = (m for state in self.optimizer.state.values() for m in state.values() if torch.is_tensor(m))
+        # The count of steps is the host's: sent to the device it would be a wait for every parameter.
+        moments = (
+            m for state in self.optimizer.state.values() for name, m in state.items()
+            if torch.is_tensor(m) and name != "step"
+        )  # fmt: skip
         tensors = [*self.drafter.parameters(), *moments]
-        return bool(torch.stack([t.detach().sum().to(self._split.device) for t in tensors]).isfinite().all())
+        sums = torch.stack([t.detach().sum().to(self._split.device) for t in tensors])
+        return to_host(sums.isfinite().all()).item()
 
     # Learning
 
@@ -165,7 +175,7 @@ class Student:
             total += part_total
             values.update(part_values)
             yield Progress.WORKED
-        losses = torch.stack([total, *values.values()]).double().cpu()
+        losses = to_host(torch.stack([total, *values.values()]).double())
         # Under way together with the gradient: each wait costs rounds.
         work = None if self._peers.is_alone else self._peers.begin_total(losses)
         yield from self.sum_gradient()
@@ -184,7 +194,7 @@ class Student:
 
     def clip_gradient(self) -> float:
         """Scales the gradient down to clip_norm; its norm before."""
-        return float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._config.clip_norm))
+        return to_host(self._accelerator.clip_grad_norm_(self._model.parameters(), self._config.clip_norm)).item()
 
     def update(self) -> None:
         """One step of the optimizer along the gradient."""

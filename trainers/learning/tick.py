@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from dvi.distributed import POLL_S, PeerLostError, Peers, Pieces, Progress
+from dvi.model.transfers import to_device, to_host
 from dvi.records import UpdateReport
 from trainers.learning import rank_report
 from trainers.learning.budget import TimeBudget
@@ -131,12 +132,12 @@ class Tick:
         self._is_agreed = False
         if not self._peers.is_alone:
             # One device sync: what the ranks say goes through the CPU.
-            message = torch.cat([mine.tensor(), totals.values_K.cpu()])
+            message = torch.cat([mine.tensor(), to_host(totals.values_K)])
             yield from self._peers.total(message)
             self._said_s = time.perf_counter()
             self.agreed = mine = RankReport.of(message[: rank_report.SIZE])
             yield Progress.WORKED
-            totals = BatchTotals(message[rank_report.SIZE :].to(totals.values_K.device))
+            totals = BatchTotals(to_device(message[rank_report.SIZE :], totals.values_K.device))
         self._is_agreed = True
         return mine, totals
 

@@ -305,7 +305,7 @@ MUTATIONS = [
     # Serving
     Mutation(
         "joined_row_keeps_anothers_anchor", BATCH,
-        "self._anchor_BD[[row, target]] = self._anchor_BD[[target, row]]", "pass", TEST_BATCH,
+        "self._anchor_BD[row], self._anchor_BD[target] = swapped_2D", "pass", TEST_BATCH,
     ),
     Mutation(
         "resumed_text_without_its_answer", BATCH,

@@ -32,6 +32,7 @@ from dvi.measured import cache_folder, measured_path
 from dvi.model.adapter_store import read_manifest
 from dvi.model.devices import num_processes
 from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.native.library import kernels_version
 from dvi.model.pretrained import read_config, read_weights
 from dvi.model.split import SplitModel
 from dvi.model.starting_drafter import settle_adapter
@@ -49,7 +50,7 @@ BUDGET_S, MIN_REPEATS, MAX_REPEATS = 1.0, 2, 25
 CONTEXT = 256
 # Below, a step is a few milliseconds of small calls whatever the dtype, and float32 keeps its exactness for nothing.
 MEASURED_PARAMETERS = 50_000_000
-BYTES_TO_MEASURE = 10  # of a parameter: in float32, again as the lean path packs it, and in bfloat16
+BYTES_TO_MEASURE = 12  # of a parameter: in float32 and in bfloat16, and both again as the lean path packs them
 MEMORY_SHARE = 0.5
 # Medians of a second differ by so much from one time to the next. Of two that are alike bfloat16 serves drafts better:
 # verifying 5 positions takes 1.1 plain rounds in it, 1.7 in float32 (SmolLM2-135M, EPYC with AVX-512, 2 threads).
@@ -221,7 +222,7 @@ def fingerprint_of(config: PretrainedConfig, *, path: str) -> dict[str, object]:
     shape = {key: value for key, value in config.to_dict().items() if key not in _IRRELEVANT}
     names = ("cpu", "cores", "threads", "capability", "torch", "transformers")
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return {name: machine[name] for name in names} | {"model": digest, "path": path}
+    return {name: machine[name] for name in names} | {"kernels": kernels_version(), "model": digest, "path": path}
 
 
 def _plain_rounds(split: SplitModel) -> Callable[[], object]:

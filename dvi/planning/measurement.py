@@ -27,6 +27,7 @@ from dvi.draft.length_policies import FixedLength
 from dvi.hardware import describe_machine, seconds_of
 from dvi.model.devices import is_tensor_parallel
 from dvi.model.exact import ExactSplit
+from dvi.model.native.library import kernels_version
 from dvi.model.split import SplitModel
 from dvi.planning.profile import (
     LatencyProfile,
@@ -63,7 +64,8 @@ def fingerprint_of(speculator: SelfSpeculator) -> dict[str, str | int | float | 
     return {name: machine[name] for name in names} | {
         "model": hashlib.sha256(config.encode()).hexdigest()[:16],
         "parameters": sum(p.numel() for p in speculator.model.parameters()), "dtype": str(speculator.split.dtype),
-        "mode": speculator.mode, "path": speculator.split.path, "lossless": speculator.rule.is_lossless,
+        "mode": speculator.mode, "path": speculator.split.path, "kernels": kernels_version(),
+        "lossless": speculator.rule.is_lossless,
         "drafter": json.dumps(drafter, sort_keys=True), "draft_vocab_size": speculator.drafter.draft_head.vocab_size,
     }  # fmt: skip
 

@@ -85,6 +85,14 @@ def test_what_was_measured_is_kept_and_asked_again(races, cache):
     assert len(races) == 3 and len(list(cache.iterdir())) == 2
 
 
+def test_speeds_of_the_compiled_kernels_are_not_taken_for_those_without_them(monkeypatch):
+    config, keys = read_config(STORIES), []
+    for version in (None, "one", "another"):
+        monkeypatch.setattr(precision, "kernels_version", lambda version=version: version)
+        keys.append(precision.fingerprint_of(config, path="auto"))
+    assert keys[0] != keys[1] != keys[2]
+
+
 def test_threads_and_shape_are_part_of_the_key_and_the_name_is_not():
     config, other = read_config(STORIES), read_config(STORIES)
     other.name_or_path, other.dtype = "elsewhere", torch.bfloat16

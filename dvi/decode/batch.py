@@ -196,15 +196,18 @@ class DecodingBatch:
                 wants_log_probs=self._wants_transitions, keeps_logits=keeps_logits,
             )
 
-        # A graph holds addresses: sampling settings live at new ones for every set of rows, so only greedy rounds.
-        # A companion may follow the host.
-        is_fixed = state.sampling.is_all_greedy and state.seen is None and self.policy.companion is None
+        # A graph holds addresses: sampling settings live at new ones for every set of rows, so only greedy rounds, and
+        # none whose filters a lossy rule asks. A companion may follow the host.
+        is_greedy = state.sampling.is_all_greedy and state.seen is None
+        is_filtered = state.sampling.has_filters and not self._rule.is_lossless
+        is_fixed = is_greedy and not is_filtered and self.policy.companion is None
         if self._graphs is None or not is_fixed or keeps_logits:
             return run()
         visible = self.cache.place(offset=0, width=num_draft_tokens + 1, rows=state.rows).visible
         # A drafter's buffers stay where they are until a learner trims its vocabulary.
         draft_vocab_size = self.drafter.draft_head.vocab_size
-        key = (len(self.sequences), num_draft_tokens, visible, draft_vocab_size)
+        # Which policy, too: what it keeps is part of the graph, and an administrator may choose another one.
+        key = (self.policy, len(self.sequences), num_draft_tokens, visible, draft_vocab_size)
         verified = self._graphs.run(key, run)
         return detached_from_graph(verified, self.drafter.version) if self._wants_transitions else verified
 

@@ -97,7 +97,9 @@ class SamplingBatch:
 
     def _filter(self, logits_BQV: Tensor) -> Tensor:
         """Penalised logits after temperature and filters."""
-        scaled_BQV = logits_BQV / self._temperature_B11.to(logits_BQV.dtype)
+        scaled_BQV = logits_BQV
+        if not self.is_all_greedy:
+            scaled_BQV = logits_BQV / self._temperature_B11.to(logits_BQV.dtype)
         # Filters only choose what to keep, and one softmax in vocabulary order follows: bits never depend on a sort.
         if self._has_ranking:
             scaled_BQV = scaled_BQV.masked_fill(~self._ranked_keep(scaled_BQV), -math.inf)

@@ -298,18 +298,22 @@ class DirectPath:
             self._head = PanelHead(head.weight, head.bias) if pack else head
             self._final_floor, self._final_gain_D = _norm_constants(inner.norm) if pack else (None, None)
         self.split_layer = split_layer
-        self._cos_Sd = self._sin_Sd = None
+        self._rotary_tables: list[tuple[Tensor, Tensor]] = []
 
     def _rotary_table(self, capacity: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [S, d] for every position a cache can hold; grown, never shrunk."""
-        if self._cos_Sd is None or self._cos_Sd.shape[0] < capacity:
-            weight = self._embed.weight
-            positions = torch.arange(capacity, device=weight.device)[None]
-            cos, sin = self._rotary(weight.new_zeros(1), positions)
-            half = cos.shape[-1] // 2
-            self._cos_Sd = cos[0].contiguous()
-            self._sin_Sd = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
-        return self._cos_Sd, self._sin_Sd
+        """cos and signed sin [S, d] for every position a cache can hold: for one capacity always the same tensors."""
+        for table in self._rotary_tables:
+            if len(table[0]) >= capacity:
+                return table
+        # A graph of another batch may hold a shorter one: it stays. By doubling, all together are as long as the last.
+        longest = len(self._rotary_tables[-1][0]) if self._rotary_tables else 0
+        weight = self._embed.weight
+        positions_1S = torch.arange(max(capacity, 2 * longest), device=weight.device)[None]
+        cos, sin = self._rotary(weight.new_zeros(1), positions_1S)
+        half = cos.shape[-1] // 2
+        signed_Sd = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        self._rotary_tables.append((cos[0].contiguous(), signed_Sd))
+        return self._rotary_tables[-1]
 
     def _run(
         self, x_MD: Tensor, blocks: range, cache: RollbackCache, placement: Placement, packing: Packing | None = None

@@ -66,8 +66,8 @@ class TenantSlots:
         expected = capped_shares([len(slots) for slots in tenants], total=num_draws, most=most)
         # One draw in every unit of the summed shares: a tenant gets its share rounded down or up, so never above most.
         options = {"generator": generator, "device": generator.device, "dtype": torch.float64}
-        points_N = torch.arange(num_draws) + torch.rand((), **options).cpu()
-        ends = torch.tensor(expected, dtype=torch.float64).cumsum(0)
+        points_N = torch.arange(num_draws, device="cpu") + torch.rand((), **options).cpu()
+        ends = torch.tensor(expected, dtype=torch.float64, device="cpu").cumsum(0)
         chosen_N = torch.searchsorted(ends, points_N, right=True).clamp_max(len(tenants) - 1).tolist()
         order_N = torch.randperm(num_draws, generator=generator, device=generator.device).tolist()
         picks_N = torch.rand(num_draws, **options).tolist()

@@ -286,7 +286,7 @@ MUTATIONS = [
     ),
     Mutation(
         "remnants_of_the_forgotten", "trainers/learning/segments.py",
-        "            field[is_empty_R] = 0\n", "            pass\n", "tests/learning/test_replay.py",
+        "field.masked_fill_(is_empty_R.view(-1, *[1] * (field.dim() - 1)), 0)", "pass", "tests/learning/test_replay.py",
     ),
     Mutation(
         "share_of_a_tenant_without_cap", "dvi/tenancy.py",

@@ -305,7 +305,7 @@ class OnlineTrainer(Learner):
         return UpdateReport(
             step=self.num_steps, drafter_version=self._gate.version, phase=self.schedule.phase(self.num_steps - 1),
             losses=gradient.losses, weights=weights, grad_norm=gradient.norm,
-            num_positions=int(totals.num_positions), seconds=0.0, published=is_published, skipped_reason=skipped,
+            num_positions=gradient.num_positions, seconds=0.0, published=is_published, skipped_reason=skipped,
         )
 
     def _next_batch(self) -> ReplayBatch:

@@ -170,7 +170,7 @@ class Segments:
             place = self.reservoir_used
             self.reservoir_used += 1
         else:
-            place = int(torch.randint(self._num_evicted, (), generator=self._generator))
+            place = int(torch.randint(self._num_evicted, (), generator=self._generator, device="cpu"))
         if place < self.num_reservoir:
             self._copy_segment(self, slot, self.num_ring + place)
         self._clear(slot)
@@ -229,7 +229,7 @@ class Segments:
             self._clear(slot)
         is_empty_R = self.fields["kind"] == EMPTY
         for field in self.fields.values():
-            field[is_empty_R] = 0
+            field.masked_fill_(is_empty_R.view(-1, *[1] * (field.dim() - 1)), 0)
 
     # Saving
 

@@ -35,10 +35,14 @@ BUCKET_MB = 4096
 
 @dataclass(frozen=True)
 class Gradient:
-    """Of a step, as it is in the parameters: the loss that it is of, its terms unweighted, and its norm unclipped."""
+    """Of a step, as it is in the parameters: the loss that it is of, its terms unweighted, and its norm unclipped.
+
+    num_positions: of the blocks that it was taken over.
+    """
 
     total: float
     losses: dict[str, float]
+    num_positions: int
     norm: float
 
     @property
@@ -175,14 +179,15 @@ class Student:
             total += part_total
             values.update(part_values)
             yield Progress.WORKED
-        losses = to_host(torch.stack([total, *values.values()]).double())
+        num_positions = torch.stack([part.mask_NT.sum() for part in parts]).sum()
+        losses = to_host(torch.stack([number.double() for number in (total, *values.values(), num_positions)]))
         # Under way together with the gradient: each wait costs rounds.
         work = None if self._peers.is_alone else self._peers.begin_total(losses)
         yield from self.sum_gradient()
         if work is not None:
             yield from self._peers.arrival(work)
-        total, *means = losses.tolist()
-        return Gradient(total, dict(zip(values, means, strict=True)), self.clip_gradient())
+        total, *means, num_positions = losses.tolist()
+        return Gradient(total, dict(zip(values, means, strict=True)), int(num_positions), self.clip_gradient())
 
     def sum_gradient(self) -> Pieces[None]:
         """Takes the sum of all ranks' gradients for its own."""

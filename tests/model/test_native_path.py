@@ -11,9 +11,10 @@ from torch import Tensor
 from dvi.model.kv_cache import RollbackCache
 from dvi.model.native import library
 from dvi.model.native.path import NativePath
-from dvi.model.native.weights import multiply, pack
+from dvi.model.native.weights import multiply, pack, pack_blocks
 from dvi.model.ragged import Packing
 from dvi.model.split import SplitModel
+from tests.support.gguf_files import quantised
 from tests.support.tiny_models import tiny_model
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -138,6 +139,26 @@ def test_a_product_equals_the_plain_one_for_any_number_of_rows(shape, dtype, mar
     expected_MN = x_MK.double() @ weight_NK.double().t() + bias_N.double()
     whole_MN = multiply(library.load(), packed, x_MK)
     torch.testing.assert_close(whole_MN.double(), expected_MN, rtol=1e-3, atol=1e-3)
+    for rows in range(1, 40):
+        assert torch.equal(multiply(library.load(), packed, x_MK[:rows]), whole_MN[:rows])
+
+
+@needs_kernels
+@pytest.mark.parametrize("shapes", [[(16, 32)], [(7, 96)], [(192, 576), (64, 576)], [(33, 1536), (7, 1536)]])
+@pytest.mark.parametrize("kinds", [("Q4_0", "Q4_0"), ("Q4_1", "Q4_0"), ("Q8_0", "Q8_0")])
+def test_a_product_of_blocks_is_that_of_the_dequantised_weights_for_any_number_of_rows(kinds, shapes, march):
+    """Catches a nibble in another's place, a scale of the next block, a part that begins inside a panel."""
+    generator = torch.Generator().manual_seed(3)
+    pairs = [
+        quantised(torch.randn(shape, generator=generator), kind) for kind, shape in zip(kinds, shapes, strict=False)
+    ]
+    dense_NK = torch.cat([dense for _, dense in pairs]).double()
+    bias_N = torch.randn(len(dense_NK), generator=generator)
+    packed = pack_blocks([blocks for blocks, _ in pairs], bias_N)
+    x_MK = torch.randn(40, dense_NK.shape[1], generator=generator).bfloat16()
+    whole_MN = multiply(library.load(), packed, x_MK)
+    # Float32 sums of exact products: nothing but the sums' own rounding.
+    torch.testing.assert_close(whole_MN.double(), x_MK.double() @ dense_NK.t() + bias_N, rtol=1e-4, atol=1e-4)
     for rows in range(1, 40):
         assert torch.equal(multiply(library.load(), packed, x_MK[:rows]), whole_MN[:rows])
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import gguf
 import torch
+from gguf.quants import dequantize, quantize
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from dvi.model.blocks import BYTES, Blocks
 from tests.support.tiny_models import tiny_model
 
 CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -23,6 +26,14 @@ NAMES = {
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+
+
+def quantised(weight_NK: Tensor, kind: str) -> tuple[Blocks, Tensor]:
+    """The weight's blocks, and what they mean: both as the package gguf has it, which is llama.cpp's own."""
+    type_ = gguf.GGMLQuantizationType[kind]
+    raw = quantize(weight_NK.numpy(), type_)
+    blocks = Blocks(torch.from_numpy(raw).unflatten(-1, (-1, BYTES[kind])), kind)
+    return blocks, torch.from_numpy(dequantize(raw, type_))
 
 
 def write_gguf(

@@ -13,10 +13,11 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
+from dvi.model.blocks import BLOCK
 from dvi.model.kv_cache import Placement, RollbackCache
 from dvi.model.llama_path import DirectPath
 from dvi.model.native.library import Layer, Pass, load
-from dvi.model.native.weights import BLOCK, L, PackedWeight, multiply, pack
+from dvi.model.native.weights import L, PackedWeight, multiply, pack
 from dvi.model.ragged import Packing
 
 DTYPES = (torch.float32, torch.bfloat16)

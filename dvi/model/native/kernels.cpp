@@ -23,6 +23,7 @@ namespace {
 
 constexpr int L = 16;      // outputs that stand side by side in a packed weight
 constexpr int MAX_HEAD_DIM = 512;
+constexpr int MAX_HEADS = 4;  // that are attended together
 constexpr int BLOCK = 32;  // inputs that share a scale in a quantised weight
 
 // ---- Sixteen float32 lanes ------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ struct Pass {
   const int64_t *cache_rows, *positions;  // [M]
   const float *cos, *sin;                 // [S, d], the sine signed as rotate_half wants it
   char *inputs, *mixed;                   // [M, widest] of X; [M, widest of qkv and gate_up] float32
-  float *sums, *scores;                   // [M, widest / 32]; [threads, capacity]
+  float *sums, *scores;                   // [M, widest / 32]; [threads, 4, capacity + 16]
 };
 
 void rotate(float* x, int d, const float* cos, const float* sin) {
@@ -443,69 +444,120 @@ inline Lanes sums_of(const Lanes (&x)[L]) {
 #endif
 }
 
-// Query times key, lane by lane: its sum is their product.
-inline Lanes dot(const float* q, const float* k, int d) {
-  Lanes y = zeros();
-  for (int i = 0; i < d; i += L) y = fma(load(q + i), load(k + i), y);
-  return y;
-}
-inline Lanes dot(const uint16_t* q, const uint16_t* k, int d) {
-  Lanes y = zeros();
+// scores [L] = query times each of L keys; rows of `keys` past the last one repeat it.
+template <int PARTS, class X> inline Lanes scores_of(const X* q, const X* keys, int last, int d) {
+  Lanes products[L];
 #ifdef __AVX512BF16__
-  for (int i = 0; i < d; i += 2 * L) y = _mm512_dpbf16_ps(y, (__m512bh)words(q + i), (__m512bh)words(k + i));
-#else
-  for (int i = 0; i < d; i += L) y = fma(load(q + i), load(k + i), y);
-#endif
-  return y;
-}
-
-// mean [LANES * L] = the weighted sum of `count` values, in order of the slots.
-template <int LANES, class X> inline void weighted(const float* weights, const X* values, int count, int d, Lanes scale, X* out) {
-  Lanes mean[LANES];
-  for (Lanes& m : mean) m = zeros();
-  for (int s = 0; s < count; s++) {
-    const Lanes weight = all(weights[s]);
-    for (int j = 0; j < LANES; j++) mean[j] = fma(weight, load(values + size_t(s) * d + j * L), mean[j]);
+  if constexpr (sizeof(X) == 2 && PARTS > 0) {  // d = 32 PARTS: the query stays in registers
+    __m512bh query[PARTS];
+    for (int j = 0; j < PARTS; j++) query[j] = (__m512bh)words(q + j * 2 * L);
+    for (int i = 0; i < L; i++) {
+      const X* k = keys + size_t(std::min(i, last)) * d;
+      products[i] = zeros();
+      for (int j = 0; j < PARTS; j++) products[i] = _mm512_dpbf16_ps(products[i], query[j], (__m512bh)words(k + j * 2 * L));
+    }
+    return sums_of(products);
   }
-  for (int j = 0; j < LANES; j++) store(out + j * L, mul(mean[j], scale));
+#endif
+  for (int i = 0; i < L; i++) {
+    const X* k = keys + size_t(std::min(i, last)) * d;
+    products[i] = zeros();
+    for (int j = 0; j < d; j += L) products[i] = fma(load(q + j), load(k + j), products[i]);
+  }
+  return sums_of(products);
 }
 
-// One query head of one row over all it may see, in order of the slots and in blocks that begin at multiples of L.
-template <class X> void attend(const Layer& layer, const Pass& pass, int m, int h, const X* keys, const X* values, float* scores, X* out) {
+// out [HEADS][32 PARTS of d] = weighted sums of `count` values, in order of the slots, for heads that share them.
+template <int HEADS, int PARTS, class X>
+inline void weighted(const float* weights, size_t stride, const X* values, int count, int d, const float* scale, X* out) {
+  Lanes mean[HEADS][2 * PARTS];
+  for (auto& head : mean)
+    for (Lanes& lanes : head) lanes = zeros();
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(X) == 2) {  // two slots at once: their weights as bfloat16 side by side, so are their values
+    for (int s = 0; s < count; s += 2) {
+      const X *v = values + size_t(s) * d, *next = values + size_t(std::min(s + 1, count - 1)) * d;
+      __m512bh weight[HEADS];
+      for (int h = 0; h < HEADS; h++) {
+        const __m128 both = _mm_castpd_ps(_mm_load_sd((const double*)(weights + h * stride + s)));
+        weight[h] = (__m512bh)_mm512_broadcastd_epi32((__m128i)_mm_cvtneps_pbh(both));
+      }
+      for (int j = 0; j < PARTS; j++) {
+        const __m512i one = words(v + j * 2 * L), other = words(next + j * 2 * L);
+        const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, other), high = (__m512bh)_mm512_unpackhi_epi16(one, other);
+        for (int h = 0; h < HEADS; h++) {
+          mean[h][2 * j] = _mm512_dpbf16_ps(mean[h][2 * j], weight[h], low);
+          mean[h][2 * j + 1] = _mm512_dpbf16_ps(mean[h][2 * j + 1], weight[h], high);
+        }
+      }
+    }
+    for (int h = 0; h < HEADS; h++)
+      for (int j = 0; j < PARTS; j++) {  // back in order: unpacking works on quarters of a register
+        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        const Lanes low = mean[h][2 * j], high = mean[h][2 * j + 1];
+        mean[h][2 * j] = _mm512_permutex2var_ps(low, first, high);
+        mean[h][2 * j + 1] = _mm512_permutex2var_ps(low, second, high);
+      }
+  } else
+#endif
+    for (int s = 0; s < count; s++)
+      for (int h = 0; h < HEADS; h++) {
+        const Lanes weight = all(weights[h * stride + s]);
+        for (int j = 0; j < 2 * PARTS; j++)
+          mean[h][j] = fma(weight, load(values + size_t(s) * d + j * L), mean[h][j]);
+      }
+  for (int h = 0; h < HEADS; h++)
+    for (int j = 0; j < 2 * PARTS; j++) store(out + h * d + j * L, mul(mean[h][j], all(scale[h])));
+}
+
+// Query heads h .. h + HEADS - 1 of one row, which share a key/value head, over all that they may see: in order of the
+// slots, in blocks that begin at multiples of L. scores: HEADS rows of `stride`.
+template <int HEADS, class X>
+void attend(const Layer& layer, const Pass& pass, int m, int h, const X* keys, const X* values, float* scores, size_t stride, X* out) {
   const int d = pass.head_dim, H = pass.heads, G = pass.kv_heads;
-  const float* row = (const float*)pass.mixed + (size_t(m) * (H + 2 * G) + h) * d;
-  X q[MAX_HEAD_DIM];
-  for (int i = 0; i < d; i += L) store(q + i, load(row + i));
   const int position = int(pass.positions[m]);
   const int first = layer.window ? std::max(0, position - layer.window + 1) : 0;
   const int start = first / L * L, count = position - start + 1;
-  const size_t base = (size_t(pass.cache_rows[m]) * G + h / (H / G)) * pass.capacity + start;
-  Lanes top = all(-INFINITY);
-  for (int s0 = 0; s0 < count; s0 += L) {
-    Lanes products[L];
-    for (int i = 0; i < L; i++) products[i] = dot(q, keys + (base + std::min(s0 + i, count - 1)) * d, d);
-    Lanes block = mul(sums_of(products), all(pass.scale));
-    if (s0 + L > count || start + s0 < first) {  // what lies past the query, or before its window
-      float some[L];
-      store(some, block);
-      for (int i = 0; i < L; i++)
-        if (s0 + i >= count || start + s0 + i < first) some[i] = -INFINITY;
-      block = load(some);
+  const size_t base = ((size_t(pass.cache_rows[m]) * G + h / (H / G)) * pass.capacity + start) * d;
+  const float* row = (const float*)pass.mixed + (size_t(m) * (H + 2 * G) + h) * d;
+  X q[HEADS * MAX_HEAD_DIM];
+  for (int i = 0; i < HEADS * d; i += L) store(q + i, load(row + i));
+  Lanes top[HEADS];
+  for (Lanes& lanes : top) lanes = all(-INFINITY);
+  for (int s = 0; s < count; s += L) {
+    const X* block = keys + base + size_t(s) * d;
+    const int last = count - 1 - s;
+    for (int i = 0; i < HEADS; i++) {
+      Lanes found = d == 64    ? scores_of<2>(q + i * d, block, last, d)
+                    : d == 128 ? scores_of<4>(q + i * d, block, last, d)
+                               : scores_of<0>(q + i * d, block, last, d);
+      found = mul(found, all(pass.scale));
+      if (last < L - 1 || start + s < first) {  // what lies past the query, or before its window
+        float some[L];
+        store(some, found);
+        for (int n = 0; n < L; n++)
+          if (n > last || start + s + n < first) some[n] = -INFINITY;
+        found = load(some);
+      }
+      store(scores + i * stride + s, found);
+      top[i] = max(top[i], found);
     }
-    store(scores + s0, block);
-    top = max(top, block);
   }
-  const Lanes shift = all(-highest(top));
-  Lanes total = zeros();
-  for (int s0 = 0; s0 < count; s0 += L) {
-    const Lanes weights = exponential(add(load(scores + s0), shift));
-    store(scores + s0, weights);
-    total = add(total, weights);
+  float scale[HEADS];
+  for (int i = 0; i < HEADS; i++) {
+    const Lanes shift = all(-highest(top[i]));
+    Lanes total = zeros();
+    for (int s = 0; s < count; s += L) {
+      const Lanes weights = exponential(add(load(scores + i * stride + s), shift));
+      store(scores + i * stride + s, weights);
+      total = add(total, weights);
+    }
+    scale[i] = 1.0f / sum(total);
   }
-  const Lanes scale = all(1.0f / sum(total));
   int i = 0;
-  for (; i + 4 * L <= d; i += 4 * L) weighted<4>(scores, values + base * d + i, count, d, scale, out + i);
-  for (; i < d; i += L) weighted<1>(scores, values + base * d + i, count, d, scale, out + i);
+  for (; i + 4 * L <= d; i += 4 * L) weighted<HEADS, 2>(scores, stride, values + base + i, count, d, scale, out + i);
+  if (i < d) weighted<HEADS, 1>(scores, stride, values + base + i, count, d, scale, out + i);
 }
 
 template <class X> void gate(const float* both, int width, X* out) {
@@ -521,10 +573,15 @@ void run(const Layer* layers, int count, const Pass& pass, void* const* keys, vo
   const int M = pass.rows, D = pass.width, d = pass.head_dim, H = pass.heads;
   X* inputs = (X*)pass.inputs;
   float* mixed = (float*)pass.mixed;
+  // Heads that share keys and values are computed together where there are enough of them for all threads.
+  const int group = H / pass.kv_heads;
+  int together = group % 4 == 0 ? 4 : group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1;
+  if (M * H / together < 2 * pass.threads) together = 1;
 #pragma omp parallel num_threads(pass.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    float* scores = pass.scores + size_t(thread) * (pass.capacity + L);
+    const size_t stride = pass.capacity + L;
+    float* scores = pass.scores + thread * MAX_HEADS * stride;
     const Inputs in{inputs, pass.sums};
     for (int l = 0; l < count; l++) {
       const Layer& layer = layers[l];
@@ -539,8 +596,14 @@ void run(const Layer* layers, int count, const Pass& pass, void* const* keys, vo
 #pragma omp barrier
       for (int m = thread; m < M; m += threads) settle(layer, pass, m, K, V);
 #pragma omp barrier
-      for (int t = thread; t < M * H; t += threads)
-        attend(layer, pass, t / H, t % H, K, V, scores, inputs + size_t(t) * d);
+      for (int t = thread; t < M * H / together; t += threads) {
+        const int m = t * together / H, h = t * together % H;
+        X* out = inputs + (size_t(m) * H + h) * d;
+        if (together == 4) attend<4>(layer, pass, m, h, K, V, scores, stride, out);
+        else if (together == 3) attend<3>(layer, pass, m, h, K, V, scores, stride, out);
+        else if (together == 2) attend<2>(layer, pass, m, h, K, V, scores, stride, out);
+        else attend<1>(layer, pass, m, h, K, V, scores, stride, out);
+      }
 #pragma omp barrier
       if (layer.o.kind == INT4) {
         for (int m = thread; m < M; m += threads) finish_row(inputs + size_t(m) * H * d, H * d, block_sums(layer.o, m));

@@ -91,7 +91,7 @@ class NativePath:
             torch.empty(num_rows, self._widest_input, dtype=self._dtype),
             torch.empty(num_rows, self._widest_output),
             torch.empty(num_rows, self._widest_input // BLOCK),
-            torch.empty(threads, cache.capacity + L),
+            torch.empty(threads, 4, cache.capacity + L),
         )
         tensors = (rows_M, positions_M.contiguous(), cos_Sd, sin_Sd, *scratch)
         the_pass = Pass(

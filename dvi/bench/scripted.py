@@ -62,6 +62,7 @@ class ScriptedLength(FixedLength):
     def __init__(self, script: Script, num_draft_tokens: int, *, rule: LengthPolicy | None = None) -> None:
         super().__init__(num_draft_tokens)
         self._script, self._rule = script, rule or FixedLength(num_draft_tokens)
+        self.stops_early = self._rule.stops_early
 
     def choose(self, info: RoundInfo) -> int:
         self._rule.choose(info)

@@ -53,9 +53,13 @@ class RoundExperience:
 
 def _drafts_by_position(draft: Draft) -> tuple[Tensor, Tensor]:
     """What was drafted at each of the U positions: token ids [B, U], -1 where nothing was, and log-probabilities, 0."""
-    width = draft.token_ids_BT.shape[1] + 1
-    is_drafted_BU = torch.arange(width, device=draft.num_drafted_B.device) < draft.num_drafted_B[:, None]
-    ids_BU = torch.where(is_drafted_BU, F.pad(draft.token_ids_BT, (0, 1)), -1)
+    ids_BU = F.pad(draft.token_ids_BT, (0, 1), value=-1)
     if draft.log_probs_BT is None:
-        return ids_BU, torch.zeros(ids_BU.shape, device=ids_BU.device)
-    return ids_BU, F.pad(draft.log_probs_BT, (0, 1)) * is_drafted_BU
+        log_probs_BU = torch.zeros(ids_BU.shape, device=ids_BU.device)
+    else:
+        log_probs_BU = F.pad(draft.log_probs_BT, (0, 1))
+    if draft.token_ids_BT.shape[1]:
+        is_empty_BU = torch.arange(ids_BU.shape[1], device=ids_BU.device) >= draft.num_drafted_B[:, None]
+        ids_BU.masked_fill_(is_empty_BU, -1)
+        log_probs_BU.masked_fill_(is_empty_BU, 0)
+    return ids_BU, log_probs_BU

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from dvi.decode.host_row import for_host
 from dvi.decode.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
-from dvi.decode.verification import VerifyRule, verify_by_rejection, verify_greedy
+from dvi.decode.verification import VerifyRule, row_at, verify_by_rejection, verify_greedy
 from dvi.draft.companions import Opinions
 from dvi.draft.length_policies import DraftContext, LengthPolicy
 from dvi.model.drafter import Drafter
+from dvi.model.greedy import likeliest
 from dvi.model.kv_cache import Placement
 from dvi.model.ragged import Packing, is_worth_packing
 from dvi.model.split import SplitModel
@@ -55,9 +56,7 @@ def propose(
         policy.companion if num_draft_tokens else None, drafter.draft_head, state.anchor_BD,
         may_tell_drawn=state.sampling.is_blind_to_drafts,
     )
-    token_B = state.last_token_B
-    counts_B = torch.ones_like(token_B, dtype=torch.bool)
-    num_positions = len(token_B) if token_B.device.type == "cpu" else None  # where to ask costs nothing
+    token_B, counts_B, is_on_cpu = state.last_token_B, None, state.last_token_B.device.type == "cpu"
     tokens, hidden, logits, probs, counted = [], [], [], [], []
 
     def shallow(token_B: Tensor, depth: int) -> Tensor:
@@ -69,26 +68,29 @@ def propose(
         logits_BV = drafter.step(hidden[-1], depth_state, depth)
         drawn_B, probs_BV = _draw(drafter, cache, state, logits_BV, tokens, depth)
         opinions.add(token_B, hidden[-1], logits_BV, drawn_B, depth)
-        counts_B = counts_B & (depth < state.room_B)
-        context = DraftContext(depth, counts_B, logits_BV, opinions.agreements, opinions.told_ratios)
-        counts_B = counts_B & policy.keep(context)
-        if num_positions is not None:
-            num_open = int(counts_B.count_nonzero())
-            if num_open == 0:
+        if policy.stops_early:
+            has_room_B = depth < state.room_B
+            is_open_B = has_room_B if counts_B is None else counts_B & has_room_B
+            context = DraftContext(depth, is_open_B, logits_BV, opinions.agreements, opinions.told_ratios)
+            counts_B = is_open_B & policy.keep(context)
+            if is_on_cpu and not counts_B.any():  # where to ask costs nothing
                 break  # the last hidden state is the last drafted token's: nothing is left to compute
-            num_positions += num_open
+            counted.append(counts_B)
         token_B = drawn_B
         tokens.append(token_B)
         logits.append(logits_BV)
         probs.append(probs_BV)
-        counted.append(counts_B)
     else:
         hidden.append(shallow(token_B, num_draft_tokens))
 
     token_ids_BT = torch.stack(tokens, 1) if tokens else token_B.new_zeros(token_B.shape[0], 0)
+    num_drafted_B = torch.stack(counted, 1).sum(1) if counted else state.room_B.clamp(0, len(tokens))
+    num_positions = None
+    if is_on_cpu:
+        num_positions = len(token_B) + (int(num_drafted_B.sum()) if tokens else 0)
     return Draft(
         token_ids_BT=token_ids_BT,
-        num_drafted_B=torch.stack(counted, 1).sum(1) if counted else torch.zeros_like(token_B),
+        num_drafted_B=num_drafted_B,
         hidden_BUD=torch.stack(hidden, 1),
         num_positions=num_positions,
         probs_BTV=torch.stack(probs, 1) if probs and probs[0] is not None else None,
@@ -103,7 +105,7 @@ def _draw(
 ) -> tuple[Tensor, Tensor | None]:
     """The token each row drafts at this depth and the warped distribution it was drawn from; None where greedy."""
     if state.sampling.is_all_greedy and not state.sampling.has_penalties:
-        return drafter.draft_head.to_token_ids(logits_BV.argmax(-1)), None
+        return drafter.draft_head.to_token_ids(likeliest(logits_BV)), None
     sampling, lengths_B = state.sampling, cache.lengths_B[state.rows]
     full_B1V = drafter.draft_head.scatter_logits(logits_BV, sampling.vocab_size)[:, None]
     seen = None
@@ -120,9 +122,8 @@ def _draw(
 
 def _log_probs(drafter: Drafter, logits: list[Tensor], token_ids_BT: Tensor) -> Tensor:
     """Log-probability of each drafted token under the drafter as it stood, before any warping, [B, T] float32."""
-    logits_BTV = torch.stack(logits, 1).float()
     index_BT1 = drafter.draft_head.to_draft_ids(token_ids_BT)[..., None]
-    return logits_BTV.gather(-1, index_BT1)[..., 0] - logits_BTV.logsumexp(-1)
+    return torch.stack(logits, 1).float().log_softmax(-1).gather(-1, index_BT1)[..., 0]
 
 
 def judge(draft: Draft, logits_BUV: Tensor, cache: object, state: RowState, rule: VerifyRule) -> Verdict:
@@ -178,11 +179,10 @@ def draft_and_verify(
     placement = cache.place(offset=0, width=input_ids_BU.shape[1], rows=state.rows)
     final_BUD, logits_BUV = _verify(split, draft, input_ids_BU, cache, placement)
     verdict = judge(draft, logits_BUV, cache, state, rule)
-    row_B = torch.arange(len(input_ids_BU), device=input_ids_BU.device)
     # Of all that was computed: NaN in the cache does harm even where it is masked. What was left out is not in it.
     is_finite_B = final_BUD.sum((1, 2), dtype=torch.float32).isfinite()
     return VerifiedRound(
-        draft, verdict, input_ids_BU, final_BUD, anchor_BD=final_BUD[row_B, verdict.num_accepted_B],
+        draft, verdict, input_ids_BU, final_BUD, anchor_BD=row_at(final_BUD, verdict.num_accepted_B),
         for_host_BH=for_host(draft, verdict, is_finite_B), logits_BUV=logits_BUV if keeps_logits else None,
     )
 

@@ -24,6 +24,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from dvi.model.greedy import likeliest
 from dvi.model.transfers import to_device
 from dvi.records import SamplingParams
 
@@ -110,7 +111,7 @@ class SamplingBatch:
 
     def argmax(self, logits_BQV: Tensor, seen: Seen | None = None) -> Tensor:
         """The greedy token ids [B, Q], penalties applied: what `warp` puts all mass on in greedy rows."""
-        return self._penalise(logits_BQV, seen).argmax(-1)
+        return likeliest(self._penalise(logits_BQV, seen) if self.has_penalties else logits_BQV)
 
     def _penalise(self, logits_BQV: Tensor, seen: Seen | None) -> Tensor:
         if logits_BQV.dtype != torch.float64:

@@ -36,7 +36,7 @@ from dvi.settings import VerifySettings
 
 def count_leading(mask_BT: Tensor) -> Tensor:
     """How many columns of each row are True before the first False, int64 [B]."""
-    return mask_BT.long().cumprod(-1).sum(-1)
+    return mask_BT.cumprod(-1).sum(-1)
 
 
 def verify_greedy(
@@ -47,6 +47,8 @@ def verify_greedy(
     target_ids_BU: int64, the target's choice at each position: its argmax, perturbed by noise under Gumbel coupling.
     waived_BT: bool, of `VerifyRule.waives`.
     """
+    if draft_ids_BT.shape[1] == 0:
+        return Verdict(num_drafted_B, target_ids_BU[:, 0], None if waived_BT is None else num_drafted_B)
     is_honest_BT = draft_ids_BT == target_ids_BU[:, :-1]
     num_accepted_B, num_waived_B = _count_accepted(is_honest_BT, waived_BT, num_drafted_B)
     next_token_B = target_ids_BU.gather(1, num_accepted_B[:, None]).squeeze(1)
@@ -98,10 +100,10 @@ def verify_by_rejection(
     draft_BT, target_BT = _probs_of_drafts(draft_ids_BT, draft_probs_BTV, target_probs_BUV)
     is_honest_BT = accept_uniform_BT * draft_BT.double() < target_BT.double()
     num_accepted_B, num_waived_B = _count_accepted(is_honest_BT, waived_BT, num_drafted_B)
-    next_probs_BV = _row_at(target_probs_BUV, num_accepted_B)
+    next_probs_BV = row_at(target_probs_BUV, num_accepted_B)
     max_drafted = draft_ids_BT.shape[1]
     if max_drafted > 0:
-        draft_row_BV = _row_at(draft_probs_BTV, num_accepted_B.clamp(max=max_drafted - 1))
+        draft_row_BV = row_at(draft_probs_BTV, num_accepted_B.clamp(max=max_drafted - 1))
         is_rejected_B1 = (num_accepted_B < num_drafted_B)[:, None]
         next_probs_BV = torch.where(is_rejected_B1, residual_probs(draft_row_BV, next_probs_BV), next_probs_BV)
     return Verdict(num_accepted_B, sample_from(next_probs_BV, recover_uniform_B), num_waived_B)
@@ -219,7 +221,8 @@ def _probs_of_drafts(draft_ids_BT: Tensor, draft_probs_BTV: Tensor, target_probs
     return draft_BT, target_probs_BUV[:, :-1].gather(-1, index_BT1).squeeze(-1)
 
 
-def _row_at(probs_BQV: Tensor, column_B: Tensor) -> Tensor:
-    """probs_BQV[b, column_B[b]], [B, V]."""
-    index_B1V = column_B[:, None, None].expand(-1, 1, probs_BQV.shape[-1])
-    return probs_BQV.gather(1, index_B1V).squeeze(1)
+def row_at(x_BQV: Tensor, column_B: Tensor) -> Tensor:
+    """x_BQV[b, column_B[b]], [B, V]."""
+    if x_BQV.shape[1] == 1:
+        return x_BQV[:, 0]
+    return x_BQV.gather(1, column_B[:, None, None].expand(-1, 1, x_BQV.shape[-1]))[:, 0]

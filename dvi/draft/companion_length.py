@@ -67,6 +67,8 @@ class CompanionLength(GoodputLength):
     acceptance of the picked ones for everybody's. Costs alike: a length costs what its rounds cost, stops included.
     """
 
+    stops_early = True
+
     def __init__(
         self, buckets: tuple[int, ...], costs: CostTable, companion: Companion, *,
         is_on_cpu: bool = True, can_pack: bool = False, **options: float,

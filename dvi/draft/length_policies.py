@@ -103,10 +103,12 @@ class LengthPolicy(Protocol):
 
     buckets     the values `choose` may return, ascending, so that shapes can be prepared.
     companion   drafts along, for the policy's sake; None: nothing does.
+    stops_early whether `keep` is asked; where not, all T positions count.
     """
 
     buckets: tuple[int, ...]
     companion: Companion | None
+    stops_early: bool
 
     def choose(self, info: RoundInfo) -> int:
         """T for the coming round, out of `buckets`; called once per round. Where no row has room for so much, fewer
@@ -122,7 +124,7 @@ class LengthPolicy(Protocol):
 class FixedLength:
     """Always T = num_draft_tokens."""
 
-    companion = None
+    companion, stops_early = None, False
 
     def __init__(self, num_draft_tokens: int) -> None:
         self.buckets = _checked_buckets((num_draft_tokens,))
@@ -142,6 +144,8 @@ class ConfidenceStop(FixedLength):
 
     Sure: the largest probability. 0.6 is Kangaroo's threshold (arXiv 2404.18911). A NaN confidence stops.
     """
+
+    stops_early = True
 
     def __init__(self, num_draft_tokens: int, *, threshold: float = DraftSettings.confidence_threshold) -> None:
         super().__init__(num_draft_tokens)
@@ -221,7 +225,7 @@ class GoodputLength:
     Same rule with a companion's estimate: Speculative Verification (arXiv 2509.24328).
     """
 
-    companion = None
+    companion, stops_early = None, False
 
     def __init__(
         self,

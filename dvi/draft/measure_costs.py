@@ -15,6 +15,7 @@ import torch
 from dvi.draft.costs import CostTable
 from dvi.hardware import seconds_of
 from dvi.model.drafter import Drafter
+from dvi.model.greedy import likeliest
 from dvi.model.split import SplitModel
 from dvi.progress import shown_as
 
@@ -74,7 +75,7 @@ def draft_step(split: SplitModel, drafter: Drafter, cache: object, num_rows: int
 
     def run() -> object:
         hidden_B1D = split.shallow(token_B1, cache, cache.place(offset=0, width=1, rows=rows))
-        return drafter.step(hidden_B1D[:, 0], state, 0).argmax(-1)
+        return likeliest(drafter.step(hidden_B1D[:, 0], state, 0))
 
     return run
 
@@ -89,6 +90,6 @@ def rest_of_round(split: SplitModel, cache: object, num_rows: int, width: int) -
         # The last position's shallow pass belongs to the rest of the round: plain decoding has it too.
         split.shallow(ids_BU[:, :1], cache, cache.place(offset=width - 1, width=1, rows=rows))
         final_BUD = split.deep(hidden_BUD, ids_BU, cache, cache.place(offset=0, width=width, rows=rows))
-        return split.head(final_BUD).argmax(-1).tolist()
+        return likeliest(split.head(final_BUD)).tolist()
 
     return run

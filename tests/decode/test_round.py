@@ -70,6 +70,8 @@ def test_a_confidence_stop_as_a_mask_gives_what_ending_early_gives(temperature):
 class Listener(FixedLength):
     """Notes at each depth how many positions it has heard S and A of."""
 
+    stops_early = True
+
     def __init__(self, num_draft_tokens: int) -> None:
         super().__init__(num_draft_tokens)
         self.companion = SelfCompanion()

@@ -224,6 +224,8 @@ def test_ragged_rounds_pack_and_give_the_rectangles_tokens_and_experience(monkey
 class OneRowDrafts(FixedLength):
     """Row 0 drafts all T, the others nothing."""
 
+    stops_early = True
+
     def keep(self, context: DraftContext) -> Tensor:
         return torch.arange(len(context.is_open_B)) == 0
 

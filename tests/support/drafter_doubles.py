@@ -104,7 +104,7 @@ def plain_text(
 class RaggedLength:
     """Any T in 0..most for a round and any rows ending anywhere in it, at random: the least regular lawful rule."""
 
-    companion = None
+    companion, stops_early = None, True
 
     def __init__(self, most: int, *, seed: int, keep: float = 0.8) -> None:
         self.buckets = tuple(range(most + 1))

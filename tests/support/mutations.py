@@ -61,8 +61,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ties_go_to_the_last", SAMPLING,
-        "return self._penalise(logits_BQV, seen).argmax(-1)",
-        "return self.vocab_size - 1 - self._penalise(logits_BQV, seen).flip(-1).argmax(-1)",
+        "return likeliest(self._penalise(logits_BQV, seen) if self.has_penalties else logits_BQV)",
+        "return self.vocab_size - 1 - likeliest(self._penalise(logits_BQV, seen).flip(-1))",
         "tests/decode/test_sampling.py",
     ),
     Mutation(
@@ -123,7 +123,7 @@ MUTATIONS = [
     ),
     Mutation(
         "anchor_of_the_last_committed_token", ROUND,
-        "anchor_BD=final_BUD[row_B, verdict.num_accepted_B]", "anchor_BD=final_BUD[row_B, 0]", TEST_EXPERIENCE,
+        "anchor_BD=row_at(final_BUD, verdict.num_accepted_B)", "anchor_BD=final_BUD[:, 0]", TEST_EXPERIENCE,
     ),
     Mutation("anchor_of_the_request_before", BATCH, "self._anchor_BD[row] = 0", "pass", TEST_BATCH),
     Mutation(
@@ -188,7 +188,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows_that_stopped_still_count", ROUND,
-        "num_positions += num_open", "num_positions += len(counts_B)", TEST_PACKED,
+        "int(num_drafted_B.sum()) if tokens else 0", "len(token_B) * len(tokens)", TEST_PACKED,
     ),
     Mutation("exact_rounds_pack", "dvi/model/exact.py", "can_pack = False", "can_pack = True", TEST_PACKED),
     Mutation(

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from dvi.bench.records import Arm, ArmAnswer, ArmPlan
-from dvi.decode.speculator import EXACT_WIDTH, PLAIN, SelfSpeculator
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.decode.verification import StrictRule, VerifyRule
 from dvi.draft.catalogue import GOODPUT_BUCKETS
 from dvi.draft.length_policies import LengthPolicy
 from dvi.learner import Learner
 from dvi.model.adapter_store import load_drafter
 from dvi.model.drafter import DrafterConfig, build_drafter
-from dvi.model.exact import ExactSplit
+from dvi.model.padded import PADDED_WIDTH, PaddedSplit
 from dvi.records import SamplingParams
 from dvi.settings import POLICIES, DraftSettings, SamplingSettings, SpecBenchSettings
 
@@ -161,12 +161,12 @@ def checked_names(names: Iterable[str], choices: tuple[str, ...]) -> list[str]:
 
 def _padded_plan(speculator: SelfSpeculator, options: ArmOptions) -> ArmPlan:
     """Plain decoding with every pass in one fixed shape, where the machine allows it."""
-    title = f"DVI plain, passes padded to {EXACT_WIDTH} positions"
+    title = f"DVI plain, passes padded to {PADDED_WIDTH} positions"
     try:
-        padded = speculator.afresh(passes=ExactSplit(speculator.split, width=EXACT_WIDTH), mode="exact")
+        padded = speculator.afresh(passes=PaddedSplit(speculator.split), mode="exact")
     except ValueError as refusal:
         return ArmPlan("plain_padded", title, None, na_reason=str(refusal))
-    return ArmPlan("plain_padded", title, lambda: OurArm(padded, PLAIN, options), facts={"width": EXACT_WIDTH})
+    return ArmPlan("plain_padded", title, lambda: OurArm(padded, PLAIN, options), facts={"width": PADDED_WIDTH})
 
 
 def _copy(drafter: nn.Module, speculator: SelfSpeculator) -> nn.Module:

@@ -33,7 +33,7 @@ from dvi.model.adapter_store import save_drafter
 from dvi.model.devices import NOT_TIMED, TIMED_POLICIES, check_lock_step, is_tensor_parallel, load_model
 from dvi.model.drafter import DrafterConfig
 from dvi.model.end_tokens import end_token_ids
-from dvi.model.exact import ExactSplit
+from dvi.model.exact import passes_for
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
 from dvi.model.starting_drafter import choose_split_layer, make_drafter
@@ -52,9 +52,6 @@ from dvi.settings import (
 )
 from dvi.traffic import Messages
 
-# 12: GOODPUT_BUCKETS[-1] + 1, room for the longest draft of every policy, and up to a multiple of 4. With 9 rows some
-# float64 matrix products on CPUs treat the last row differently from the others, and the self-check refuses.
-EXACT_WIDTH = 12
 PLAIN = FixedLength(0)
 
 
@@ -96,11 +93,11 @@ class SelfSpeculator:
         self._is_lock_step = is_tensor_parallel(model)
         if self._is_lock_step and policy in TIMED_POLICIES:
             raise ValueError(f"{NOT_TIMED}; try policy='fixed'")
-        self.model, self.tokenizer, self.mode = model, tokenizer, mode
+        self.model, self.tokenizer = model, tokenizer
         if split_layer is None:
             split_layer = choose_split_layer(model.config, adapter)
         self.split = SplitModel(model, split_layer=split_layer, path=path)
-        self.passes = ExactSplit(self.split, width=EXACT_WIDTH) if mode == "exact" else self.split
+        self.passes, self.mode = passes_for(self.split, mode)
         self.drafter = make_drafter(self.split, drafter, adapter=adapter, seed=seed)
         if self._is_lock_step:
             self.check_lock_step()
@@ -295,8 +292,8 @@ class SelfSpeculator:
 
     @property
     def prefill_chunk(self) -> int:
-        """Positions of one prefill pass: in exact mode no pass is wider than any other."""
-        return EXACT_WIDTH if self.mode == "exact" else PREFILL_CHUNK
+        """Positions of one prefill pass."""
+        return self.passes.fixed_width or PREFILL_CHUNK
 
     def _generation(self, batch: DecodingBatch, learner: Learner | None) -> Generation:
         return Generation(

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from dvi import software
 from dvi.config import load_config
 from dvi.decode.precision import known_dtype
-from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.inspect.memory_plan import DEVICE_GB, SplitShape
 from dvi.model.adapter_store import MANIFEST_FILE, read_manifest
 from dvi.model.context import max_positions_of, why_shorter
 from dvi.model.drafter import DRAFTER_KINDS, DrafterConfig
-from dvi.model.exact import ExactSplit
+from dvi.model.exact import exact_passes
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
 from dvi.model.starting_drafter import choose_split_layer, settle_adapter
@@ -174,7 +174,7 @@ def describe_machine() -> dict[str, Any]:
         f"{torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB"
         for index in range(torch.cuda.device_count())
     ]
-    exact = {dtype: _exact_mode_reason(dtype) for dtype in (torch.float32, torch.float64)}
+    exact = {dtype: _exact_mode_reason(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
     notes += [reason for reason in exact.values() if reason is not None]
     return {
         "python": platform.python_version(),
@@ -243,14 +243,14 @@ def _has_chat_template(name_or_path: str) -> bool | None:
 def _exact_mode_reason(dtype: torch.dtype) -> str | None:
     """Why exact mode does not hold on this machine for a small random Llama; None when it does."""
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=128,
         max_position_embeddings=256,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     try:
-        ExactSplit(SplitModel(model, split_layer=1), width=EXACT_WIDTH)
+        exact_passes(SplitModel(model, split_layer=1))
     except ValueError as error:
         return str(error)
     return None

@@ -1,168 +1,121 @@
-"""Exact mode: every pass over the model has one fixed shape, so that neither batch mates nor draft length change a bit.
+"""Exact mode: passes that give a position the same bits whatever its batch, its drafts and the cuts of its prefill.
 
-A float32 row's result differs between 1 row, 5 rows and 16 (other kernels, other orders of summation). Here each row of
-the batch runs alone, every pass is padded to `width` query rows, prefill included, and attends over the row's whole
-cache. A position then meets the same arithmetic whether it was prefilled, decoded plainly or verified in a draft block;
-only its index within the pass varies, and `ExactSplit.self_check` verifies that the index changes nothing.
+There are two kinds. The native path as it is: its kernels compute every row in one order of operations. And elsewhere
+passes padded to one shape, see `dvi.model.padded`. A self-check decides, on the machine and for the model that decode.
+What a round does with the logits afterwards, `dvi.decode.sampling` and verdicts, goes row by row as it is.
 """
-# B rows, Q real query positions of a pass, D hidden.
+# B rows, Q positions of a pass, S positions of a text.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dvi.model.kv_cache import KeysAndValues, Placement, RollbackCache
+from dvi.model.padded import PaddedSplit
+from dvi.model.ragged import Packing
 from dvi.model.split import SplitModel
-from dvi.model.transfers import to_device
 from dvi.progress import shown_as
 
-CAPACITY_STEP = 64
+# Positions of one pass, by which two rows of the batch are read again: products go by other tiles after 4, 8, 12 and 24
+# rows, and one row is not like two.
+WIDTHS = ((1, 9, 16, 32), (33, 17, 5, 2, 1))
+# A round of three rows, committed so far: a block of 16 keys is full, was just begun, is one short of full. Then how
+# many positions of each are verified, and how many of them count where a round is packed.
+LENGTHS, VERIFIED, COUNTED = (16, 33, 47), 5, (2, 5, 1)
+
+log = logging.getLogger(__name__)
 
 
-class RowCaches:
-    """The part of `RollbackCache` that decoding uses, with one cache per row.
+def passes_for(split: SplitModel, mode: str) -> tuple[SplitModel | PaddedSplit, str]:
+    """What decoding in this mode runs on, and what is promised of it: "exact" or "fast".
 
-    capacity: of every row; 0 lets it follow from each request. Keys and values may pass from one row to another only
-    where all rows have one capacity: it is part of each pass's shape.
+    "auto" is exact where that costs nothing: on the native path. Raises ValueError as `exact_passes` does.
     """
-
-    def __init__(self, *, rows: int, capacity: int, width: int, device: torch.device) -> None:
-        self.rows = rows
-        self._capacity = capacity
-        self.lengths = [0] * rows
-        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._width = width
-        self._device = device
-        self._caches: list[RollbackCache | None] = [None] * rows
-
-    def __getitem__(self, row: int) -> RollbackCache:
-        return self._caches[row]
-
-    def open_row(self, row: int, capacity: int) -> None:
-        """A fresh cache whose capacity follows from the request alone, never from its batch mates.
-
-        Raises ValueError when all rows share a capacity and the request needs more.
-        """
-        if 0 < self._capacity < capacity:
-            raise ValueError(f"a row must need at most {self._capacity} positions here, got {capacity}; ask for less")
-        capacity = -(-((self._capacity or capacity) + 2 * self._width) // CAPACITY_STEP) * CAPACITY_STEP
-        if row >= self.rows:
-            self._caches += [None] * (row + 1 - self.rows)
-            self.rows = row + 1
-            self.lengths_B = torch.zeros(self.rows, dtype=torch.int64, device=self._device)
-        self._caches[row] = RollbackCache(rows=1, capacity=capacity, device=self._device)
-        self._refresh()
-
-    def place(self, *, offset: int, width: int, rows: slice) -> list[tuple[RollbackCache, Placement]]:
-        """One fixed-shape placement per row; `width` only says how many of its positions are real."""
-        assert width <= self._width
-        return [(c, c.place(offset=offset, width=self._width, visible=c.capacity)) for c in self._caches[rows]]
-
-    def commit(self, num_tokens: list[int], *, rows: slice) -> None:
-        for cache, count in zip(self._caches[rows], num_tokens, strict=True):
-            cache.commit([count])
-        self._refresh()
-
-    def copy_row(self, *, source: int, target: int) -> None:
-        self._caches[target], self._caches[source] = self._caches[source], None
-        self._refresh()
-
-    def swap_rows(self, one: int, other: int) -> None:
-        self._caches[one], self._caches[other] = self._caches[other], self._caches[one]
-        self._refresh()
-
-    def wipe_row(self, row: int) -> None:
-        self._caches[row] = None  # `open_row` makes a fresh one
-        self._refresh()
-
-    def copy_out(self, row: int, start: int, stop: int) -> KeysAndValues:
-        return self._caches[row].copy_out(0, start, stop)
-
-    def copy_in(self, row: int, start: int, segment: KeysAndValues) -> None:
-        self._caches[row].copy_in(0, start, segment)
-
-    def _refresh(self) -> None:
-        self.lengths = [0 if cache is None else cache.lengths[0] for cache in self._caches]
-        self.lengths_B.copy_(to_device(self.lengths, self._device, dtype=torch.int64))
+    if mode == "fast" or (mode == "auto" and split.path != "native"):
+        return split, "fast"
+    try:
+        return exact_passes(split), "exact"
+    except ValueError as refusal:
+        if mode == "exact":
+            raise
+        log.warning("tokens are promised up to rounding only: %s", refusal)
+        return split, "fast"
 
 
-class ExactSplit:
-    """A `SplitModel` whose passes are padded to `width` rows and run row by row.
+def exact_passes(split: SplitModel) -> SplitModel | PaddedSplit:
+    """The model's passes of the cheaper kind that there is. Raises ValueError, with the reason, where there is none."""
+    if split.path == "native":
+        check_bits(split)
+        return split
+    if split.device.type == "cpu" and split.dtype not in (torch.float32, torch.float64):
+        from dvi.model.native.path import NativePath
 
-    Raises ValueError for half precisions, and when the self-check finds that a result depends on its index in the pass.
+        raise ValueError(
+            f"exact mode in {split.dtype} is for {NativePath.TAKES}, got {type(split.model).__name__} on the "
+            f"{split.path} path; use dtype float32, or mode=fast"
+        )
+    return PaddedSplit(split)
+
+
+@torch.no_grad()
+@shown_as("checking exact mode on this machine")
+def check_bits(split: SplitModel) -> None:
+    """Compares all bits of what one prefill of a batch gives with other ways to the same positions.
+
+    Rows alone, in passes of many widths and with a cache of another size; a round of rows of unequal lengths, whose
+    shallow states are made step by step; the same packed. Raises ValueError with the first value that differs.
     """
+    generator, length = torch.Generator().manual_seed(0), sum(WIDTHS[0])
+    ids_BS = torch.randint(split.num_input_ids, (len(LENGTHS), length), generator=generator).to(split.device)
+    cache = split.make_cache(len(LENGTHS), length)
+    reference = _states_of_pass(split, ids_BS, cache)
 
-    can_pack = False  # a pass of fewer positions has another shape, and other bits
+    for row, widths in enumerate(WIDTHS):
+        own_cache, position_S = split.make_cache(1, 4 * length), torch.arange(length)
+        for position_Q in position_S.split(widths):
+            width = len(position_Q)
+            found = _states_of_pass(split, ids_BS[row, position_Q][None], own_cache)
+            own_cache.commit([width])
+            expected = [state_BSX[row, position_Q][None] for state_BSX in reference]
+            _compare(split, expected, found, position_Q[None], f"alone, in a pass of {width} from {position_Q[0]} on")
 
-    def __init__(self, split: SplitModel, *, width: int) -> None:
-        if split.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"exact mode needs float32 or float64, got {split.dtype}; use mode=fast")
-        self._split = split
-        self.width = width
-        self.self_check()
+    cache.set_lengths(list(LENGTHS))
+    row_B1 = torch.arange(len(LENGTHS), device=split.device)[:, None]
+    position_BQ = cache.lengths_B[:, None] + torch.arange(VERIFIED, device=split.device)
+    ids_BQ, placement = ids_BS[row_B1, position_BQ], cache.place(offset=0, width=VERIFIED)
+    expected = [state_BSX[row_B1, position_BQ] for state_BSX in reference]
+    steps = [split.shallow(ids_BQ[:, i : i + 1], cache, cache.place(offset=i, width=1)) for i in range(VERIFIED)]
+    hidden_BQD = torch.cat(steps, dim=1)
+    final_BQD = split.deep(hidden_BQD, ids_BQ, cache, placement)
+    _compare(split, expected, (hidden_BQD, final_BQD, split.head(final_BQD)), position_BQ, "drafted and verified")
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._split, name)
+    packing = Packing(torch.tensor(COUNTED, device=split.device), width=VERIFIED)
+    final_MD = split.deep_packed(packing.pack(hidden_BQD), cache, placement, packing)
+    expected = [packing.pack(state_BQX) for state_BQX in expected]
+    found = packing.pack(hidden_BQD), final_MD, split.head(final_MD)
+    _compare(split, expected, found, position_BQ.flatten()[packing.kept_M], "in a packed round")
 
-    def make_cache(self, rows: int, capacity: int) -> RowCaches:
-        return RowCaches(rows=rows, capacity=capacity, width=self.width, device=self._split.device)
 
-    def shallow(
-        self, token_ids_BQ: Tensor, cache: RowCaches, placement: list[tuple[RollbackCache, Placement]]
-    ) -> Tensor:
-        outputs = [
-            self._split.shallow(self._pad(ids_1Q), *row_placement)
-            for ids_1Q, row_placement in zip(token_ids_BQ.split(1), placement, strict=True)
-        ]
-        return torch.cat(outputs)[:, : token_ids_BQ.shape[1]]
+def _states_of_pass(split: SplitModel, ids_BQ: Tensor, cache: object) -> tuple[Tensor, Tensor, Tensor]:
+    placement = cache.place(offset=0, width=ids_BQ.shape[1])
+    hidden_BQD = split.shallow(ids_BQ, cache, placement)
+    final_BQD = split.deep(hidden_BQD, ids_BQ, cache, placement)
+    return hidden_BQD, final_BQD, split.head(final_BQD)
 
-    def deep(
-        self, hidden_BQD: Tensor, token_ids_BQ: Tensor, cache: RowCaches,
-        placement: list[tuple[RollbackCache, Placement]],
-    ) -> Tensor:
-        rows = zip(hidden_BQD.split(1), token_ids_BQ.split(1), placement, strict=True)
-        outputs = [self._split.deep(self._pad(hidden), self._pad(ids), *place) for hidden, ids, place in rows]
-        return torch.cat(outputs)[:, : token_ids_BQ.shape[1]]
 
-    def head(self, final_hidden_BQD: Tensor) -> Tensor:
-        outputs = [self._split.head(self._pad(hidden_1QD)) for hidden_1QD in final_hidden_BQD.split(1)]
-        return torch.cat(outputs)[:, : final_hidden_BQD.shape[1]]
-
-    def _pad(self, x_1Q: Tensor) -> Tensor:
-        """Zeros (or token 0) up to the fixed width; what they write lies past the committed length."""
-        missing = self.width - x_1Q.shape[1]
-        return F.pad(x_1Q, (0, missing)) if x_1Q.dim() == 2 else F.pad(x_1Q, (0, 0, 0, missing))
-
-    @torch.no_grad()
-    @shown_as("checking exact mode on this machine")
-    def self_check(self) -> None:
-        """Computes one position at every index of a pass and compares all bits: h_k, h_L and logits."""
-        width, generator = self.width, torch.Generator().manual_seed(0)
-        length = 2 * width
-        ids_1S = torch.randint(self._split.vocab_size, (1, length + width), generator=generator).to(self._split.device)
-        cache = self.make_cache(1, 0)
-        cache.open_row(0, length + width)
-        rows = slice(0, 1)
-
-        def run(start: int) -> tuple[Tensor, Tensor, Tensor]:
-            cache[0].set_lengths([start])
-            ids_1Q = ids_1S[:, start : start + width]
-            place = cache.place(offset=0, width=width, rows=rows)
-            hidden = self.shallow(ids_1Q, cache, place)
-            final = self.deep(hidden, ids_1Q, cache, place)
-            return hidden, final, self.head(final)
-
-        for start in range(0, length, width):
-            run(start)
-        reference = [x[0, 0] for x in run(length)]
-        for index in range(1, width):
-            found = [x[0, index] for x in run(length - index)]
-            for name, a, b in zip(("h_k", "h_L", "logits"), reference, found, strict=True):
-                if not torch.equal(a, b):
-                    raise ValueError(
-                        f"exact mode is not possible for {self._split.dtype} on this machine: {name} of a position "
-                        f"differs by {(a - b).abs().max():.1e} between index 0 and {index} of a {width}-row pass; "
-                        "use mode=fast, or another dtype or width"
-                    )
+def _compare(
+    split: SplitModel, expected: Sequence[Tensor], found: Sequence[Tensor], positions: Tensor, way: str
+) -> None:
+    """positions: of all but the tensors' last dimension."""
+    for name, one, other in zip(("h_k", "h_L", "logits"), expected, found, strict=True):
+        if not torch.equal(one, other):
+            *row, column = (one != other).nonzero()[0].tolist()
+            place = (*row, column)
+            raise ValueError(
+                f"exact mode is not possible for {split.dtype} on this machine: {name}[{column}] of position "
+                f"{positions[tuple(row)]} is {one[place]:.9g} in the prefill of a batch and {other[place]:.9g} {way}; "
+                "use mode=fast, or path_kind=direct with float32"
+            )

@@ -48,8 +48,11 @@ class SplitModel:
     and where every result is), dtype, final_norm, head_weight_VD, head_bias_V (or None), and post_head: what the model
     does to the head's logits, element by element.
     A model on the meta device is taken as well, for its shape; nothing is compared then.
+    fixed_width: None, for a pass may have any number of positions; `PaddedSplit` has one for all.
     Raises ValueError, with the reason, when the model cannot be split or the split differs from the plain model.
     """
+
+    fixed_width: int | None = None
 
     def __init__(self, model: PreTrainedModel, *, split_layer: int, path: str = ModelSettings.path_kind) -> None:
         refuse_unsplittable(model)

@@ -21,12 +21,12 @@ import torch
 from dvi.decode.batch import PREFILL_CHUNK
 from dvi.decode.prompts import Prompt
 from dvi.decode.sequence import Sequence as Row
-from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength
 from dvi.hardware import describe_machine, seconds_of
 from dvi.model.devices import is_tensor_parallel
-from dvi.model.exact import ExactSplit
+from dvi.model.exact import passes_for
 from dvi.model.native.library import kernels_version
 from dvi.model.split import SplitModel
 from dvi.planning.profile import (
@@ -111,8 +111,8 @@ def measure_passes(speculator: SelfSpeculator, split_layer: int, *, budget_s: fl
     """
     passes = speculator.passes
     if split_layer != speculator.split.split_layer:
-        passes = SplitModel(speculator.model, split_layer=split_layer, path=speculator.split.path)
-        passes = ExactSplit(passes, width=EXACT_WIDTH) if speculator.mode == "exact" else passes
+        other = SplitModel(speculator.model, split_layer=split_layer, path=speculator.split.path)
+        passes, _ = passes_for(other, speculator.mode)
     speculator = speculator.afresh(passes=passes)
     far = min(FAR_CONTEXT, speculator.max_positions // 2)
     contexts = max(far // 8, 1), far

@@ -15,18 +15,19 @@ from torch import nn
 
 from dvi.decode.batch import DecodingBatch
 from dvi.decode.sequence import Sequence
-from dvi.decode.speculator import EXACT_WIDTH, SelfSpeculator
+from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.text import TextStream
 from dvi.draft.catalogue import GOODPUT_BUCKETS
 from dvi.draft.length_policies import CostTable, GoodputLength, LengthPolicy
 from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import MAX_DEPTH
+from dvi.model.padded import PADDED_WIDTH
 from dvi.records import RoundStats, ServingPlan, Transitions
 from dvi.serving.prefix_cache import PrefixCache
 from dvi.serving.request import DEFAULT_DRAFTER, DraftChoice, Load, Request, RequestOutput, StepReport
 from dvi.serving.scheduler import Scheduler, SchedulerLimits
 
-PREFIX_CHUNK = 5 * EXACT_WIDTH  # positions; a multiple of the fixed width, so that exact mode's passes stay aligned
+PREFIX_CHUNK = 5 * PADDED_WIDTH  # positions; a multiple of that width, so that padded passes stay aligned
 FIRST_ROWS = 4  # of a lane's cache, which grows: most lanes never see more
 MEASURED_ROWS = (1, 2, 4, 8, 16)
 MEASURING_S = 4.0
@@ -353,12 +354,12 @@ class Engine:
         params, choice = request.params, request.draft
         key = (choice, "rejection" if params.is_greedy else params.coupling)
         if key not in self._lanes:
-            is_exact, longest = self.speculator.mode == "exact", self.speculator.max_positions
+            is_padded, longest = self.speculator.passes.fixed_width is not None, self.speculator.max_positions
             self._lanes[key] = _Lane(self.speculator.open_batch(
                 max_rows=FIRST_ROWS, policy=self._policy_of(choice), wants_transitions=self._wants_transitions,
                 drafter=self.drafters[choice.drafter],
-                # One capacity for all rows in exact mode: keys and values pass between them, and it is part of shapes.
-                capacity=longest + 2 * (MAX_DEPTH + 1) if is_exact else 0,
+                # One capacity for all rows where passes are padded: it is part of shapes, and keys pass between rows.
+                capacity=longest + 2 * (MAX_DEPTH + 1) if is_padded else 0,
             ))
         return self._lanes[key]
 

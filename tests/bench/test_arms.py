@@ -14,7 +14,7 @@ from dvi import SelfSpeculator
 from dvi.bench.arms import OUR_ARMS, ArmOptions, plans_of_ours
 from dvi.bench.records import ArmPlan
 from dvi.model.drafter import DrafterConfig
-from dvi.model.exact import ExactSplit
+from dvi.model.padded import PaddedSplit
 from dvi.settings import LearningSettings
 from tests.support.exact_doubles import self_check_left_out
 from tests.support.paths import STORIES
@@ -171,10 +171,10 @@ def test_padded_passes_are_not_offered_in_half_precision():
 def test_padded_passes_are_not_offered_where_the_self_check_refuses_them(speculator, monkeypatch):
     """Catches an arm that ends the run of all others on a machine whose kernels look at a row's index."""
 
-    def refuse(split: ExactSplit) -> None:
+    def refuse(split: PaddedSplit) -> None:
         raise ValueError("exact mode is not possible for torch.float32 on this machine")
 
-    monkeypatch.setattr(ExactSplit, "self_check", refuse)
+    monkeypatch.setattr(PaddedSplit, "self_check", refuse)
     found = plans(speculator)
     assert [name for name, plan in found.items() if plan.build is None] == ["plain_padded"]
     assert found["plain_padded"].na_reason == "exact mode is not possible for torch.float32 on this machine"

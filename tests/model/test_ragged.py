@@ -13,8 +13,8 @@ from dvi.decode.batch import DecodingBatch
 from dvi.decode.sequence import Sequence
 from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import ConfidenceStop, DraftContext, FixedLength, LengthPolicy
-from dvi.model.exact import ExactSplit
 from dvi.model.kv_cache import RollbackCache
+from dvi.model.padded import PaddedSplit
 from dvi.model.ragged import Packing, is_worth_packing
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams, Transitions
@@ -169,7 +169,7 @@ def test_bfloat16_packs_as_well_as_it_rounds():
 # Whole rounds
 
 
-def batch_of(split: SplitModel | ExactSplit, policy: LengthPolicy) -> DecodingBatch:
+def batch_of(split: SplitModel | PaddedSplit, policy: LengthPolicy) -> DecodingBatch:
     batch = DecodingBatch(
         split, random_drafter(split, seed=1), max_rows=5, capacity=0, policy=policy, rule=StrictRule(),
         wants_transitions=True,
@@ -258,7 +258,7 @@ def test_a_rule_that_stops_no_row_never_packs(policy, monkeypatch):
 def test_exact_rounds_never_pack_and_keep_every_bit():
     """A pass of fewer positions has other bits: greedy rows of a ragged batch must hold plain decoding's float32."""
     with self_check_left_out():
-        split = ExactSplit(split_of(dtype=torch.float32), width=8)
+        split = PaddedSplit(split_of(dtype=torch.float32), width=8)
     need_self_check(split)
     assert split._split.can_pack and not split.can_pack
     _, ragged = tokens_and_experience(batch_of(split, OneRowDrafts(6)), 4)

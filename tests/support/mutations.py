@@ -190,7 +190,7 @@ MUTATIONS = [
         "rows_that_stopped_still_count", ROUND,
         "int(num_drafted_B.sum()) if tokens else 0", "len(token_B) * len(tokens)", TEST_PACKED,
     ),
-    Mutation("exact_rounds_pack", "dvi/model/exact.py", "can_pack = False", "can_pack = True", TEST_PACKED),
+    Mutation("padded_rounds_pack", "dvi/model/padded.py", "can_pack = False", "can_pack = True", TEST_PACKED),
     Mutation(
         "copied_row_misses_its_last_slot", CACHE,
         "buffer[target, :, :length] = buffer[source, :, :length]",
@@ -204,11 +204,11 @@ MUTATIONS = [
     Mutation(
         "exact_capacity_follows_the_draft_length", BATCH,
         "num_ahead = 2 * (MAX_DEPTH + 1)", "num_ahead = 2 * (max(self.policy.buckets) + 1)",
-        "tests/model/test_exact.py",
+        "tests/model/test_padded.py",
     ),
     Mutation(
-        "self_check_of_two_indices", "dvi/model/exact.py",
-        "for index in range(1, width):", "for index in range(1, 2):", "tests/model/test_exact.py",
+        "self_check_of_two_indices", "dvi/model/padded.py",
+        "for index in range(1, width):", "for index in range(1, 2):", "tests/model/test_padded.py",
     ),
     # Drafters
     Mutation("every_depth_has_the_first_bias", DRAFTER, "state[depth]", "state[0]", "tests/model/test_drafter.py"),

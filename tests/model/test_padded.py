@@ -1,4 +1,4 @@
-"""Exact mode: neither the draft length nor the batch changes one bit, and a machine that cannot promise it is found.
+"""Padded passes: neither the draft length nor the batch changes one bit, and a machine that cannot promise it is found.
 
 What kernels do with a row's index is the processor's affair: bits are compared where the self-check passes.
 """
@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvi.decode.speculator import EXACT_WIDTH, PLAIN, SelfSpeculator
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.length_policies import FixedLength
-from dvi.model.exact import ExactSplit
+from dvi.model.padded import PaddedSplit
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
 from tests.support.drafter_doubles import MemoryDrafter, RaggedLength, plain_text, small_config
@@ -80,8 +80,8 @@ def test_every_pass_of_a_request_has_one_shape_whatever_the_policy_and_the_batch
 def test_half_precision_is_refused():
     """Its matrix products round by shape on every machine: no self-check of a few positions could promise anything."""
     split = SplitModel(tiny_model("llama", num_layers=2, hidden_size=16, dtype=torch.bfloat16), split_layer=1)
-    with pytest.raises(ValueError, match=r"needs float32 or float64, got torch\.bfloat16; use mode=fast"):
-        ExactSplit(split, width=EXACT_WIDTH)
+    with pytest.raises(ValueError, match=r"padded in float32 or float64, got torch\.bfloat16; use mode=fast"):
+        PaddedSplit(split)
 
 
 class Elementwise:
@@ -101,7 +101,7 @@ class Elementwise:
 
 def test_the_self_check_passes_where_no_result_depends_on_its_index():
     """Catches a check that refuses every machine, and with it every test of bits."""
-    ExactSplit(Elementwise(), width=EXACT_WIDTH)
+    PaddedSplit(Elementwise())
 
 
 @pytest.mark.parametrize("part", ["shallow", "deep", "head"])
@@ -117,4 +117,4 @@ def test_a_result_that_depends_on_its_index_in_the_pass_is_refused(monkeypatch, 
 
     monkeypatch.setattr(split, part, biased)
     with pytest.raises(ValueError, match=r"exact mode is not possible.* between index 0 and 5"):
-        ExactSplit(split, width=EXACT_WIDTH)
+        PaddedSplit(split)

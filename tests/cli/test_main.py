@@ -312,7 +312,7 @@ def test_a_frozen_server_imports_nothing_of_the_trainers():
         (["generate", STORIES, "hi", "--temperature", "-1"], "temperature must be >= 0"),
         (["generate", STORIES, "hi", "--split-layer", "9"], "split_layer must be in 0..4"),
         (["generate", STORIES, "hi", "--adapter", "./absent"], "there is no adapter folder"),
-        (["generate", STORIES, "hi", "--mode", "exact", "--dtype", "bfloat16"], "exact mode needs float32"),
+        (["generate", STORIES, "hi", "--mode", "exact", "--dtype", "bfloat16"], "the direct path; use dtype float32"),
         (["train", "./absent.yaml"], "config must be a readable YAML file"),
         (["train", "configs/demo/demo.yaml", "train.lrr=1"], "did you mean 'train.lr'?"),
         (["train", "configs/demo/demo.yaml", "train.lr=-1", "train.budget=2"], "train.lr must be greater than 0"),

@@ -14,6 +14,7 @@ from dvi.model.native.path import NativePath
 from dvi.model.native.weights import multiply, pack, pack_blocks
 from dvi.model.ragged import Packing
 from dvi.model.split import SplitModel
+from tests.support.exact_doubles import needs_kernels
 from tests.support.gguf_files import quantised
 from tests.support.tiny_models import tiny_model
 
@@ -22,8 +23,6 @@ LENGTHS = {"one row": [6], "equal rows": [7, 7, 7], "ragged rows": [3, 20, 6]}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 # x86-64-v3 is AVX2: what runs where there are no 512-bit registers.
 MARCHES = ("native", "x86-64-v3")
-
-needs_kernels = pytest.mark.skipif(library.load() is None, reason="no compiled kernels on this machine")
 
 
 @pytest.fixture(params=MARCHES)

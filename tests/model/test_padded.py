@@ -17,7 +17,7 @@ from dvi.model.padded import PaddedSplit
 from dvi.model.split import SplitModel
 from dvi.records import SamplingParams
 from tests.support.drafter_doubles import MemoryDrafter, RaggedLength, plain_text, small_config
-from tests.support.exact_doubles import need_self_check, self_check_left_out
+from tests.support.exact_doubles import need_self_check, self_check_left_out, states_by_index
 from tests.support.tiny_models import tiny_model
 
 PROMPTS = [[5, 9, 33], [7], list(range(1, 20)), [60, 60]]
@@ -31,30 +31,17 @@ def speculator_of(arch: str, dtype: torch.dtype) -> SelfSpeculator:
         return SelfSpeculator(model, None, drafter=small_config(), mode="exact")
 
 
-def states_by_index(speculator: SelfSpeculator, prompts: list[list[int]], **options) -> dict[int, tuple]:
-    """Token ids and hidden states (h_k, h_L) of every position, by prompt."""
-    found = {}
-    for result in speculator.generate(prompts, PARAMS, **options):
-        stretches = result.transitions
-        states = torch.stack(
-            [torch.cat([s.hidden_WD for s in stretches]), torch.cat([s.target_hidden_WD for s in stretches])]
-        )
-        found[result.index] = (result.token_ids, states)
-        assert states.shape[1] == len(prompts[result.index]) + len(result.token_ids) - 1
-    return found
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gpt2"])
 def test_draft_length_and_batch_mates_change_no_bit_of_any_hidden_state(arch, dtype):
     """Catches a pass whose shape follows T, the batch, the policy's reach or the chunk of a prefill."""
     speculator = speculator_of(arch, dtype)
     need_self_check(speculator.passes)
-    alone = {i: states_by_index(speculator, [p], policy=PLAIN)[0] for i, p in enumerate(PROMPTS)}
+    alone = {i: states_by_index(speculator, [p], PARAMS, policy=PLAIN)[0] for i, p in enumerate(PROMPTS)}
     texts = [plain_text(speculator, p, PARAMS)[1] for p in PROMPTS]
     speculator.drafter = MemoryDrafter(speculator.split, texts, wrong_depths=(3,))
     for policy, batch_size in ((FixedLength(1), 1), (FixedLength(8), 3), (RaggedLength(8, seed=0), 4)):
-        together = states_by_index(speculator, PROMPTS, policy=policy, batch_size=batch_size)
+        together = states_by_index(speculator, PROMPTS, PARAMS, policy=policy, batch_size=batch_size)
         for index, (token_ids, states) in alone.items():
             assert together[index][0] == token_ids
             assert torch.equal(together[index][1], states)

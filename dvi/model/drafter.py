@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dvi.model.served_weights import PackedProduct, ServedLinear, TransposedProduct, served_product
 from dvi.settings import DrafterSettings
 
 MAX_DEPTH = 16
+PUBLISHED_ROWS = 2048  # of the head, corrected at a time
 MAX_VERSION = 2**53 - 1  # beyond it a JSON reader that takes numbers for doubles would lose the last digit
 # Of a drafter's shape: beyond what any model can use, within what a machine can be asked for.
 MAX_RANK, MAX_ALPHA, MAX_WIDTH, MAX_VOCAB = 4096, 1_000_000, 1 << 17, 1 << 24
@@ -160,13 +162,18 @@ class DraftHead(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, width, device=device))
         self.lora_B = nn.Parameter(torch.zeros(head_weight.shape[0], rank, device=device))
         nn.init.normal_(self.lora_A, std=1.0 / math.sqrt(width))
-        self._published_DV: Tensor | None = None  # a learner's copy never publishes and never pays for it
+        self._published: PackedProduct | TransposedProduct | None = None  # a learner's copy never pays for it
         if draft_token_ids_V is not None:
             self.trim(draft_token_ids_V)
 
     @property
     def vocab_size(self) -> int:
         return self._frozen[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The frozen head's, in which rounds multiply."""
+        return self._frozen[0].dtype
 
     def trim(self, token_ids_V: Tensor) -> None:
         """From now on drafts only these tokens. lora_B becomes a new, shorter parameter; the old ids are gone for good.
@@ -180,7 +187,7 @@ class DraftHead(nn.Module):
         self._frozen = (weight[token_ids_V], None if bias is None else bias[token_ids_V])
         self.lora_B = nn.Parameter(self.lora_B.detach()[token_ids_V], requires_grad=self.lora_B.requires_grad)
         self.draft_token_ids_V = token_ids_V
-        self._published_DV = None
+        self._published = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., V], float32, through the parameters."""
@@ -195,16 +202,22 @@ class DraftHead(nn.Module):
 
     def published(self, x_BD: Tensor) -> Tensor:
         """Logits [B, V] through the published product of head and correction: one call."""
-        bias = self._frozen[1]
-        x_BD = x_BD.to(self._published_DV.dtype)
-        logits = torch.mm(x_BD, self._published_DV) if bias is None else torch.addmm(bias, x_BD, self._published_DV)
-        return self._post_head(logits)
+        return self._post_head(self._published(x_BD))
 
     def publish(self) -> None:
-        correction_DV = (self.lora_A.detach().t() @ self.lora_B.detach().t()) * self.scaling
-        if self._published_DV is None:
-            self._published_DV = torch.empty_like(self._frozen[0].t(), memory_format=torch.contiguous_format)
-        torch.add(self._frozen[0].t(), correction_DV, out=self._published_DV)
+        weight, bias = self._frozen
+        if self._published is None:
+            self._published = served_product(weight, bias)
+        # In pieces: what is between head and buffer is float32, and stays in the cache of a CPU.
+        pieces = zip(weight.split(PUBLISHED_ROWS), self.lora_B.detach().split(PUBLISHED_ROWS), strict=True)
+        for index, (weight_nD, lora_B_nR) in enumerate(pieces):
+            corrected_nD = weight_nD + (lora_B_nR @ self.lora_A.detach()) * self.scaling
+            self._published.write(corrected_nD, start=index * PUBLISHED_ROWS)
+
+    @property
+    def published_buffer(self) -> Tensor | None:
+        """The memory that publishing rewrites, see `dvi.model.served_weights`."""
+        return None if self._published is None else self._published.buffer
 
     def to_token_ids(self, draft_ids: Tensor) -> Tensor:
         """Token ids of draft ids."""
@@ -287,22 +300,22 @@ class AnchoredDrafter(nn.Module):
         self.draft_head = draft_head
         width, hidden = draft_head.lora_A.shape[1], config.anchor_hidden
         device = draft_head.lora_A.device
-        self.from_hidden = nn.Linear(width, hidden, bias=False, device=device)
-        self.from_anchor = nn.Linear(width, hidden, bias=False, device=device)
+        served = {"served_dtype": draft_head.dtype, "device": device}
+        self.from_hidden = ServedLinear(width, hidden, **served)
+        self.from_anchor = ServedLinear(width, hidden, **served)
         self.depth_bias = nn.Parameter(torch.zeros(MAX_DEPTH, hidden, device=device))
-        self.to_hidden = nn.Linear(hidden, width, bias=False, device=device)
+        self.to_hidden = ServedLinear(hidden, width, **served)
         nn.init.zeros_(self.to_hidden.weight)
 
     def begin(self, anchor_BD: Tensor) -> Tensor:
         """[depth, B, H]: everything the MLP needs of the anchor, for every depth."""
-        return self.from_anchor(self.norm.unit(anchor_BD.float())) + self.depth_bias[:, None]
+        return self.from_anchor.served(self.norm.unit(anchor_BD.float())) + self.depth_bias[:, None]
 
     def step(self, hidden_BD: Tensor, state: Tensor, depth: int) -> Tensor:
         hidden_BD = hidden_BD.float()
         unit_BD = self.norm.unit(hidden_BD)
-        inner_BH = F.silu(torch.addmm(state[depth], unit_BD, self.from_hidden.weight.t()), inplace=True)
-        normed_BD = self.norm.gained(unit_BD, hidden_BD)
-        return self.draft_head.published(torch.addmm(normed_BD, inner_BH, self.to_hidden.weight.t()))
+        inner_BH = F.silu(self.from_hidden.served(unit_BD, state[depth]), inplace=True)
+        return self.draft_head.published(self.to_hidden.served(inner_BH, self.norm.gained(unit_BD, hidden_BD)))
 
     def forward(self, hidden_NTD: Tensor, anchor_ND: Tensor) -> Tensor:
         hidden_NTD = hidden_NTD.float()
@@ -311,7 +324,12 @@ class AnchoredDrafter(nn.Module):
         inner_NTH = self.from_hidden(unit_NTD) + from_anchor_N1H + self.depth_bias[: hidden_NTD.shape[1]]
         return self.draft_head(self.norm.gained(unit_NTD, hidden_NTD) + self.to_hidden(F.silu(inner_NTH)))
 
-    publish, __repr__ = LoraHeadDrafter.publish, LoraHeadDrafter.__repr__
+    __repr__ = LoraHeadDrafter.__repr__
+
+    def publish(self, source: nn.Module, version: int) -> None:
+        LoraHeadDrafter.publish(self, source, version)
+        for linear in (self.from_hidden, self.from_anchor, self.to_hidden):
+            linear.serve()
 
 
 class RecurrentDrafter(AnchoredDrafter):
@@ -330,6 +348,8 @@ class RecurrentDrafter(AnchoredDrafter):
             carried_ND = self._advance(hidden_NTD[:, depth], carried_ND, depth)
             states.append(carried_ND)
         return self.draft_head(torch.stack(states, dim=1))
+
+    publish = LoraHeadDrafter.publish  # what rounds and learner share reads the parameters
 
     def _advance(self, hidden_ND: Tensor, carried_ND: Tensor, depth: int) -> Tensor:
         unit_ND = self.norm.unit(hidden_ND)

@@ -76,6 +76,7 @@ class RollbackCache:
         self.epoch = 0  # counts moves of the buffers: what has remembered their addresses must forget them
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer: keys, values
         self._stacked: dict[int, Tensor] = {}  # layer: the same memory as one tensor [2, B, H, S, D]
+        self.addresses: dict[range, object] = {}  # of runs of layers, what a path noted of them; forgotten at a move
         self._row_index_B1 = torch.arange(rows, device=device)[:, None]
         self._column_S = torch.arange(capacity, device=device)
 
@@ -162,7 +163,7 @@ class RollbackCache:
         self.set_lengths([0 if index == row else length for index, length in enumerate(self.lengths)])
 
     def _grow(self, rows: int, capacity: int) -> None:
-        old, self._buffers, self._stacked = self._buffers, {}, {}
+        old, self._buffers, self._stacked, self.addresses = self._buffers, {}, {}, {}
         used_rows, used, self.rows, self.capacity = self.rows, self.capacity, rows, capacity
         self.epoch += 1
         self.lengths = self.lengths + [0] * (rows - used_rows)

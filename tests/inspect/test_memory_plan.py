@@ -29,7 +29,7 @@ from trainers.learning.replay import ReplayBuffer
 from trainers.learning.versions import KEPT_VERSIONS
 
 CONFIGS = ROOT / "configs/online"
-TINY_VOCAB, TRIMMED_VOCAB = 64, 40
+TINY_VOCAB, TRIMMED_VOCAB = 64, 48
 MB, GB = 10**6, 10**9
 SMALL_TENSORS = 0.1  # of the logits' size: all else that is alive beside them
 
@@ -172,7 +172,7 @@ def test_each_part_of_the_plan_is_what_the_real_part_takes(dtype):
 
     student = build_drafter(split, drafter)
     student.publish(student, version=0)
-    assert plan.draft_heads == num_bytes([student.draft_head._published_DV])
+    assert plan.draft_heads == num_bytes([student.draft_head.published_buffer])
     assert plan.drafter == num_bytes(student.parameters())
     optimizer = torch.optim.AdamW(student.parameters())
     sum(parameter.sum() for parameter in student.parameters()).backward()
@@ -193,7 +193,7 @@ def test_a_drafter_that_will_be_trimmed_is_planned_at_its_larger_stage():
     real = build_drafter(SplitModel(tiny_model("llama", dtype=torch.float32), split_layer=1), much)
     real.draft_head.trim(torch.arange(TRIMMED_VOCAB))
     real.draft_head.publish()
-    assert plan.draft_heads == num_bytes([real.draft_head._published_DV] + 2 * [real.draft_head._frozen[0]])
+    assert plan.draft_heads == num_bytes([real.draft_head.published_buffer] + 2 * [real.draft_head._frozen[0]])
     assert plan.drafter == num_bytes(real.state_dict().values())
     counts = shape.count_parameters(much)
     assert counts.drafter - counts.drafter_trimmed == (TINY_VOCAB - TRIMMED_VOCAB) * much.lora_rank

@@ -63,13 +63,13 @@ def test_publishing_changes_what_serves_in_place_and_not_before(kind):
     live, learner = random_drafter(split, kind, seed=1), random_drafter(split, kind, seed=2)
     hidden_NTD, anchor_ND = states(2, DEPTH), states(2, seed=1)
     before = stepped(live, hidden_NTD, anchor_ND)
-    addresses = [t.data_ptr() for t in (*live.parameters(), live.draft_head._published_DV)]
+    addresses = [t.data_ptr() for t in (*live.parameters(), live.draft_head.published_buffer)]
     for parameter in learner.parameters():
         parameter.mul_(1.5)
     assert torch.equal(stepped(live, hidden_NTD, anchor_ND), before)
     live.publish(learner, 7)
     assert live.version == 7
-    assert addresses == [t.data_ptr() for t in (*live.parameters(), live.draft_head._published_DV)]
+    assert addresses == [t.data_ptr() for t in (*live.parameters(), live.draft_head.published_buffer)]
     torch.testing.assert_close(
         stepped(live, hidden_NTD, anchor_ND), learner(hidden_NTD, anchor_ND), rtol=1e-4, atol=1e-4
     )

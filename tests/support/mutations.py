@@ -214,7 +214,7 @@ MUTATIONS = [
     Mutation("every_depth_has_the_first_bias", DRAFTER, "state[depth]", "state[0]", "tests/model/test_drafter.py"),
     Mutation(
         "correction_published_unscaled", DRAFTER,
-        "self.lora_B.detach().t()) * self.scaling", "self.lora_B.detach().t())", "tests/model/test_drafter.py",
+        "self.lora_A.detach()) * self.scaling", "self.lora_A.detach())", "tests/model/test_drafter.py",
     ),
     Mutation(
         "learner_shares_the_models_norm", DRAFTER,

@@ -60,7 +60,7 @@ def trainer_of(speculator: SimpleNamespace, **changes) -> OnlineTrainer:
 
 
 def state_of(drafter: nn.Module) -> list[Tensor]:
-    return [t.clone() for t in (*drafter.state_dict().values(), drafter.draft_head._published_DV)]
+    return [t.clone() for t in (*drafter.state_dict().values(), drafter.draft_head.published_buffer)]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -125,9 +125,7 @@ def _cpu_flags() -> str:
 
 
 def _bound(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.dvi_layers.argtypes = [
-        POINTER(Layer), c_int32, POINTER(Pass), POINTER(c_void_p), POINTER(c_void_p), c_void_p
-    ]
+    library.dvi_layers.argtypes = [c_void_p, c_int32, POINTER(Pass), POINTER(c_void_p), POINTER(c_void_p), c_void_p]
     library.dvi_product.argtypes = [POINTER(Product), c_void_p, c_int32, c_void_p, c_void_p, c_int32]
     library.dvi_norm.argtypes = [c_void_p, c_void_p, c_float, c_int32, c_int32, c_int32, c_void_p]
     for function in (library.dvi_layers, library.dvi_product, library.dvi_norm):

@@ -9,6 +9,7 @@ verification of a position give the same bits.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +78,9 @@ class NativePath:
         if not blocks:
             return x_MD
         first, num_rows = self._layers[0], len(x_MD)
-        buffers = [cache.buffers(i, first.num_kv_heads, first.head_dim, self._dtype) for i in blocks]
-        pointers = ctypes.c_void_p * len(blocks)
-        keys, values = (pointers(*(buffer.data_ptr() for buffer in of_one)) for of_one in zip(*buffers, strict=True))
+        keys, values = self._addresses(blocks, cache)
         positions_M = placement.positions_BQ.reshape(-1)
-        width = placement.positions_BQ.shape[1]
-        rows_M = torch.arange(placement.rows.start, placement.rows.stop).repeat_interleave(width)
+        rows_M = _rows(placement.rows.start, placement.rows.stop, placement.positions_BQ.shape[1])
         if packing is not None:
             positions_M, rows_M = positions_M[packing.kept_M], rows_M[packing.kept_M]
         cos_Sd, sin_Sd = self._rotary_table(cache.capacity)
@@ -98,12 +96,19 @@ class NativePath:
             num_rows, x_MD.shape[1], first.num_heads, first.num_kv_heads, first.head_dim, cache.capacity, threads,
             first.scale, *(tensor.data_ptr() for tensor in tensors),
         )
-        structs = ctypes.byref(self._structs, blocks.start * ctypes.sizeof(Layer))
-        self._library.dvi_layers(
-            ctypes.cast(structs, ctypes.POINTER(Layer)), len(blocks), ctypes.byref(the_pass), keys, values,
-            x_MD.data_ptr(),
-        )
+        structs = ctypes.addressof(self._structs) + blocks.start * ctypes.sizeof(Layer)
+        self._library.dvi_layers(structs, len(blocks), ctypes.byref(the_pass), keys, values, x_MD.data_ptr())
         return x_MD
+
+    def _addresses(self, blocks: range, cache: RollbackCache) -> tuple[ctypes.Array, ctypes.Array]:
+        """Where the blocks' keys and values lie, as the kernels want to be told."""
+        if blocks not in cache.addresses:
+            first, pointers = self._layers[0], ctypes.c_void_p * len(blocks)
+            buffers = [cache.buffers(i, first.num_kv_heads, first.head_dim, self._dtype) for i in blocks]
+            cache.addresses[blocks] = tuple(
+                pointers(*(buffer.data_ptr() for buffer in of_one)) for of_one in zip(*buffers, strict=True)
+            )
+        return cache.addresses[blocks]
 
     def shallow(self, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
         """h_k [B, Q, D] of the tokens at the placement's positions."""
@@ -136,6 +141,12 @@ class NativePath:
         """Logits [B, Q, V], float32, of final hidden states."""
         flat_MD = final_hidden_BQD.reshape(-1, final_hidden_BQD.shape[-1])
         return multiply(self._library, self._head, flat_MD).view(*final_hidden_BQD.shape[:-1], -1)
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(start: int, stop: int, width: int) -> Tensor:
+    """The cache row of each of (stop - start) * width positions, row by row, int64."""
+    return torch.arange(start, stop).repeat_interleave(width)
 
 
 class _NativeLayer:

@@ -24,26 +24,45 @@ class PackedWeight:
     """One weight [N, K] and its bias in the layout of `kind`, with the struct that the kernels read."""
 
     def __init__(self, packed: Tensor, kind: int, shape: tuple[int, int], bias_N: Tensor | None = None) -> None:
-        self.shape, self.kind = shape, kind
-        self._packed = packed
+        self.shape, self.kind, self.buffer = shape, kind, packed
         self._bias_N = None if bias_N is None else bias_N.float().contiguous()
         bias = None if bias_N is None else self._bias_N.data_ptr()
         self.product = Product(kind, *shape, 0, packed.data_ptr(), bias)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs that it is multiplied with."""
+        return torch.float32 if self.kind == FLOAT32 else torch.bfloat16
+
+    @property
     def num_bytes(self) -> int:
-        return self._packed.numel() * self._packed.element_size()
+        return self.buffer.nbytes
+
+    def clone(self) -> PackedWeight:
+        return PackedWeight(self.buffer.clone(), self.kind, self.shape, self._bias_N)
+
+    def write(self, weight_nK: Tensor, *, start: int = 0) -> None:
+        """Overwrites the outputs from `start` on, a multiple of L, of a weight that `pack` made."""
+        panels = _panels(weight_nK.to(self.dtype))
+        self.buffer[start // L : start // L + len(panels)] = panels
+
+
+def can_pack(weight_NK: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `pack` takes such a weight in this dtype."""
+    return weight_NK.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and weight_NK.shape[1] % 2 == 0
 
 
 def pack(weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedWeight:
     """float32 or bfloat16 [N, K], K even; outputs are filled up with zeros to whole panels."""
-    n, k = weight_NK.shape
-    filled_NK = F.pad(weight_NK, (0, 0, 0, -n % L))
-    if weight_NK.dtype == torch.float32:
-        packed, kind = filled_NK.view(-1, L, k).transpose(1, 2), FLOAT32
-    else:
-        packed, kind = filled_NK.view(-1, L, k // 2, 2).transpose(1, 2), BFLOAT16
-    return PackedWeight(packed.contiguous(), kind, (n, k), bias_N)
+    kind = FLOAT32 if weight_NK.dtype == torch.float32 else BFLOAT16
+    return PackedWeight(_panels(weight_NK).contiguous(), kind, tuple(weight_NK.shape), bias_N)
+
+
+def _panels(weight_NK: Tensor) -> Tensor:
+    """[P, K, L] of the filled weight's numbers, or [P, K/2, L] of its pairs of bfloat16: a view."""
+    filled_NK = F.pad(weight_NK, (0, 0, 0, -len(weight_NK) % L)) if len(weight_NK) % L else weight_NK.contiguous()
+    words = filled_NK if weight_NK.dtype == torch.float32 else filled_NK.view(torch.int32)
+    return words.view(-1, L, words.shape[1]).transpose(1, 2)
 
 
 def pack_blocks(parts: Sequence[Blocks], bias_N: Tensor | None = None) -> PackedWeight:

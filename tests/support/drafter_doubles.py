@@ -84,7 +84,7 @@ class MemoryDrafter:
         if self._states_ND is None:
             token_B = torch.full_like(hidden_BD[:, 0], self._constant, dtype=torch.int64)
         else:
-            token_B = self._next_N[torch.cdist(hidden_BD.float(), self._states_ND.float()).argmin(-1)]
+            token_B = self._next_N[torch.cdist(hidden_BD.double(), self._states_ND.double()).argmin(-1)]
         if depth in self._wrong_depths:
             token_B = (token_B + 1) % self._vocab_size
         logits_BV = torch.zeros(len(token_B), self._vocab_size, device=token_B.device)

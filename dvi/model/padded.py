@@ -99,6 +99,7 @@ class PaddedSplit:
     """
 
     can_pack = False  # a pass of fewer positions has another shape, and other bits
+    path = "padded"  # none that CUDA graphs know: the caches of its rows come and go
 
     def __init__(self, split: SplitModel, *, width: int = PADDED_WIDTH) -> None:
         if split.device.type == "cpu" and split.dtype not in (torch.float32, torch.float64):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dvi.decode.batch
 from dvi.decode.batch import DecodingBatch
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import MarginRule, StrictRule, TypicalRule
@@ -19,7 +17,7 @@ from dvi.draft.length_policies import ConfidenceStop, FixedLength, LengthPolicy
 from dvi.learner import Learner
 from dvi.records import Transitions
 from tests.support.pretend_device import DEVICE, PretendDevice
-from tests.support.recorded_graphs import GraphFault, RecordedGraphs
+from tests.support.recorded_graphs import GraphFault, RecordedGraphs, capturing
 from tests.support.rehearsal import PROMPTS, new_speculator, params_of, speculator_on
 from tests.support.small_speculator import batch_of, sequence_of
 
@@ -28,19 +26,6 @@ from tests.support.small_speculator import batch_of, sequence_of
 def device() -> Iterator[PretendDevice]:
     with PretendDevice() as device:
         yield device
-
-
-@contextmanager
-def capturing(device: PretendDevice) -> Iterator[list[RecordedGraphs]]:
-    """Rounds of the lean path are captured; the graphs of every batch since."""
-    made: list[RecordedGraphs] = []
-
-    def make() -> RecordedGraphs:
-        made.append(RecordedGraphs(device))
-        return made[-1]
-
-    with mock.patch.multiple(dvi.decode.batch, can_capture=lambda split: split.path == "direct", RoundGraphs=make):
-        yield made
 
 
 class Restless(Learner):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dvi.records import Transitions
 from dvi.settings import LearningSettings
 from tests.support.pretend_device import DEVICE, OnDevice, PretendDevice
 from tests.support.random_traffic import stretch
+from tests.support.recorded_graphs import capturing
 from tests.support.rehearsal import PROMPTS, new_speculator, params_of
 from trainers.learning.online import OnlineTrainer
 from trainers.learning.replay import ReplayBuffer
@@ -68,6 +70,18 @@ def test_a_learner_beside_serving_is_the_cpus(device, name, changes):
         "dvi/decode/host_row.py", "trainers/learning/replay.py", "trainers/learning/student.py",
         "trainers/learning/publish_gate.py",
     }  # fmt: skip
+
+
+def test_graphs_decode_with_what_a_learner_publishes(device):
+    """Catches a graph that goes on with the weights of its capture, or with a head that has been trimmed since."""
+    texts = []
+    for may_capture in (False, True):
+        speculator = new_speculator(DEVICE, "direct", draft_vocab_size=24)
+        trainer = OnlineTrainer(speculator, dataclasses.replace(SETTINGS, tokens_before_trim=20))
+        with capturing(device) if may_capture else mock.MagicMock() as graphs:
+            texts.append(decoded(speculator, trainer))
+        assert speculator.drafter.version > 1 and speculator.drafter.draft_head.vocab_size == 24
+    assert texts[0] == texts[1] and sum(one.num_replays for one in graphs) > 5
 
 
 @pytest.mark.parametrize("path", ["direct", "views"])

@@ -11,11 +11,17 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
 
-from dvi.bench.guarded import Journal
+from dvi.bench.guarded import Journal, Skipped
+from dvi.model.llama_path import DirectPath
 from tests.support.paths import ROOT
+from tests.support.pretend_device import DEVICE, PretendDevice
+from tests.support.recorded_graphs import capturing
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 ODD_PARTS = """
@@ -131,6 +137,27 @@ def test_its_results_are_those_of_every_question(tiny_check):
     assert found["learner", "budget 1.0, answer 1"]["num_steps"] > 0
     for arm in ("plain", "hf_generate", "hf_early_exit", "hf_prompt_lookup"):
         assert found["rivals", f"{arm}, 1 rows"]["tokens_per_s"] > 0
+
+
+def test_its_parts_run_on_a_device_that_is_not_the_cpu():
+    """Catches a check that fails on the one machine where it counts, by what only a device that is no CPU shows.
+
+    Graphs are recorded calls, so eager rounds and replays are held against each other as there.
+    """
+    check, found = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/gpu_check.py"))), {}
+    box = SimpleNamespace(left_s=60.0, has_time=lambda: True, result=lambda name, **facts: found.update({name: facts}))
+    asked, device = check.Asked(DEVICE, torch.bfloat16, True), PretendDevice()
+    generator = torch.Generator  # which the pretended device has none of
+    with (
+        device, capturing(device) as graphs, mock.patch.object(DirectPath, "supports", lambda model: True),
+        mock.patch.object(torch, "Generator", lambda device="cpu": generator()),
+    ):  # fmt: skip
+        with pytest.raises(Skipped, match="need a CUDA device, asked for lazy"):
+            check.check_graphs(asked, box)
+        check.check_plain(asked, box)
+    assert [found[f"torch.bfloat16, T = {t}"]["num_different"] for t in (0, 1, 4, 8)] == [0] * 4
+    assert sum(one.num_replays for one in graphs) > 5
+    assert found["2 rows"]["tokens_per_s"] > 0
 
 
 def test_the_tests_that_need_a_gpu_are_found_where_they_lie():

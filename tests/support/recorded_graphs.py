@@ -8,14 +8,17 @@ size of what it allocates, the address of what it reads) or where the two come t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+import dvi.decode.batch
 from tests.support.pretend_device import Call, OnDevice, PretendDevice
 
 Result = TypeVar("Result")
@@ -79,6 +82,19 @@ class RecordedGraphs:
             for output, new in zip(outputs, again, strict=True):
                 if _memory(output) != _memory(new):
                     output.copy_(new)
+
+
+@contextmanager
+def capturing(device: PretendDevice) -> Iterator[list[RecordedGraphs]]:
+    """Rounds of the lean path are captured; the graphs of every batch since."""
+    made: list[RecordedGraphs] = []
+
+    def make() -> RecordedGraphs:
+        made.append(RecordedGraphs(device))
+        return made[-1]
+
+    with mock.patch.multiple(dvi.decode.batch, can_capture=lambda split: split.path == "direct", RoundGraphs=make):
+        yield made
 
 
 def _described(calls: list[Call]) -> list[tuple[tuple, str]]:

@@ -46,7 +46,7 @@ def tokens_of(
 ) -> list[list[int]]:
     """What two rows of unequal length have after two rounds, within `without_waits`."""
     batch = speculator_of(where, **options).open_batch(max_rows=2, policy=FixedLength(2), wants_transitions=True)
-    with device.without_waits():
+    with device.without_waits(where):
         for index, prompt in enumerate(([5, 9, 33, 2, 7, 8, 1], [7])):
             batch.admit(sequence_of(index, prompt, params_of(sampling)))
         for _ in range(2):

@@ -114,13 +114,10 @@ def test_log_probabilities_are_one_more_wait_for_each_row(device):
         batch = batch_of(speculator_on(where, "views"), FixedLength(3), max_rows=2)
         for index, prompt in enumerate(PROMPTS[:2]):
             batch.admit(Sequence(index, prompt, params_of("greedy"), lambda _: None, 12, num_logprobs=3))
-        if where == DEVICE:
-            with device.without_waits():
-                batch.round()
-            assert device.count("to_host") == 1 + 2
-        else:
+        with device.without_waits(where):
             batch.round()
         texts[where] = [sequence.logprobs for sequence in batch.sequences]
+    assert device.count("to_host") == 1 + 2
     assert texts["cpu"] == texts[DEVICE] and len(texts["cpu"][0][0].top) == 3
 
 
@@ -130,7 +127,7 @@ def test_rows_that_were_read_in_another_order_trade_places_without_a_wait(device
     for where in ("cpu", DEVICE):
         batch = batches[where] = batch_of(speculator_on(where, "views"), FixedLength(3), max_rows=2)
         sequences = [sequence_of(index, prompt, params_of("greedy")) for index, prompt in enumerate(PROMPTS[::-1][:2])]
-        with device.without_waits():
+        with device.without_waits(where):
             for sequence in sequences:
                 batch.open(sequence)
             batch.prefill(sequences[0], 2)

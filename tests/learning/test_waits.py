@@ -58,7 +58,7 @@ def test_a_learner_beside_serving_is_the_cpus(device, name, changes):
     for where in ("cpu", DEVICE):
         speculator = new_speculator(where, "views", draft_vocab_size=24)
         trainer = OnlineTrainer(speculator, dataclasses.replace(SETTINGS, **changes))
-        with device.without_waits() as transfers:
+        with device.without_waits(where) as transfers:
             texts = decoded(speculator, trainer, name)
         places = {place.split(":")[0] for function, place in transfers if function == "to_host"}
         outcomes.append((texts, trainer.num_steps, [version.source for version in trainer.versions()]))
@@ -120,9 +120,9 @@ def test_a_replay_of_several_tenants_evicts_samples_and_forgets_without_a_look(d
         dataclasses.replace(stretch(index), request_id=index % 5, tenant=f"tenant {index % 3}") for index in range(100)
     ]
     batches = []
-    for buffer in (on_cpu, there):
+    for buffer, where in ((on_cpu, "cpu"), (there, DEVICE)):
         given = stretches if buffer is on_cpu else [moved(one) for one in stretches]
-        with device.without_waits():
+        with device.without_waits(where):
             for first in range(0, 100, 10):
                 buffer.add(*given[first : first + 10])
             num_reads = device.count("to_host")

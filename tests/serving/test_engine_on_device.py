@@ -44,7 +44,7 @@ def test_a_server_s_answers_are_those_of_the_cpu_and_nothing_else_is_waited_for(
                 prefix_positions=4 * PREFIX_CHUNK, costs=COSTS,
             )
             answers[where] = {index: [] for index in range(6)}
-            with device.without_waits() as transfers:
+            with device.without_waits(where) as transfers:
                 engine.add_all(requests())
                 while engine.has_work:
                     for output in engine.step().outputs:

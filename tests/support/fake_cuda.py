@@ -38,7 +38,11 @@ class _WithoutDriver(TorchFunctionMode):
         if func is Tensor.__setitem__:
             tensor, tensors = _viewed(*args[:2])
             value = args[2] if isinstance(args[2], Tensor) else tensor.new_full((), args[2])
-            return _aten.index_put_(tensor, tensors, value) if tensors else tensor.copy_(value)
+            if tensors:
+                return _aten.index_put_(tensor, tensors, value)
+            # A copy into a slice cannot be faked. It has no result: what fits is all there is to say of it.
+            assert value.expand_as(tensor).device == tensor.device
+            return None
         if func is Tensor.__invert__:
             return args[0].bitwise_not()
         if func is Tensor.pin_memory:

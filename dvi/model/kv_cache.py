@@ -2,7 +2,8 @@
 
 Knows rows, positions and lengths; knows nothing of tokens or layers' meaning. Two words: a row's *length* is the number
 of committed positions; a *placement* says where the Q positions of one forward pass go. Writing past the length is
-free and harmless: `commit` decides what survives, the rest is masked out and overwritten later.
+free and harmless: `commit` decides what survives, the rest is masked out and overwritten later. The nodes of a draft
+tree lie side by side behind the length; `commit_paths` moves those that survive together.
 """
 # B rows, Q query positions of one pass, S cached positions.
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dvi.model.transfers import to_device
+from dvi.model.tree import PlacedTree, Tree
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]  # by layer
 
@@ -26,38 +28,49 @@ class Placement:
     """Where one forward pass writes and what it may see. Shared by all layers of the pass.
 
     rows          the cache rows the pass runs over, B of them.
-    positions_BQ  int64 absolute positions of the queries.
+    positions_BQ  int64 absolute positions of the queries in the text.
+    slots_BQ      int64 columns of the cache that they write: the same, but for a tree's nodes.
     visible       number of cache slots the pass attends over, from slot 0; a host number, so shapes stay on the host.
     slots         the written columns as a slice when every row writes the same ones, else None.
+    tree          what the queries see of the draft tree whose nodes they are; None for a chain.
     """
 
     rows: slice
     positions_BQ: Tensor
+    slots_BQ: Tensor
     visible: int
     slots: slice | None
+    tree: PlacedTree | None = None
     _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     @property
     def is_trivially_causal(self) -> bool:
         """True when one query sees exactly every visible slot, so that no mask is needed."""
-        return self.slots is not None and self.slots.stop - self.slots.start == 1 and self.slots.stop == self.visible
+        is_one_query = self.slots is not None and self.slots.stop - self.slots.start == 1
+        return is_one_query and self.slots.stop == self.visible and self.tree is None
 
     def mask_B1QS(self, *, window: int | None = None, dtype: torch.dtype = torch.bool) -> Tensor:
-        """What each query may attend to: slots at or before its own position, at most `window` of them.
+        """What each query may attend to: slots at or before its own position, at most `window` of them; of a tree's
+        nodes its ancestors alone.
 
         dtype bool: True = attend (SDPA). A float dtype: 0 or the dtype's lowest value, to be added (eager attention).
         """
         key = (window, dtype)
         if key not in self._masks:
-            slot_S = torch.arange(self.visible, device=self.positions_BQ.device)
-            distance_BQS = self.positions_BQ[:, :, None] - slot_S
-            mask = distance_BQS >= 0
+            distance_BQS = self.positions_BQ[:, :, None] - self.key_position_BS()[:, None]
+            mask = distance_BQS >= 0 if self.tree is None else self.tree.is_seen_BQS(self.visible)
             if window is not None:
-                mask &= distance_BQS < window
+                mask = mask & (distance_BQS < window)
             if dtype != torch.bool:
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
             self._masks[key] = mask[:, None]
         return self._masks[key]
+
+    def key_position_BS(self) -> Tensor:
+        """The position in the text of what each visible slot holds, [B, S] or, where all rows agree, [1, S]."""
+        if self.tree is None:
+            return torch.arange(self.visible, device=self.positions_BQ.device)[None]
+        return self.tree.position_BS(self.visible)
 
 
 class RollbackCache:
@@ -80,11 +93,15 @@ class RollbackCache:
         self._row_index_B1 = torch.arange(rows, device=device)[:, None]
         self._column_S = torch.arange(capacity, device=device)
 
-    def place(self, *, offset: int, width: int, rows: slice | None = None, visible: int | None = None) -> Placement:
+    def place(
+        self, *, offset: int, width: int, rows: slice | None = None, visible: int | None = None,
+        tree: Tree | None = None,
+    ) -> Placement:
         """The placement of `width` positions starting `offset` past the length of each row in `rows` (default: all).
 
         visible: slots to attend over; default is just enough for the furthest row. Fixed-shape callers (exact mode,
-        CUDA graphs) pass their own. Raises ValueError when the furthest row would not fit.
+        CUDA graphs) pass their own. tree: of B rows; the positions are its nodes offset .. offset + width - 1, whose
+        ancestors have been written or are among them. Raises ValueError when the furthest row would not fit.
         """
         rows = slice(0, self.rows) if rows is None else rows
         lengths = self.lengths[rows]
@@ -98,13 +115,17 @@ class RollbackCache:
         if self.device.type == "cpu" and len(set(lengths)) == 1:
             start = lengths[0] + offset
             slots = slice(start, start + width)
-            positions_BQ = self._column_S[slots].expand(len(lengths), width)
+            slots_BQ = self._column_S[slots].expand(len(lengths), width)
         else:
             slots = None
-            positions_BQ = self.lengths_B[rows, None] + self._column_S[offset : offset + width]
+            slots_BQ = self.lengths_B[rows, None] + self._column_S[offset : offset + width]
         if visible is None:
             visible = end if self.device.type == "cpu" else min(-(-end // VISIBLE_STEP) * VISIBLE_STEP, self.capacity)
-        return Placement(rows=rows, positions_BQ=positions_BQ, visible=visible, slots=slots)
+        if tree is None:
+            return Placement(rows, slots_BQ, slots_BQ, visible, slots)
+        nodes, lengths_B = slice(offset, offset + width), self.lengths_B[rows]
+        placed = PlacedTree(tree.depths_BN, tree.ancestors_BN[:, nodes], lengths_B)
+        return Placement(rows, lengths_B[:, None] + tree.depths_BN[:, nodes], slots_BQ, visible, slots, placed)
 
     def buffers(self, layer: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All that a layer's keys and values are stored in, each [rows, H, capacity, d] and contiguous."""
@@ -124,9 +145,9 @@ class RollbackCache:
         else:
             # A layer of a model spread over devices need not sit where the token ids do.
             row_B1 = self._row_index_B1[: keys.shape[0]].to(keys.device)
-            positions_BQ = placement.positions_BQ.to(keys.device)
-            keys[row_B1, :, positions_BQ] = keys_BHQD.transpose(1, 2)
-            values[row_B1, :, positions_BQ] = values_BHQD.transpose(1, 2)
+            slots_BQ = placement.slots_BQ.to(keys.device)
+            keys[row_B1, :, slots_BQ] = keys_BHQD.transpose(1, 2)
+            values[row_B1, :, slots_BQ] = values_BHQD.transpose(1, 2)
         return keys[:, :, : placement.visible], values[:, :, : placement.visible]
 
     def write_stacked(self, layer: int, stacked_2HQD: Tensor, placement: Placement) -> Tensor:
@@ -154,6 +175,18 @@ class RollbackCache:
         rows = slice(0, self.rows) if rows is None else rows
         lengths[rows] = [old + new for old, new in zip(lengths[rows], num_tokens, strict=True)]
         self.set_lengths(lengths)
+
+    def commit_paths(self, paths: list[list[int]], *, rows: slice | None = None) -> None:
+        """Keeps the nodes on one path of each row's tree, the root first, and moves them together in all layers."""
+        rows = slice(0, self.rows) if rows is None else rows
+        for row, path in zip(range(self.rows)[rows], paths, strict=True):
+            if path == list(range(len(path))):
+                continue  # they stand where they will stay
+            start, stop = self.lengths[row], self.lengths[row] + len(path)
+            slots = to_device([start + node for node in path], self.device)
+            for buffer in itertools.chain.from_iterable(self._buffers.values()):
+                buffer[row, :, start:stop] = buffer[row].index_select(1, slots.to(buffer.device))
+        self.commit([len(path) for path in paths], rows=rows)
 
     def open_row(self, row: int, capacity: int) -> None:
         """Empties a row for a sequence of up to `capacity` positions; buffers grow (and move) only if they must."""

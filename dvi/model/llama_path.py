@@ -78,7 +78,7 @@ class PassPlace:
         self.rows, self.width = placement.positions_BQ.shape
         self._packing = packing
         self.is_single_row = self.rows == 1 and placement.slots is not None and packing is None
-        if self.is_single_row:
+        if self.is_single_row and placement.tree is None:
             self.cos_Md, self.sin_Md = cos_Sd[placement.slots], sin_Sd[placement.slots]
         else:
             positions_M = placement.positions_BQ.reshape(-1)

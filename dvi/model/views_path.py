@@ -209,9 +209,11 @@ def _placed_mask(
         return None
     positions_BQ = placement.positions_BQ
     row_B = torch.arange(positions_BQ.shape[0], device=positions_BQ.device)
-    slot_S = torch.arange(placement.visible, device=positions_BQ.device)
+    key_position_B11S = placement.key_position_BS()[:, None, None]
     head = 0  # the rules of decoders do not depend on it
-    mask_B1QS = mask_function(row_B[:, None, None, None], head, positions_BQ[:, None, :, None], slot_S)
+    mask_B1QS = mask_function(row_B[:, None, None, None], head, positions_BQ[:, None, :, None], key_position_B11S)
+    if placement.tree is not None:  # by position alone a node would see its siblings
+        mask_B1QS = mask_B1QS & placement.tree.is_seen_BQS(placement.visible)[:, None]
     if is_additive:
         return torch.zeros_like(mask_B1QS, dtype=dtype).masked_fill_(~mask_B1QS, torch.finfo(dtype).min)
     return mask_B1QS

@@ -394,7 +394,10 @@ struct Layer {
 struct Pass {
   int32_t rows, width, heads, kv_heads, head_dim, capacity, threads;
   float scale;
-  const int64_t *cache_rows, *positions;  // [M]
+  const int64_t *cache_rows, *positions, *slots;  // [M]: the cache row, position in the text, and column to write
+  // [M], null without a draft tree: bit i of `ancestors` is set where node i of the row's tree, whose column is
+  // `lengths` + i, is the query's node or above it.
+  const int64_t *ancestors, *lengths;
   const float *cos, *sin;                 // [S, d], the sine signed as rotate_half wants it
   char *inputs, *mixed;                   // [M, widest] of X; [M, widest of qkv and gate_up] float32
   float *sums, *scores;                   // [M, widest / 32]; [threads, 4, capacity + 16]
@@ -412,13 +415,13 @@ void rotate(float* x, int d, const float* cos, const float* sin) {
 template <class X> void settle(const Layer& layer, const Pass& pass, int m, X* keys, X* values) {
   const int d = pass.head_dim, H = pass.heads, G = pass.kv_heads;
   float* row = (float*)pass.mixed + size_t(m) * (H + 2 * G) * d;
-  const int64_t position = pass.positions[m];
+  const int64_t position = pass.positions[m], slot = pass.slots[m];
   for (int h = 0; h < H + G; h++) {
     if (layer.q_gain) rms_norm(row + h * d, h < H ? layer.q_gain : layer.k_gain, layer.qk_eps, d, row + h * d);
     rotate(row + h * d, d, pass.cos + position * d, pass.sin + position * d);
   }
   for (int g = 0; g < G; g++) {
-    const size_t at = ((size_t(pass.cache_rows[m]) * G + g) * pass.capacity + position) * d;
+    const size_t at = ((size_t(pass.cache_rows[m]) * G + g) * pass.capacity + slot) * d;
     for (int i = 0; i < d; i += L) {
       store(keys + at + i, load(row + (H + g) * d + i));
       store(values + at + i, load(row + (H + G + g) * d + i));
@@ -444,15 +447,38 @@ inline Lanes sums_of(const Lanes (&x)[L]) {
 #endif
 }
 
-// scores [L] = query times each of L keys; rows of `keys` past the last one repeat it.
-template <int PARTS, class X> inline Lanes scores_of(const X* q, const X* keys, int last, int d) {
+// What a query sees, in the order of the text: the columns of its row, in which the nodes of a draft tree lie apart.
+struct Sight {
+  int start, count, committed;  // the first column, how many are seen, and where those of a tree begin
+  int first;                    // columns from `start` to here stand before the window
+  uint8_t path[64];             // the nodes seen, from the root on
+
+  Sight(const Pass& pass, int m, int window) {
+    const int position = int(pass.positions[m]);
+    first = window ? std::max(0, position - window + 1) : 0;
+    start = first / L * L;
+    count = position - start + 1;
+    committed = pass.ancestors ? int(pass.lengths[m]) : position + 1;
+    if (pass.ancestors) {
+      int n = 0;
+      for (uint64_t left = pass.ancestors[m]; left; left &= left - 1) path[n++] = __builtin_ctzll(left);
+    }
+  }
+  size_t column(int i) const {
+    const int at = start + i;
+    return at < committed ? at : committed + path[at - committed];
+  }
+};
+
+// scores [L] = query times each of L keys from the s-th on; behind the last one it is repeated.
+template <int PARTS, class X> inline Lanes scores_of(const X* q, const X* keys, const Sight& sight, int s, int d) {
   Lanes products[L];
 #ifdef __AVX512BF16__
   if constexpr (sizeof(X) == 2 && PARTS > 0) {  // d = 32 PARTS: the query stays in registers
     __m512bh query[PARTS];
     for (int j = 0; j < PARTS; j++) query[j] = (__m512bh)words(q + j * 2 * L);
     for (int i = 0; i < L; i++) {
-      const X* k = keys + size_t(std::min(i, last)) * d;
+      const X* k = keys + sight.column(std::min(s + i, sight.count - 1)) * d;
       products[i] = zeros();
       for (int j = 0; j < PARTS; j++) products[i] = _mm512_dpbf16_ps(products[i], query[j], (__m512bh)words(k + j * 2 * L));
     }
@@ -460,23 +486,24 @@ template <int PARTS, class X> inline Lanes scores_of(const X* q, const X* keys, 
   }
 #endif
   for (int i = 0; i < L; i++) {
-    const X* k = keys + size_t(std::min(i, last)) * d;
+    const X* k = keys + sight.column(std::min(s + i, sight.count - 1)) * d;
     products[i] = zeros();
     for (int j = 0; j < d; j += L) products[i] = fma(load(q + j), load(k + j), products[i]);
   }
   return sums_of(products);
 }
 
-// out [HEADS][32 PARTS of d] = weighted sums of `count` values, in order of the slots, for heads that share them.
+// out [HEADS][32 PARTS of d] = weighted sums of the values, in the order of the text, for heads that share them.
 template <int HEADS, int PARTS, class X>
-inline void weighted(const float* weights, size_t stride, const X* values, int count, int d, const float* scale, X* out) {
+inline void weighted(const float* weights, size_t stride, const X* values, const Sight& sight, int d, const float* scale, X* out) {
+  const int count = sight.count;
   Lanes mean[HEADS][2 * PARTS];
   for (auto& head : mean)
     for (Lanes& lanes : head) lanes = zeros();
 #ifdef __AVX512BF16__
   if constexpr (sizeof(X) == 2) {  // two slots at once: their weights as bfloat16 side by side, so are their values
     for (int s = 0; s < count; s += 2) {
-      const X *v = values + size_t(s) * d, *next = values + size_t(std::min(s + 1, count - 1)) * d;
+      const X *v = values + sight.column(s) * d, *next = values + sight.column(std::min(s + 1, count - 1)) * d;
       __m512bh weight[HEADS];
       for (int h = 0; h < HEADS; h++) {
         const __m128 both = _mm_castpd_ps(_mm_load_sd((const double*)(weights + h * stride + s)));
@@ -505,39 +532,36 @@ inline void weighted(const float* weights, size_t stride, const X* values, int c
       for (int h = 0; h < HEADS; h++) {
         const Lanes weight = all(weights[h * stride + s]);
         for (int j = 0; j < 2 * PARTS; j++)
-          mean[h][j] = fma(weight, load(values + size_t(s) * d + j * L), mean[h][j]);
+          mean[h][j] = fma(weight, load(values + sight.column(s) * d + j * L), mean[h][j]);
       }
   for (int h = 0; h < HEADS; h++)
     for (int j = 0; j < 2 * PARTS; j++) store(out + h * d + j * L, mul(mean[h][j], all(scale[h])));
 }
 
-// Query heads h .. h + HEADS - 1 of one row, which share a key/value head, over all that they may see: in order of the
-// slots, in blocks that begin at multiples of L. scores: HEADS rows of `stride`.
+// Query heads h .. h + HEADS - 1 of one row, which share a key/value head, over all that they may see: in the order of
+// the text, in blocks that begin at multiples of L. scores: HEADS rows of `stride`.
 template <int HEADS, class X>
 void attend(const Layer& layer, const Pass& pass, int m, int h, const X* keys, const X* values, float* scores, size_t stride, X* out) {
   const int d = pass.head_dim, H = pass.heads, G = pass.kv_heads;
-  const int position = int(pass.positions[m]);
-  const int first = layer.window ? std::max(0, position - layer.window + 1) : 0;
-  const int start = first / L * L, count = position - start + 1;
-  const size_t base = ((size_t(pass.cache_rows[m]) * G + h / (H / G)) * pass.capacity + start) * d;
+  const Sight sight(pass, m, layer.window);
+  const int count = sight.count;
+  const size_t base = (size_t(pass.cache_rows[m]) * G + h / (H / G)) * pass.capacity * d;
   const float* row = (const float*)pass.mixed + (size_t(m) * (H + 2 * G) + h) * d;
   X q[HEADS * MAX_HEAD_DIM];
   for (int i = 0; i < HEADS * d; i += L) store(q + i, load(row + i));
   Lanes top[HEADS];
   for (Lanes& lanes : top) lanes = all(-INFINITY);
   for (int s = 0; s < count; s += L) {
-    const X* block = keys + base + size_t(s) * d;
-    const int last = count - 1 - s;
     for (int i = 0; i < HEADS; i++) {
-      Lanes found = d == 64    ? scores_of<2>(q + i * d, block, last, d)
-                    : d == 128 ? scores_of<4>(q + i * d, block, last, d)
-                               : scores_of<0>(q + i * d, block, last, d);
+      Lanes found = d == 64    ? scores_of<2>(q + i * d, keys + base, sight, s, d)
+                    : d == 128 ? scores_of<4>(q + i * d, keys + base, sight, s, d)
+                               : scores_of<0>(q + i * d, keys + base, sight, s, d);
       found = mul(found, all(pass.scale));
-      if (last < L - 1 || start + s < first) {  // what lies past the query, or before its window
+      if (s + L > count || sight.start + s < sight.first) {  // what lies past the query, or before its window
         float some[L];
         store(some, found);
         for (int n = 0; n < L; n++)
-          if (n > last || start + s + n < first) some[n] = -INFINITY;
+          if (s + n >= count || sight.start + s + n < sight.first) some[n] = -INFINITY;
         found = load(some);
       }
       store(scores + i * stride + s, found);
@@ -556,8 +580,8 @@ void attend(const Layer& layer, const Pass& pass, int m, int h, const X* keys, c
     scale[i] = 1.0f / sum(total);
   }
   int i = 0;
-  for (; i + 4 * L <= d; i += 4 * L) weighted<HEADS, 2>(scores, stride, values + base + i, count, d, scale, out + i);
-  if (i < d) weighted<HEADS, 1>(scores, stride, values + base + i, count, d, scale, out + i);
+  for (; i + 4 * L <= d; i += 4 * L) weighted<HEADS, 2>(scores, stride, values + base + i, sight, d, scale, out + i);
+  if (i < d) weighted<HEADS, 1>(scores, stride, values + base + i, sight, d, scale, out + i);
 }
 
 template <class X> void gate(const float* both, int width, X* out) {

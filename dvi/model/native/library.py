@@ -57,7 +57,8 @@ class Pass(Structure):
     _fields_ = [
         ("rows", c_int32), ("width", c_int32), ("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
         ("capacity", c_int32), ("threads", c_int32), ("scale", c_float),
-        ("cache_rows", c_void_p), ("positions", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("cache_rows", c_void_p), ("positions", c_void_p), ("slots", c_void_p), ("ancestors", c_void_p),
+        ("lengths", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
         ("inputs", c_void_p), ("mixed", c_void_p), ("sums", c_void_p), ("scores", c_void_p),
     ]
 

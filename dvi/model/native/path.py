@@ -79,10 +79,14 @@ class NativePath:
             return x_MD
         first, num_rows = self._layers[0], len(x_MD)
         keys, values = self._addresses(blocks, cache)
-        positions_M = placement.positions_BQ.reshape(-1)
-        rows_M = _rows(placement.rows.start, placement.rows.stop, placement.positions_BQ.shape[1])
+        width, tree = placement.positions_BQ.shape[1], placement.tree
+        rows_M = _rows(placement.rows.start, placement.rows.stop, width)
+        of_queries = [rows_M, placement.positions_BQ.reshape(-1), placement.slots_BQ.reshape(-1)]
+        if tree is not None:
+            of_queries += [tree.ancestors_BQ.reshape(-1), tree.lengths_B.repeat_interleave(width)]
         if packing is not None:
-            positions_M, rows_M = positions_M[packing.kept_M], rows_M[packing.kept_M]
+            of_queries = [of_query.index_select(0, packing.kept_M) for of_query in of_queries]
+        of_queries = [of_query.contiguous() for of_query in of_queries]
         cos_Sd, sin_Sd = self._rotary_table(cache.capacity)
         threads = torch.get_num_threads()
         scratch = (
@@ -91,10 +95,10 @@ class NativePath:
             torch.empty(num_rows, self._widest_input // BLOCK),
             torch.empty(threads, 4, cache.capacity + L),
         )
-        tensors = (rows_M, positions_M.contiguous(), cos_Sd, sin_Sd, *scratch)
+        addresses = [of_query.data_ptr() for of_query in of_queries] + [None] * (5 - len(of_queries))
         the_pass = Pass(
             num_rows, x_MD.shape[1], first.num_heads, first.num_kv_heads, first.head_dim, cache.capacity, threads,
-            first.scale, *(tensor.data_ptr() for tensor in tensors),
+            first.scale, *addresses, *(tensor.data_ptr() for tensor in (cos_Sd, sin_Sd, *scratch)),
         )
         structs = ctypes.addressof(self._structs) + blocks.start * ctypes.sizeof(Layer)
         self._library.dvi_layers(structs, len(blocks), ctypes.byref(the_pass), keys, values, x_MD.data_ptr())

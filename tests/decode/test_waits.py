@@ -74,6 +74,26 @@ def test_a_round_moves_two_small_tensors(device, path, num_draft_tokens):
         assert (device.count("to_host"), device.count("to_device")) == (1, num_sent)
 
 
+@pytest.mark.parametrize("name", list(SAMPLING))
+@pytest.mark.parametrize("path", PATHS)
+def test_rounds_of_one_shape_allocate_alike(device, path, name):
+    """Catches a size that follows the texts' length: every round would be a new one to the allocator, and no graph.
+
+    Only where the cache shows rows another multiple of its step the sizes change.
+    """
+    batch = batch_of(speculator_on(DEVICE, path), ConfidenceStop(3, threshold=0.4), max_rows=2)
+    for index, prompt in enumerate(PROMPTS[:2]):
+        batch.admit(sequence_of(index, prompt, params_of(name, max_new_tokens=24)))
+    batch.round()
+    rounds = []
+    for _ in range(3):
+        with device.recorded() as calls:
+            batch.round()
+        rounds.append([call.size for call in calls if not call.place.startswith("dvi/decode/experience.py")])
+    assert len(rounds[0]) > 100
+    assert rounds[0] == rounds[1] == rounds[2]
+
+
 @pytest.mark.parametrize("policy", list(POLICIES))
 @pytest.mark.parametrize("name", list(SAMPLING))
 @pytest.mark.parametrize("path", PATHS)

@@ -101,6 +101,20 @@ def test_a_step_waits_three_times_and_a_publish_once(device, path):
     assert speculator.drafter.version > 0
 
 
+def test_steps_allocate_alike(device):
+    """Catches a batch whose size follows what the replay happens to hold."""
+    speculator = new_speculator(DEVICE, "direct")
+    changes = {"rounds_per_step": 10**6, "steps_per_canary": 100, "schedule": "kl_only"}
+    trainer = OnlineTrainer(speculator, dataclasses.replace(SETTINGS, **changes))
+    decoded(speculator, trainer)
+    steps = []
+    for _ in range(6):
+        with device.recorded() as calls:
+            trainer.step()
+        steps.append([call.size for call in calls])
+    assert len(steps[2]) > 100 and steps[2] == steps[4] and steps[3] == steps[5]
+
+
 def test_observing_waits_once_for_each_time_it_stores(device):
     """Catches a wait for every stretch: most of a round's cost, once rounds are graphs."""
     speculator = new_speculator(DEVICE, "direct")

@@ -97,6 +97,12 @@ class Call:
     outputs: object
     place: str
 
+    @property
+    def size(self) -> tuple:
+        """What it was and of what sizes its results are, for rounds that ought to be alike."""
+        outputs = [x for x in tree_flatten(self.outputs)[0] if isinstance(x, Tensor)]
+        return self.place, str(self.function), [tuple(x.shape) for x in outputs]
+
 
 class PretendDevice(TorchDispatchMode):
     """The mode. transfers: crossings inside `without_waits`, by function and calling line; see the module."""

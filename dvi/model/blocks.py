@@ -45,10 +45,6 @@ class Blocks:
         pairs_NBh = self.bytes_NBb[..., -BLOCK // 2 :]
         return torch.cat([pairs_NBh & 15, pairs_NBh >> 4], dim=-1).view(torch.int8)
 
-    @property
-    def is_finite(self) -> bool:
-        return bool(self.scale_NB.isfinite().all()) and (not self.is_4_bit or bool(self.low_NB.isfinite().all()))
-
     def reordered(self, rows_N: Tensor) -> Blocks:
         """With the rows in another order: whole rows, so nothing is quantised anew."""
         return Blocks(self.bytes_NBb[rows_N], self.kind)

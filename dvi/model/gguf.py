@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import re
 import struct
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -30,11 +32,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dvi.model.blocks import BYTES, Blocks
+
 SUFFIX = ".gguf"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 # llama.cpp's names of tokenizers that take every digit by itself and then split as GPT-2 does; transformers leaves the
 # digits together, which changes how spaces before them are split.
 DIGIT_SPLITTERS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+
+_LINEAR_NAMES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "output": "lm_head", "token_embd": "embedding",
+}  # fmt: skip
+_LINEAR = re.compile(rf"(?P<layers>(?:blk\.\d+\.)?)(?P<part>{'|'.join(_LINEAR_NAMES)})\.weight")
 
 Report = Callable[[int, int], None]  # told how many tensors are read, of how many
 
@@ -102,8 +113,13 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_model(path: Path, *, dtype: torch.dtype, report: Report | None = None) -> PreTrainedModel:
-    """The causal language model on the CPU, in eval mode, its weights dequantised to dtype."""
+def read_model(
+    path: Path, *, dtype: torch.dtype, with_blocks: bool = False, report: Report | None = None
+) -> PreTrainedModel:
+    """The causal language model on the CPU, in eval mode, its weights dequantised to dtype.
+
+    with_blocks: linear layers whose weight the file holds in `Blocks` have these too, as their attribute `blocks`.
+    """
     config = read_config(path)
     with _refusing(path), _reporting(report):
         quantised, info = AutoModelForCausalLM.from_pretrained(
@@ -118,7 +134,53 @@ def read_model(path: Path, *, dtype: torch.dtype, report: Report | None = None) 
     model = type(quantised).from_pretrained(None, config=config, state_dict=quantised.state_dict(), dtype=dtype)
     model.generation_config = generation_config
     model.config.name_or_path = str(path)
+    if with_blocks:
+        _attach(read_blocks(path, config), model)
     return model.eval()
+
+
+def read_blocks(path: Path, config: PretrainedConfig) -> dict[str, Blocks]:
+    """What the file holds as `Blocks` of a Llama-shaped model's linear layers, by their names, rows in their order.
+
+    Nearly nothing is read before it is used.
+    """
+    from transformers.integrations.gguf.dequant import GGML_NAME
+    from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
+
+    with _refusing(path):
+        header = GgufHeader.from_file(str(path))
+    found = {}
+    for name, lazy in load_gguf_state_dict(header).items():
+        match, kind = _LINEAR.fullmatch(name), GGML_NAME.get(lazy.ggml_type)
+        if match is None or kind not in BYTES:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a mapped file must not be written to
+            blocks = Blocks(torch.from_numpy(lazy.data).view(lazy.shape[0], -1, BYTES[kind]), kind)
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(match["part"])
+        if header.architecture == "llama" and heads is not None:
+            # llama.cpp rotates neighbours, transformers the two halves of a head.
+            blocks = blocks.reordered(torch.arange(lazy.shape[0]).view(heads, -1, 2).transpose(1, 2).flatten())
+        found[match["layers"].replace("blk", "model.layers") + _LINEAR_NAMES[match["part"]]] = blocks
+    embedding = found.pop(_LINEAR_NAMES["token_embd"], None)
+    if "output.weight" not in header.ggml_types and embedding is not None:
+        found[_LINEAR_NAMES["output"]] = embedding  # tied
+    return found
+
+
+def _attach(found: dict[str, Blocks], model: PreTrainedModel) -> None:
+    """Raises ValueError when none of them means the weights that the model has."""
+    used = 0
+    for name, blocks in found.items():
+        linear = model.get_submodule(name)
+        # Infinite and NaN scales, and whatever transformers should do to weights of this kind one day, show here.
+        if torch.equal(blocks.dequantised().to(linear.weight.dtype), linear.weight):
+            linear.blocks, used = blocks, used + 1
+    if not used:
+        raise ValueError(
+            f"{model.config.name_or_path} holds no block that transformers {transformers.__version__} reads as these "
+            "kernels do; take weights 'dense'"
+        )
 
 
 def _without_gguf(config: PretrainedConfig, path: Path) -> PretrainedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -38,10 +39,19 @@ def quantised(weight_NK: Tensor, kind: str) -> tuple[Blocks, Tensor]:
 
 def write_gguf(
     path: Path, *, seed: int = 0, architecture: str = "llama", splitter: str = "smollm", num_parts: int = 1,
-    without: tuple[str, ...] = (),
+    without: tuple[str, ...] = (), kinds: dict[str, str] | None = None,
+    before_writing: Callable[[PreTrainedModel], None] = lambda model: None, **model_options: object,
 ) -> PreTrainedModel:
-    """Writes a file and returns the model whose weights are in it. without: tensors that are left out."""
-    model = tiny_model("llama", vocab_size=len(TOKENS), seed=seed).float()
+    """Writes a file and returns the model whose weights are in it, before they were quantised.
+
+    without        tensors that are left out.
+    kinds          by the end of a tensor's name, without ".weight", how it is quantised, such as {"attn_q": "Q4_1"}.
+    before_writing  changes the model.
+    model_options  of `tiny_model`.
+    """
+    model = tiny_model("llama", **{"vocab_size": len(TOKENS), "seed": seed} | model_options).float()
+    with torch.no_grad():
+        before_writing(model)
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny")
@@ -69,7 +79,11 @@ def write_gguf(
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
     for name, weight in _tensors(model).items():
-        if name not in without:
+        kind = next((kind for end, kind in (kinds or {}).items() if name.endswith(f"{end}.weight")), None)
+        if kind is not None:
+            type_ = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, quantize(weight.numpy(), type_), raw_dtype=type_)
+        elif name not in without:
             writer.add_tensor(name, weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
 #error "these kernels need AVX2, FMA and F16C"
@@ -162,6 +163,7 @@ inline Lanes exponential(Lanes x) {
 //             nibble t of input parity p in group c belongs to input 8 c + 2 t + p
 //   INT8      [K/32] of { scale [L] float16, [16][L][2] int8 }
 enum Kind : int32_t { FLOAT32, BFLOAT16, INT4, INT8 };
+constexpr size_t INT4_BYTES = 4 * L + BLOCK * L / 2, INT8_BYTES = 2 * L + BLOCK * L;  // of a block in a panel
 
 struct Product {
   int32_t kind, n, k, padding;
@@ -173,8 +175,8 @@ inline size_t bytes_of_panel(const Product& p) {
   switch (p.kind) {
     case FLOAT32: return size_t(p.k) * L * 4;
     case BFLOAT16: return size_t(p.k) * L * 2;
-    case INT4: return size_t(p.k / BLOCK) * (4 * L + BLOCK * L / 2);
-    default: return size_t(p.k / BLOCK) * (2 * L + BLOCK * L);
+    case INT4: return size_t(p.k / BLOCK) * INT4_BYTES;
+    default: return size_t(p.k / BLOCK) * INT8_BYTES;
   }
 }
 
@@ -214,9 +216,14 @@ template <int T> inline Pair nibbles(Words w, int) { return Pair{nibble<4 * T>(w
 
 #ifdef __AVX512F__
 inline Pair int8_pair(const char* p) {
+#ifdef __AVX512BF16__
+  auto lanes = [](const char* q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q))); };
+  return (__m512i)_mm512_cvtne2ps_pbh(lanes(p + L), lanes(p));
+#else
   __m512i both = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
   Lanes even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(both, 16), 16));
   return pair_of(even, _mm512_cvtepi32_ps(_mm512_srai_epi32(both, 16)));
+#endif
 }
 #else
 inline Pair int8_pair(const char* p) {
@@ -262,31 +269,50 @@ inline void tile(const Product& p, const char* panel, const char* ahead, size_t 
     const uint32_t* x = (const uint32_t*)in.x + size_t(m0) * (p.k / 2);
     const int blocks = p.k / BLOCK;
     const auto table = nibble_table();
+    constexpr size_t step = KIND == INT4 ? INT4_BYTES : INT8_BYTES;
     for (int i = 0; i < blocks; i++) {
-      for (int b = 0; b < NB; b++) {
-        const char* q = panel + b * bytes + i * (bytes / blocks);
-        const Lanes scale = from_float16((const uint16_t*)q);
-        Lanes block[R];
-        for (int r = 0; r < R; r++) block[r] = zeros();
-        const uint32_t* x_block = x + i * (BLOCK / 2);
-        if constexpr (KIND == INT4) {
-          for (int c = 0; c < 4; c++) {
-            const Words w = words(q + 4 * L + c * 64);
-            const Pair pairs[4] = {nibbles<0>(w, table), nibbles<1>(w, table), nibbles<2>(w, table), nibbles<3>(w, table)};
-            for (int t = 0; t < 4; t++)
-              for (int r = 0; r < R; r++)
-                block[r] = multiply_add(block[r], Input(x_block[size_t(r) * (p.k / 2) + 4 * c + t]), pairs[t]);
-          }
-          const Lanes low = from_float16((const uint16_t*)q + L);
-          for (int r = 0; r < R; r++) y[b][r] = fma(low, all(in.sums[size_t(m0 + r) * blocks + i]), y[b][r]);
-        } else {
-          for (int t = 0; t < BLOCK / 2; t++) {
-            const Pair w = int8_pair(q + 2 * L + t * 2 * L);
-            for (int r = 0; r < R; r++)
-              block[r] = multiply_add(block[r], Input(x_block[size_t(r) * (p.k / 2) + t]), w);
-          }
+      const char* q = panel + i * step;
+      for (int b = 0; b < NB; b++)
+        for (size_t at = 0; at < step; at += 64) _mm_prefetch(q + (NB + b) * bytes + at, _MM_HINT_T0);
+      const uint32_t* x_block = x + i * (BLOCK / 2);
+      Lanes block[NB][R];
+      for (int b = 0; b < NB; b++)
+        for (int r = 0; r < R; r++) block[b][r] = zeros();
+      auto add_pair = [&](int t, const Pair (&w)[NB]) {
+        for (int r = 0; r < R; r++) {
+          const Input input(x_block[size_t(r) * (p.k / 2) + t]);
+          for (int b = 0; b < NB; b++) block[b][r] = multiply_add(block[b][r], input, w[b]);
         }
-        for (int r = 0; r < R; r++) y[b][r] = fma(scale, block[r], y[b][r]);
+      };
+      if constexpr (KIND == INT4) {
+        for (int c = 0; c < 4; c++) {
+          Words w[NB];
+          for (int b = 0; b < NB; b++) w[b] = words(q + b * bytes + 4 * L + c * 64);
+          auto add_nibbles = [&](auto t) {
+            Pair pairs[NB];
+            for (int b = 0; b < NB; b++) pairs[b] = nibbles<t.value>(w[b], table);
+            add_pair(4 * c + t.value, pairs);
+          };
+          add_nibbles(std::integral_constant<int, 0>());
+          add_nibbles(std::integral_constant<int, 1>());
+          add_nibbles(std::integral_constant<int, 2>());
+          add_nibbles(std::integral_constant<int, 3>());
+        }
+      } else {
+        for (int t = 0; t < BLOCK / 2; t++) {
+          Pair pairs[NB];
+          for (int b = 0; b < NB; b++) pairs[b] = int8_pair(q + b * bytes + 2 * L + t * 2 * L);
+          add_pair(t, pairs);
+        }
+      }
+      for (int b = 0; b < NB; b++) {
+        const uint16_t* scales = (const uint16_t*)(q + b * bytes);
+        const Lanes scale = from_float16(scales);
+        if constexpr (KIND == INT4) {
+          const Lanes low = from_float16(scales + L);
+          for (int r = 0; r < R; r++) y[b][r] = fma(low, all(in.sums[size_t(m0 + r) * blocks + i]), y[b][r]);
+        }
+        for (int r = 0; r < R; r++) y[b][r] = fma(scale, block[b][r], y[b][r]);
       }
     }
   }
@@ -342,12 +368,16 @@ void share(const Product& p, const Inputs& in, int M, float* y, bool accumulate,
   const int count = (p.n + L - 1) / L;
   int first = int(int64_t(count) * thread / threads);
   const int end = int(int64_t(count) * (thread + 1) / threads);
+  // One or two rows of a quantised weight wait for memory, which is read fastest from end to end.
+  const bool by_two = KIND < INT4 || M > 2;
   while (first < end) {
-    if constexpr (KIND >= INT4) {
-      few_panels<KIND, 1, MAX_SUMS / 2>(p, first, in, M, y, accumulate), first += 1;
-    } else if (M <= MAX_SUMS / 6 && end - first >= 4) {
-      few_panels<KIND, 4, std::max(1, MAX_SUMS / 6)>(p, first, in, M, y, accumulate), first += 4;
-    } else if (end - first >= 2) {
+    if constexpr (KIND < INT4) {
+      if (M <= MAX_SUMS / 6 && end - first >= 4) {
+        few_panels<KIND, 4, std::max(1, MAX_SUMS / 6)>(p, first, in, M, y, accumulate), first += 4;
+        continue;
+      }
+    }
+    if (by_two && end - first >= 2) {
       few_panels<KIND, 2, MAX_SUMS / 2>(p, first, in, M, y, accumulate), first += 2;
     } else {
       few_panels<KIND, 1, MAX_SUMS / 2>(p, first, in, M, y, accumulate), first += 1;

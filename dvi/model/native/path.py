@@ -18,7 +18,7 @@ from dvi.model.blocks import BLOCK
 from dvi.model.kv_cache import Placement, RollbackCache
 from dvi.model.llama_path import DirectPath
 from dvi.model.native.library import Layer, Pass, load
-from dvi.model.native.weights import L, PackedWeight, multiply, pack
+from dvi.model.native.weights import L, PackedWeight, multiply, pack_linears
 from dvi.model.ragged import Packing
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -54,7 +54,7 @@ class NativePath:
             self._layers = [_NativeLayer(layer) for layer in inner.layers]
             self._structs = (Layer * len(self._layers))(*(layer.struct for layer in self._layers))
             head = model.get_output_embeddings()
-            self._head = pack(head.weight, head.bias)
+            self._head = pack_linears([head])
             self._final_gain_D, self._final_eps = inner.norm.weight.float().clone(), inner.norm.variance_epsilon
         first = self._layers[0]
         self._widest_input = max(weight.shape[1] for weight in first.weights)
@@ -163,11 +163,8 @@ class _NativeLayer:
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
         self.scale = attention.scaling
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        bias_N = None if projections[0].bias is None else torch.cat([p.bias for p in projections])
-        self.qkv = pack(torch.cat([p.weight for p in projections]), bias_N)
-        self.o = pack(attention.o_proj.weight)
-        self.gate_up = pack(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
-        self.down = pack(mlp.down_proj.weight)
+        self.qkv, self.o = pack_linears(projections), pack_linears([attention.o_proj])
+        self.gate_up, self.down = pack_linears([mlp.gate_proj, mlp.up_proj]), pack_linears([mlp.down_proj])
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         if hasattr(attention, "q_norm"):
             norms += [attention.q_norm, attention.k_norm]

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvi.model.blocks import BLOCK, Blocks
@@ -50,6 +50,15 @@ class PackedWeight:
 def can_pack(weight_NK: Tensor, dtype: torch.dtype) -> bool:
     """Whether `pack` takes such a weight in this dtype."""
     return weight_NK.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and weight_NK.shape[1] % 2 == 0
+
+
+def pack_linears(linears: Sequence[nn.Linear]) -> PackedWeight:
+    """Projections of the same input as one product: of blocks where all have some alike, else of their weights."""
+    bias_N = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    blocks = [linear.blocks for linear in linears if hasattr(linear, "blocks")]
+    if len(blocks) == len(linears) and len({part.is_4_bit for part in blocks}) == 1:
+        return pack_blocks(blocks, bias_N)
+    return pack(torch.cat([linear.weight for linear in linears]), bias_N)
 
 
 def pack(weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedWeight:

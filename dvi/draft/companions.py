@@ -208,5 +208,5 @@ def _copy_of(drafter: Drafter, *, is_published: bool = True) -> Drafter:
     head = drafter.draft_head
     kept = {id(tensor): tensor for tensor in head._frozen if tensor is not None}
     if not is_published:
-        kept[id(head._published)] = None
+        kept[id(head.served)] = None
     return copy.deepcopy(drafter, kept)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvi.model.served_weights import PackedProduct, ServedLinear, TransposedProduct, served_product
+from dvi.model.served_weights import PackedProduct, ServedLinear, TransposedProduct, anchored_logits, served_product
 from dvi.settings import DrafterSettings
 
 MAX_DEPTH = 16
@@ -89,7 +89,7 @@ class RmsGain(nn.Module):
 
     def __init__(self, gain_D: Tensor, eps: float) -> None:
         super().__init__()
-        self.gain = nn.Parameter(gain_D.detach().float().clone())
+        self.gain, self.eps = nn.Parameter(gain_D.detach().float().clone()), eps
         width = gain_D.shape[0]
         # 0-d tensors: a Python number costs a conversion at every call.
         self.register_buffer("_root_width", torch.tensor(math.sqrt(width)), persistent=False)
@@ -156,13 +156,13 @@ class DraftHead(nn.Module):
         self.register_buffer("draft_token_ids_V", None)
         # In a tuple, so that the frozen (and possibly tied) head is never a parameter, a buffer or part of a file.
         self._frozen = (head_weight.detach(), None if head_bias is None else head_bias.detach())
-        self._post_head = post_head
+        self.post_head = post_head
         self.scaling = alpha / rank
         device = head_weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, width, device=device))
         self.lora_B = nn.Parameter(torch.zeros(head_weight.shape[0], rank, device=device))
         nn.init.normal_(self.lora_A, std=1.0 / math.sqrt(width))
-        self._published: PackedProduct | TransposedProduct | None = None  # a learner's copy never pays for it
+        self.served: PackedProduct | TransposedProduct | None = None  # a learner's copy never pays for it
         if draft_token_ids_V is not None:
             self.trim(draft_token_ids_V)
 
@@ -187,37 +187,37 @@ class DraftHead(nn.Module):
         self._frozen = (weight[token_ids_V], None if bias is None else bias[token_ids_V])
         self.lora_B = nn.Parameter(self.lora_B.detach()[token_ids_V], requires_grad=self.lora_B.requires_grad)
         self.draft_token_ids_V = token_ids_V
-        self._published = None
+        self.served = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., V], float32, through the parameters."""
         weight, bias = self._frozen
         frozen = F.linear(x.to(weight.dtype), weight, bias).float()
-        return self._post_head(frozen + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling)
+        return self.post_head(frozen + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling)
 
     def frozen_logits(self, x: Tensor) -> Tensor:
         """The verifier's own logits of its final hidden states, [..., V] of the draft vocabulary alone."""
         weight, bias = self._frozen
-        return self._post_head(F.linear(x, weight, bias))
+        return self.post_head(F.linear(x, weight, bias))
 
     def published(self, x_BD: Tensor) -> Tensor:
         """Logits [B, V] through the published product of head and correction: one call."""
-        return self._post_head(self._published(x_BD))
+        return self.post_head(self.served(x_BD))
 
     def publish(self) -> None:
         weight, bias = self._frozen
-        if self._published is None:
-            self._published = served_product(weight, bias)
+        if self.served is None:
+            self.served = served_product(weight, bias)
         # In pieces: what is between head and buffer is float32, and stays in the cache of a CPU.
         pieces = zip(weight.split(PUBLISHED_ROWS), self.lora_B.detach().split(PUBLISHED_ROWS), strict=True)
         for index, (weight_nD, lora_B_nR) in enumerate(pieces):
             corrected_nD = weight_nD + (lora_B_nR @ self.lora_A.detach()) * self.scaling
-            self._published.write(corrected_nD, start=index * PUBLISHED_ROWS)
+            self.served.write(corrected_nD, start=index * PUBLISHED_ROWS)
 
     @property
     def published_buffer(self) -> Tensor | None:
         """The memory that publishing rewrites, see `dvi.model.served_weights`."""
-        return None if self._published is None else self._published.buffer
+        return None if self.served is None else self.served.buffer
 
     def to_token_ids(self, draft_ids: Tensor) -> Tensor:
         """Token ids of draft ids."""
@@ -306,12 +306,18 @@ class AnchoredDrafter(nn.Module):
         self.depth_bias = nn.Parameter(torch.zeros(MAX_DEPTH, hidden, device=device))
         self.to_hidden = ServedLinear(hidden, width, **served)
         nn.init.zeros_(self.to_hidden.weight)
+        self._is_one_call = False
 
     def begin(self, anchor_BD: Tensor) -> Tensor:
         """[depth, B, H]: everything the MLP needs of the anchor, for every depth."""
         return self.from_anchor.served(self.norm.unit(anchor_BD.float())) + self.depth_bias[:, None]
 
     def step(self, hidden_BD: Tensor, state: Tensor, depth: int) -> Tensor:
+        if self._is_one_call:
+            return self.draft_head.post_head(anchored_logits(
+                hidden_BD, state[depth], self.from_hidden.packed, self.to_hidden.packed, self.draft_head.served,
+                self.norm.gain, self.norm.eps,
+            ))
         hidden_BD = hidden_BD.float()
         unit_BD = self.norm.unit(hidden_BD)
         inner_BH = F.silu(self.from_hidden.served(unit_BD, state[depth]), inplace=True)
@@ -330,6 +336,9 @@ class AnchoredDrafter(nn.Module):
         LoraHeadDrafter.publish(self, source, version)
         for linear in (self.from_hidden, self.from_anchor, self.to_hidden):
             linear.serve()
+        is_packed = isinstance(self.draft_head.served, PackedProduct) and self.to_hidden.packed is not None
+        widths = self.from_hidden.weight.shape
+        self._is_one_call = is_packed and isinstance(self.norm, RmsGain) and not any(width % 16 for width in widths)
 
 
 class RecurrentDrafter(AnchoredDrafter):

@@ -4,7 +4,7 @@ fastest.
 Knows products and layouts; knows nothing of drafts. Packed for the kernels of `dvi.model.native` where those are,
 which read a bfloat16 head of 10,240 x 576 in .09 ms where one ordinary product takes .5 ms (see docs/benchmarks.md).
 """
-# N outputs, K inputs, M rows; n some of the N.
+# N outputs, K inputs, M rows; n some of the N. B rows, D hidden, H of the MLP, V draft vocabulary.
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from dvi.model.native.library import load
+from dvi.model.native.library import Drafter, load
 from dvi.model.native.weights import PackedWeight, can_pack, multiply, pack
 
 
@@ -21,22 +21,22 @@ class PackedProduct:
     """x W^T + b by the kernels, float32 [M, N]."""
 
     def __init__(self, library: ctypes.CDLL, weight: PackedWeight) -> None:
-        self._library, self._weight = library, weight
+        self.library, self.weight = library, weight
 
     def __deepcopy__(self, memo: dict) -> PackedProduct:  # the kernels' struct holds addresses
-        return PackedProduct(self._library, self._weight.clone())
+        return PackedProduct(self.library, self.weight.clone())
 
     def __call__(self, x_MK: Tensor) -> Tensor:
-        return multiply(self._library, self._weight, x_MK.to(self._weight.dtype))
+        return multiply(self.library, self.weight, x_MK.to(self.weight.dtype))
 
     def write(self, weight_nK: Tensor, *, start: int = 0) -> None:
         """From output `start` on, a multiple of 16; of any dtype."""
-        self._weight.write(weight_nK, start=start)
+        self.weight.write(weight_nK, start=start)
 
     @property
     def buffer(self) -> Tensor:
         """All the memory that it takes, at one address for good."""
-        return self._weight.buffer
+        return self.weight.buffer
 
 
 class TransposedProduct:
@@ -72,21 +72,40 @@ class ServedLinear(nn.Linear):
     def __init__(self, num_inputs: int, num_outputs: int, *, served_dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(num_inputs, num_outputs, bias=False, device=device)
         self._served_dtype = served_dtype
-        self._packed: PackedProduct | None = None  # a learner's copy never publishes and never pays for it
+        self.packed: PackedProduct | None = None  # a learner's copy never publishes and never pays for it
 
     def serve(self) -> None:
         """From now on `served` multiplies with the parameter as it stands."""
-        if self._packed is not None:
-            self._packed.write(self.weight.detach())
+        if self.packed is not None:
+            self.packed.write(self.weight.detach())
         elif (library := _library_for(self.weight, self._served_dtype)) is not None:
-            self._packed = PackedProduct(library, pack(self.weight.detach().to(self._served_dtype)))
+            self.packed = PackedProduct(library, pack(self.weight.detach().to(self._served_dtype)))
 
     def served(self, x_MK: Tensor, plus_MN: Tensor | None = None) -> Tensor:
         """x W^T, float32 [M, N], plus something."""
-        if self._packed is not None:
-            y_MN = self._packed(x_MK)
+        if self.packed is not None:
+            y_MN = self.packed(x_MK)
             return y_MN if plus_MN is None else y_MN.add_(plus_MN)
         return self(x_MK) if plus_MN is None else torch.addmm(plus_MN, x_MK, self.weight.t())
+
+
+def anchored_logits(
+    hidden_BD: Tensor, state_BH: Tensor, from_hidden: PackedProduct, to_hidden: PackedProduct, head: PackedProduct,
+    gain_D: Tensor, eps: float,
+) -> Tensor:
+    """Logits [B, V] of an anchored drafter's step in one call of the kernels: see `AnchoredDrafter.step`."""
+    num_rows, width = hidden_BD.shape
+    dtype, inner = head.weight.dtype, state_BH.shape[1]
+    inputs = torch.empty(num_rows, max(width, inner), dtype=dtype)
+    scratch = torch.empty(num_rows, inner), torch.empty(num_rows, width)
+    drafter = Drafter(
+        from_hidden.weight.product, to_hidden.weight.product, head.weight.product, gain_D.data_ptr(), eps, num_rows,
+        torch.get_num_threads(), inputs.data_ptr(), *(tensor.data_ptr() for tensor in scratch),
+    )
+    hidden_BD, state_BH = hidden_BD.to(dtype).contiguous(), state_BH.contiguous()
+    logits_BV = torch.empty(num_rows, head.weight.shape[0])
+    head.library.dvi_draft(ctypes.byref(drafter), hidden_BD.data_ptr(), state_BH.data_ptr(), logits_BV.data_ptr())
+    return logits_BV
 
 
 def _library_for(weight_NK: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:

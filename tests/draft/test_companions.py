@@ -189,7 +189,7 @@ def test_the_past_shares_the_frozen_head(kind):
     drafter, companion = random_drafter(split_of(), seed=1), kind()
     companion.follow(drafter, [])
     assert companion._past.draft_head._frozen[0] is drafter.draft_head._frozen[0]
-    assert companion._past.draft_head._published is not drafter.draft_head._published
+    assert companion._past.draft_head.served is not drafter.draft_head.served
 
 
 # --- a model of its own -----------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ import torch
 
 from dvi.model.native import library
 from dvi.model.served_weights import PackedProduct, ServedLinear, TransposedProduct, served_product
+from dvi.model.split import SplitModel
+from tests.support.drafter_doubles import random_drafter
+from tests.support.tiny_models import tiny_model
 
 KINDS = {"native": PackedProduct, "x86-64-v3": PackedProduct, "off": TransposedProduct}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float64: 1e-9}
@@ -75,3 +78,18 @@ def test_a_copy_has_memory_of_its_own(layout):
     before, copied = served(x_MK), copy.deepcopy(served)
     served.write(torch.zeros(32, 64))
     assert torch.equal(copied(x_MK), before) and not served(x_MK).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_anchored_step_in_one_call_gives_what_its_parts_give(dtype, layout, monkeypatch):
+    """Catches a depth's state read for another row's, and a part computed before what it reads is whole."""
+    model = tiny_model("llama", num_layers=2, hidden_size=64, vocab_size=200, dtype=dtype)
+    drafter = random_drafter(SplitModel(model, split_layer=1), seed=1)
+    hidden_BD, state = normal(3, 64).to(dtype), drafter.begin(normal(3, 64, seed=1).to(dtype))
+    assert drafter._is_one_call == (layout != "off")
+    whole = [drafter.step(hidden_BD, state, depth) for depth in range(3)]
+    monkeypatch.setattr(drafter, "_is_one_call", False)
+    for depth, logits_BV in enumerate(whole):
+        parts_BV = drafter.step(hidden_BD, state, depth)
+        assert (logits_BV - parts_BV).float().norm() / parts_BV.float().norm() < TOLERANCE[dtype]

@@ -614,12 +614,10 @@ void attend(const Layer& layer, const Pass& pass, int m, int h, const X* keys, c
   if (i < d) weighted<HEADS, 1>(scores, stride, values + base + i, sight, d, scale, out + i);
 }
 
+inline Lanes silu(Lanes x) { return mul(x, divide(all(1.0f), add(all(1.0f), exponential(mul(x, all(-1.0f)))))); }
+
 template <class X> void gate(const float* both, int width, X* out) {
-  for (int i = 0; i < width; i += L) {
-    const Lanes g = load(both + i);
-    const Lanes sigmoid = divide(all(1.0f), add(all(1.0f), exponential(mul(g, all(-1.0f)))));
-    store(out + i, mul(mul(g, sigmoid), load(both + width + i)));
-  }
+  for (int i = 0; i < width; i += L) store(out + i, mul(silu(load(both + i)), load(both + width + i)));
 }
 
 template <class X>
@@ -684,6 +682,52 @@ void run(const Layer* layers, int count, const Pass& pass, void* const* keys, vo
   }
 }
 
+// ---- A drafter's step -----------------------------------------------------------------------------------------------
+
+struct Drafter {
+  Product from_hidden, to_hidden, head;
+  const float* gain;
+  float eps;
+  int32_t rows, threads;
+  char* inputs;          // [M, wider of D and H] of X
+  float *inner, *normed; // [M, H], [M, D]
+};
+
+// logits = head(x), x = unit gain + to_hidden silu(from_hidden unit + state), unit = h / rms(h).
+template <class X> void draft(const Drafter& drafter, const X* hidden, const float* state, float* logits) {
+  const int M = drafter.rows, D = drafter.from_hidden.k, H = drafter.from_hidden.n;
+  X* inputs = (X*)drafter.inputs;
+  const Inputs in{inputs, nullptr};
+#pragma omp parallel num_threads(drafter.threads)
+  {
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (int m = thread; m < M; m += threads) {
+      const X* x = hidden + size_t(m) * D;
+      Lanes squares = zeros();
+      for (int i = 0; i < D; i += L) squares = fma(load(x + i), load(x + i), squares);
+      const Lanes scale = all(1.0f / std::sqrt(sum(squares) / D + drafter.eps));
+      for (int i = 0; i < D; i += L) {
+        const Lanes unit = mul(load(x + i), scale);
+        store(inputs + size_t(m) * D + i, unit);
+        store(drafter.normed + size_t(m) * D + i, mul(unit, load(drafter.gain + i)));
+      }
+    }
+#pragma omp barrier
+    multiply(drafter.from_hidden, in, M, drafter.inner, false, thread, threads);
+#pragma omp barrier
+    for (int m = thread; m < M; m += threads)
+      for (size_t i = size_t(m) * H; i < size_t(m + 1) * H; i += L)
+        store(inputs + i, silu(add(load(drafter.inner + i), load(state + i))));
+#pragma omp barrier
+    multiply(drafter.to_hidden, in, M, drafter.normed, true, thread, threads);
+#pragma omp barrier
+    for (int m = thread; m < M; m += threads)
+      for (size_t i = size_t(m) * D; i < size_t(m + 1) * D; i += L) store(inputs + i, load(drafter.normed + i));
+#pragma omp barrier
+    multiply(drafter.head, in, M, logits, false, thread, threads);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -710,9 +754,16 @@ void dvi_norm(const float* x, const float* gain, float eps, int rows, int width,
   }
 }
 
+// logits [M, V] float32 of hidden [M, D], float32 for float32 weights, else bfloat16; state [M, H] float32.
+void dvi_draft(const Drafter* drafter, const void* hidden, const float* state, float* logits) {
+  if (drafter->head.kind == FLOAT32) draft(*drafter, (const float*)hidden, state, logits);
+  else draft(*drafter, (const uint16_t*)hidden, state, logits);
+}
+
 // For the caller to hold its own layout against.
 int dvi_size_of_product() { return sizeof(Product); }
 int dvi_size_of_layer() { return sizeof(Layer); }
 int dvi_size_of_pass() { return sizeof(Pass); }
+int dvi_size_of_drafter() { return sizeof(Drafter); }
 
 }  // extern "C"

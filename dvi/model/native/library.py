@@ -63,6 +63,16 @@ class Pass(Structure):
     ]
 
 
+class Drafter(Structure):
+    """struct Drafter of kernels.cpp."""
+
+    _fields_ = [
+        ("from_hidden", Product), ("to_hidden", Product), ("head", Product),
+        ("gain", c_void_p), ("eps", c_float), ("rows", c_int32), ("threads", c_int32),
+        ("inputs", c_void_p), ("inner", c_void_p), ("normed", c_void_p),
+    ]
+
+
 def load() -> ctypes.CDLL | None:
     """The kernels, compiled now if they never were on this machine; None, with the reason in the log, without them."""
     wanted = os.environ.get(SWITCH, "native")
@@ -129,7 +139,8 @@ def _bound(library: ctypes.CDLL) -> ctypes.CDLL:
     library.dvi_layers.argtypes = [c_void_p, c_int32, POINTER(Pass), POINTER(c_void_p), POINTER(c_void_p), c_void_p]
     library.dvi_product.argtypes = [POINTER(Product), c_void_p, c_int32, c_void_p, c_void_p, c_int32]
     library.dvi_norm.argtypes = [c_void_p, c_void_p, c_float, c_int32, c_int32, c_int32, c_void_p]
-    for function in (library.dvi_layers, library.dvi_product, library.dvi_norm):
+    library.dvi_draft.argtypes = [POINTER(Drafter), c_void_p, c_void_p, c_void_p]
+    for function in (library.dvi_layers, library.dvi_product, library.dvi_norm, library.dvi_draft):
         function.restype = None
     return library
 

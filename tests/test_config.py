@@ -117,7 +117,7 @@ def test_all_wrong_values_are_reported_at_once():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.mode=exact", "model.dtype=bfloat16"], "model.mode 'exact' needs dtype float32 or float64"),
+        (["model.device=cpu", "model.placement=tensor"], "model.device must be 'auto' with placement 'tensor'"),
         (["data.prompts=a", "data.dataset=b"], "data.prompts and dataset must not both be given"),
         (["sampling.stop_strings=['']"], "sampling.stop_strings must be non-empty"),
         (["train.replay_positions=3"], "train.replay_positions must be at least block_len = 4, got 3"),

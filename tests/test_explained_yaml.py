@@ -50,7 +50,7 @@ def test_comments_stand_in_one_column_and_no_line_of_the_defaults_is_too_long():
 def test_a_key_with_choices_shows_them_and_what_its_section_says():
     """Catches a list of choices in a comment that the settings no longer have."""
     (line,) = (line for line in explained_yaml(TrainConfig()).splitlines() if line.startswith("  mode:"))
-    assert line.startswith("  mode: fast                       # fast | exact: ") and "token ids equal" in line
+    assert line.startswith("  mode: auto                       # auto | exact | fast: ") and "token ids equal" in line
 
 
 @pytest.mark.parametrize("section", sorted(SECTIONS, key=lambda section: section.__name__))

@@ -30,7 +30,7 @@ DtypeOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 ModeOption = Annotated[
-    Mode, typer.Option(help="exact: token ids equal plain decoding's, in float32 and float64.")
+    Mode, typer.Option(help="exact: token ids equal plain decoding's to the bit; auto: where that costs nothing.")
 ]
 SplitLayerOption = Annotated[
     int | None, typer.Option(help="Layers below it draft; default the adapter's, or one in sixteen.")

@@ -9,13 +9,18 @@ import dataclasses
 
 import torch
 
-from dvi.decode.precision import settle_dtype
+from dvi.decode.precision import Config, settle_dtype
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import make_rule
 from dvi.model.chat_templates import VICUNA_TEMPLATE
 from dvi.model.devices import check_settings
 from dvi.model.drafter import DrafterConfig
 from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
+
+
+def as_built(config: Config, speculator: SelfSpeculator) -> Config:
+    """The settings with the mode that "auto" turned out to be."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mode=speculator.mode))
 
 
 def build_speculator(

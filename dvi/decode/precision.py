@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dvi.config import setting_of_run
@@ -30,8 +31,9 @@ from dvi.draft.length_policies import FixedLength
 from dvi.hardware import describe_machine
 from dvi.measured import cache_folder, measured_path
 from dvi.model.adapter_store import read_manifest
-from dvi.model.devices import num_processes
+from dvi.model.devices import is_gpu, num_processes
 from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.exact import may_be_exact
 from dvi.model.native.library import kernels_version
 from dvi.model.pretrained import read_config, read_weights
 from dvi.model.split import SplitModel
@@ -96,9 +98,10 @@ def choose_dtype(
     """The name of the dtype that "auto" is: the first of these that applies.
 
     the adapter's, where one is given
-    bfloat16 on a GPU
-    float32 where nothing is to be weighed: exact mode, several processes (which must all choose alike) or devices, less
-        than MEASURED_PARAMETERS parameters, a model that cannot be split in bfloat16
+    bfloat16 on a GPU, float32 in exact mode
+    float32 where nothing is to be weighed: several processes (which must all choose alike) or devices, less than
+        MEASURED_PARAMETERS parameters, a model that cannot be split in bfloat16, or not decoded exactly in it where
+        that is asked for
     bfloat16 for a model that this machine's memory would not hold in both
     whichever decodes plainly faster, bfloat16 where they are alike: see `obtain_plain_speeds`
 
@@ -108,8 +111,9 @@ def choose_dtype(
     if ruled is not None:
         return ruled
     config = config or read_config(name_or_path, **source)
-    num_parameters = _count_parameters(config, source)
-    if num_parameters < MEASURED_PARAMETERS:
+    model = _shape_of(config, source)
+    num_parameters = _count_parameters(model)
+    if num_parameters < MEASURED_PARAMETERS or not _suits_bfloat16(model, mode, path):
         return "float32"
     if not _can_be_raced(num_parameters):
         return "bfloat16"
@@ -152,6 +156,8 @@ def known_dtype(
     ruled = _ruled_dtype(
         adapter=settings.drafter.adapter, device=model.device, placement=model.placement, mode=model.mode
     )
+    if ruled is None and not _suits_bfloat16(_shape_of(model_config, {}), model.mode, model.path_kind):
+        ruled = "float32"
     speeds = None if ruled else _read(_path_of(fingerprint_of(model_config, path=model.path_kind)))
     return ruled or (speeds and speeds.preferred)
 
@@ -162,8 +168,10 @@ def plain_lead(settings: ModelSettings, model_config: PretrainedConfig) -> float
     1 where there is nothing to weigh, as in `choose_dtype`.
     """
     ruled = _ruled_dtype(adapter=None, device=settings.device, placement=settings.placement, mode=settings.mode)
-    is_weighed = ruled is None and settings.dtype in ("float32", "bfloat16")
-    if not is_weighed or not _can_be_raced(_count_parameters(model_config, {})):
+    if ruled is not None or settings.dtype not in ("float32", "bfloat16"):
+        return 1.0
+    model = _shape_of(model_config, {})
+    if not (_can_be_raced(_count_parameters(model)) and _suits_bfloat16(model, settings.mode, settings.path_kind)):
         return 1.0
     speeds = obtain_plain_speeds(settings.path, model_config, path=settings.path_kind)
     return 1.0 if speeds is None else speeds.lead_over(settings.dtype)
@@ -173,11 +181,14 @@ def _ruled_dtype(*, adapter: str | Path | None, device: str, placement: str, mod
     """The dtype where neither the model nor a clock is asked; None where they are."""
     if adapter is not None:
         return read_manifest(adapter).dtype
-    if torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda":
+    if is_gpu(device):
         return "float32" if mode == "exact" else "bfloat16"
-    if mode == "exact" or placement != "single" or num_processes() > 1:
-        return "float32"
-    return None
+    return "float32" if placement != "single" or num_processes() > 1 else None
+
+
+def _suits_bfloat16(model: nn.Module, mode: str, path: str) -> bool:
+    """Whether a model of this shape can do on a CPU in bfloat16 what the mode asks for."""
+    return mode != "exact" or may_be_exact(model, torch.bfloat16, device="cpu", path=path)
 
 
 # Measuring
@@ -268,10 +279,14 @@ def _can_be_raced(num_parameters: int) -> bool:
     return MEASURED_PARAMETERS <= num_parameters <= MEMORY_SHARE * memory_bytes / BYTES_TO_MEASURE
 
 
-def _count_parameters(config: PretrainedConfig, source: dict[str, object]) -> int:
+def _shape_of(config: PretrainedConfig, source: dict[str, object]) -> nn.Module:
+    """The model without its weights."""
     with torch.device("meta"):
         trust = bool(source.get("trust_remote_code", False))
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+
+
+def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -59,7 +59,8 @@ class SelfSpeculator:
     """A causal language model cut at split_layer, its drafter, and the loop that decodes with them.
 
     Attributes: model, tokenizer, split, drafter, policy (a name of POLICIES), companion (of COMPANIONS),
-    num_draft_tokens, rule, mode; passes, the split model that decoding runs on: `split` itself, or its exact form.
+    num_draft_tokens, rule; passes, the split model that decoding runs on: `split` itself, or its padded form; mode,
+    "exact" or "fast": what is promised of its tokens.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class SelfSpeculator:
     ) -> None:
         """See `from_pretrained`. A tokenizer of None serves token ids only (no text, no stop strings)."""
         if mode not in MODES:
-            raise ValueError(f"mode must be {' or '.join(map(repr, MODES))}, got {mode!r}")
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         if companion not in COMPANIONS:

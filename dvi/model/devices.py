@@ -55,6 +55,11 @@ def load_model(
     return model.to(device) if placement == "single" else model
 
 
+def is_gpu(device: str) -> bool:
+    """Whether a setting's device, "auto" too, is a GPU."""
+    return torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda"
+
+
 def num_processes() -> int:
     """Processes of this job, by its process group or, before there is one, by its launcher."""
     return distributed.get_world_size() if distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
@@ -111,8 +116,8 @@ def _check_zero3(config: TrainConfig | ServeConfig | WarmupConfig) -> None:
             "for every token, and each rank must run as many passes as the one with the longest answer; try device_map "
             "or tensor, or learn from texts: dvi warmup with warmup.source=texts and eval.limit=0"
         )
-    if config.model.mode != "fast":
-        raise ValueError(f"model.mode must be 'fast' with model.placement 'zero3', got {config.model.mode!r}")
+    if config.model.mode == "exact":
+        raise ValueError("model.mode must be 'auto' or 'fast' with model.placement 'zero3', got 'exact'")
     if config.train.strategy != "ddp":
         raise ValueError(
             "train.strategy must be ddp with model.placement 'zero3', where DeepSpeed already holds the model, got "

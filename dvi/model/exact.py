@@ -12,9 +12,10 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dvi.model.padded import PaddedSplit
+from dvi.model.devices import is_gpu
+from dvi.model.padded import PADDED_DTYPES, PaddedSplit
 from dvi.model.ragged import Packing
 from dvi.model.split import SplitModel
 from dvi.progress import shown_as
@@ -45,12 +46,21 @@ def passes_for(split: SplitModel, mode: str) -> tuple[SplitModel | PaddedSplit, 
         return split, "fast"
 
 
+def may_be_exact(model: nn.Module, dtype: torch.dtype, *, device: str, path: str) -> bool:
+    """Whether there are passes to be checked for a model of this shape, which need have no weights."""
+    from dvi.model.native.path import NativePath
+
+    if is_gpu(device) or dtype in PADDED_DTYPES:
+        return True
+    return path in ("auto", "native") and NativePath.takes(model, dtype)
+
+
 def exact_passes(split: SplitModel) -> SplitModel | PaddedSplit:
     """The model's passes of the cheaper kind that there is. Raises ValueError, with the reason, where there is none."""
     if split.path == "native":
         check_bits(split)
         return split
-    if split.device.type == "cpu" and split.dtype not in (torch.float32, torch.float64):
+    if split.device.type == "cpu" and split.dtype not in PADDED_DTYPES:
         from dvi.model.native.path import NativePath
 
         raise ValueError(

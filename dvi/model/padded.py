@@ -22,6 +22,7 @@ CAPACITY_STEP = 64
 # 12: room for the longest draft of every policy and the token after it, and up to a multiple of 4. With 9 rows some
 # float64 matrix products on CPUs treat the last row differently from the others, and the self-check refuses.
 PADDED_WIDTH = 12
+PADDED_DTYPES = (torch.float32, torch.float64)  # on CPUs
 
 
 class RowCaches:
@@ -102,7 +103,7 @@ class PaddedSplit:
     path = "padded"  # none that CUDA graphs know: the caches of its rows come and go
 
     def __init__(self, split: SplitModel, *, width: int = PADDED_WIDTH) -> None:
-        if split.device.type == "cpu" and split.dtype not in (torch.float32, torch.float64):
+        if split.device.type == "cpu" and split.dtype not in PADDED_DTYPES:
             raise ValueError(f"passes are padded in float32 or float64, got {split.dtype}; use mode=fast")
         self._split = split
         self.fixed_width = width

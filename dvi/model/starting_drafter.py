@@ -20,10 +20,11 @@ from dvi.config import setting_of_run
 from dvi.durable import surviving_folder
 from dvi.model.adapter_store import MANIFEST_FILE, AdapterManifest, load_drafter, read_manifest
 from dvi.model.drafter import DrafterConfig, build_drafter
+from dvi.model.exact import may_be_exact
 from dvi.model.pretrained import read_config
 from dvi.model.split import SplitModel, fingerprint_of_head
 from dvi.progress import doing
-from dvi.settings import AUTO_ADAPTER, LearningSettings, ServeConfig, TrainConfig, WarmupConfig
+from dvi.settings import AUTO_ADAPTER, LearningSettings, ModelSettings, ServeConfig, TrainConfig, WarmupConfig
 
 Config = TypeVar("Config", bound=TrainConfig | ServeConfig | WarmupConfig)
 
@@ -79,8 +80,6 @@ def _why_not(adapter: str, config: Config, dtype: str | None) -> str | None:
         return f"it drafts from layer {manifest.split_layer}, model.split_layer is {model.split_layer}"
     if dtype not in (None, manifest.dtype):
         return f"it was trained in {manifest.dtype}, model.dtype is {dtype}"
-    if model.mode == "exact" and manifest.dtype not in ("float32", "float64"):
-        return f"it was trained in {manifest.dtype}, model.mode is exact, which needs float32 or float64"
     usual = type(config)().drafter
     for name, found in dataclasses.asdict(manifest.drafter).items():
         # Only what differs from its default was asked for.
@@ -88,11 +87,13 @@ def _why_not(adapter: str, config: Config, dtype: str | None) -> str | None:
             return f"its {name} is {found}, drafter.{name} is {getattr(config.drafter, name)}"
     trust = isinstance(config, ServeConfig) and config.serve.trust_remote_code
     with doing(f"looking whether {adapter} fits"):
-        return _why_not_of_model(manifest, model.path, trust_remote_code=trust)
+        return _why_not_of_model(manifest, model, trust_remote_code=trust)
 
 
-def _why_not_of_model(manifest: AdapterManifest, model_path: str, **source: object) -> str | None:
-    """Why the model is not the one that the drafter was trained with, as `load_drafter` would find with it loaded."""
+def _why_not_of_model(manifest: AdapterManifest, settings: ModelSettings, **source: object) -> str | None:
+    """Why the model is not the one that the drafter was trained with, as `load_drafter` would find with it loaded; or
+    does not decode so in its dtype."""
+    model_path, dtype = settings.path, getattr(torch, manifest.dtype)
     try:
         model_config = read_config(model_path, **source)
         with torch.device("meta"):
@@ -103,7 +104,9 @@ def _why_not_of_model(manifest: AdapterManifest, model_path: str, **source: obje
                 f"it was trained with {manifest.num_layers} layers of {manifest.architecture}, {model_path} has "
                 f"{num_layers} of {architecture}"
             )
-        fingerprint = _fingerprint_on_disk(Path(model_path), model, dtype=getattr(torch, manifest.dtype))
+        if settings.mode == "exact" and not may_be_exact(model, dtype, device=settings.device, path=settings.path_kind):
+            return f"it was trained in {manifest.dtype}, model.mode is exact, which this model is not in that here"
+        fingerprint = _fingerprint_on_disk(Path(model_path), model, dtype=dtype)
     except (AttributeError, OSError, SafetensorError, ValueError) as error:
         return f"{model_path} does not tell whether it fits ({error})"
     if fingerprint is None:

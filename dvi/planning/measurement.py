@@ -64,7 +64,7 @@ def fingerprint_of(speculator: SelfSpeculator) -> dict[str, str | int | float | 
     return {name: machine[name] for name in names} | {
         "model": hashlib.sha256(config.encode()).hexdigest()[:16],
         "parameters": sum(p.numel() for p in speculator.model.parameters()), "dtype": str(speculator.split.dtype),
-        "mode": speculator.mode, "path": speculator.split.path, "kernels": kernels_version(),
+        "width": speculator.passes.fixed_width, "path": speculator.split.path, "kernels": kernels_version(),
         "lossless": speculator.rule.is_lossless,
         "drafter": json.dumps(drafter, sort_keys=True), "draft_vocab_size": speculator.drafter.draft_head.vocab_size,
     }  # fmt: skip

@@ -25,6 +25,7 @@ from dvi.settings.choices import (
 from dvi.settings.decoding import (
     AUTO_ADAPTER,
     MACHINE_KEYS,
+    RESUMED_KEYS,
     DrafterSettings,
     DraftSettings,
     ModelSettings,
@@ -44,6 +45,7 @@ __all__ = [
     "MACHINE_KEYS",
     "MODES",
     "POLICIES",
+    "RESUMED_KEYS",
     "RIVALS",
     "SWITCHES",
     "BenchSection",

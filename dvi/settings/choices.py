@@ -16,7 +16,7 @@ Port = Annotated[int, Ge(0), Le(65535)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Placement = Literal["single", "device_map", "tensor", "zero3"]
-Mode = Literal["fast", "exact"]
+Mode = Literal["auto", "exact", "fast"]
 PathKind = Literal["auto", "native", "direct", "views"]
 DrafterKind = Literal["anchored", "lora_head", "recurrent"]
 PolicyName = Literal["auto", "fixed", "confidence", "goodput", "companion"]
@@ -38,7 +38,6 @@ RivalDtype = Literal["bfloat16", "float16", "float32"]
 Rival = Literal["hf_generate", "hf_early_exit", "hf_prompt_lookup", "hf_assistant", "medusa", "eagle"]
 
 MODES: tuple[str, ...] = get_args(Mode)
-EXACT_DTYPES = ("float32", "float64")  # in which decoding can be exact
 POLICIES: tuple[str, ...] = get_args(PolicyName)
 MEASURED_POLICIES: tuple[MeasuredPolicy, ...] = get_args(MeasuredPolicy)
 COMPANIONS: tuple[str, ...] = get_args(CompanionName)

@@ -8,7 +8,6 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le, Lt
 
 from dvi.settings.choices import (
-    EXACT_DTYPES,
     CompanionName,
     Count,
     DrafterKind,
@@ -27,6 +26,7 @@ from dvi.settings.choices import (
 
 AUTO_ADAPTER = "auto"  # drafter.adapter: the drafter that lies beside the model
 MACHINE_KEYS = frozenset({"device", "num_threads", "placement"})  # of ModelSettings: where a run goes on may differ
+RESUMED_KEYS = MACHINE_KEYS | {"mode"}  # and in what is promised of its tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class ModelSettings:
     split_layer  layers 1..split_layer draft, the rest verify; 0 drafts from the embedding; null is one in sixteen.
     dtype        "auto" is the adapter's, or that of the run that is resumed; else bfloat16 on GPUs, and on CPUs
                  what decodes plainly faster of float32 and bfloat16, measured once. A run's config.yaml says which.
-    mode         "fast", or "exact": token ids equal plain decoding's, in float32 and float64 only.
+    mode         "exact": token ids equal plain decoding's to the bit, or it is refused with the reason; "fast": up to
+                 rounding; "auto" is exact where that costs nothing, which is found out at load: on the native path.
+                 A run's config.yaml says which.
     placement    "single" device; "device_map" spreads the layers over this machine's GPUs, and its memory and disk
                  where they are full; "tensor" every layer over the processes of torchrun; "zero3" too, but only to
                  record texts for a warm-up. See docs/multi_gpu.md.
@@ -52,15 +54,11 @@ class ModelSettings:
     dtype: Dtype = "auto"
     device: str = "auto"
     placement: Placement = "single"
-    mode: Mode = "fast"
+    mode: Mode = "auto"
     path_kind: PathKind = "auto"
     num_threads: Count = 0
 
     def __post_init__(self) -> None:
-        if self.mode == "exact" and self.dtype not in ("auto", *EXACT_DTYPES):
-            raise ValueError(
-                f"mode 'exact' needs dtype {' or '.join(EXACT_DTYPES)}, got {self.dtype!r}; try mode 'fast'"
-            )
         if self.placement != "single" and self.device != "auto":
             raise ValueError(
                 f"device must be 'auto' with placement {self.placement!r}, which finds its devices itself, got "

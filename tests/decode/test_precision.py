@@ -22,8 +22,10 @@ from dvi.decode.precision import (
     plain_lead,
     settle_dtype,
 )
+from dvi.model.native.library import SWITCH
 from dvi.model.pretrained import read_config
 from tests.support import paths
+from tests.support.exact_doubles import needs_kernels
 from tests.support.tiny_models import tiny_model
 
 STORIES = str(paths.STORIES)
@@ -148,6 +150,22 @@ def test_no_clock_is_asked_where_a_rule_settles_it(races, tmp_path, monkeypatch)
     monkeypatch.setattr(precision, "MEASURED_PARAMETERS", 10**6)
     assert choose_dtype(STORIES, config, device="cpu") == "float32"
     assert races == []
+
+
+@needs_kernels
+def test_exact_mode_is_float32_only_where_bfloat16_could_not_be_exact(races, tmp_path, monkeypatch):
+    """Catches a promise that doubles the bytes of every step where it costs nothing, and one that cannot be kept."""
+    tiny_model("llama", head_dim=32, dtype=torch.float32).save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    settings = load_config(None, ["model.device=cpu", "model.mode=exact", f"model.path={tmp_path}"])
+    assert choose_dtype(tmp_path, config, device="cpu", mode="exact") == "bfloat16"
+    assert known_dtype(tmp_path, settings, config) == "bfloat16"
+    assert plain_lead(dataclasses.replace(settings.model, dtype="float32"), config) == 1.5 and len(races) == 1
+    assert choose_dtype(tmp_path, config, device="cpu", mode="exact", path="direct") == "float32"
+    monkeypatch.setenv(SWITCH, "off")
+    assert choose_dtype(tmp_path, config, device="cpu", mode="exact") == "float32"
+    assert known_dtype(tmp_path, settings, config) == "float32"
+    assert plain_lead(dataclasses.replace(settings.model, dtype="float32"), config) == 1.0 and len(races) == 1
 
 
 def test_a_model_that_bfloat16_does_not_suit_is_float32(cache, monkeypatch):

@@ -129,7 +129,7 @@ def test_a_bad_prompt_is_refused_with_value_and_bound(speculator, prompt, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "bitwise"}, "'fast' or 'exact'"),
+        ({"mode": "bitwise"}, "auto, exact, fast"),
         ({"policy": "long"}, "auto, fixed, confidence, goodput"),
         ({"num_draft_tokens": 99}, rf"0\.\.{GOODPUT_BUCKETS[-1]}"),
         ({"split_layer": 5}, "split_layer must be in 0..4 for this 5-layer model, got 5"),

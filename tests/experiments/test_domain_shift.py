@@ -16,7 +16,7 @@ import trainers.jobs.evaluation
 from dvi.config import load_config, to_yaml
 from dvi.records import GenerationResult, RoundStats, SamplingParams
 from tests.support.paths import ROOT
-from trainers.experiments.cell_folder import CellFolder
+from trainers.experiments.cell_folder import CellFolder, with_one_mode
 from trainers.experiments.domain_shift import DEFAULT_STREAMS, VARIANTS, run_drift, varied
 from trainers.experiments.domain_shift_report import goals, phase_figures
 from trainers.experiments.streams import domain_files, parse_stream, read_phases
@@ -286,6 +286,12 @@ def test_every_variant_changes_what_its_name_says(config):
     assert changed["no_reservoir"].train.reservoir_fraction == 0 and not changed["no_wakeup"].train.drift_wakeup
     assert changed["full_auto"].draft.policy == "auto" and changed["full_auto"].train.budget < 1
     assert len(set(changed.values())) == len(VARIANTS)
+
+
+def test_cells_of_before_there_was_mode_auto_are_gone_on_with():
+    """Catches a day of cells refused because the default has another name, and a promise dropped that was asked for."""
+    assert with_one_mode(load_config(None)).model.mode == "fast"
+    assert with_one_mode(load_config(None, ["model.mode=exact"])).model.mode == "exact"
 
 
 def test_a_cell_that_another_process_works_on_is_left_to_it_and_then_read(tmp_path):

@@ -1,5 +1,6 @@
 """The main job on a small real model: what it leaves behind, and that stopping it loses nothing."""
 
+import dataclasses
 import itertools
 import json
 import signal
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dvi.config import load_config
+from dvi.config import load_config, setting_of_run, to_yaml
 from dvi.decode.precision import dtype_of_run
 from dvi.model.adapter_store import read_manifest
 from dvi.records import SamplingParams
@@ -143,6 +144,18 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_or_resumed_as_another(sett
         run(settings())
     with pytest.raises(ValueError, match=r"drafter\.lora_rank must be 4 to resume"):
         run(settings(drafter__lora_rank=8, output__resume="true"))
+
+
+def test_a_run_of_mode_auto_says_which_it_was_and_may_go_on_in_another(settings, tmp_path, monkeypatch):
+    """Catches a run from before modes were settled, or of another machine, that cannot be gone on with."""
+    after_requests(monkeypatch, 2, interrupt)
+    assert run(settings())["level"] == "fast"
+    assert setting_of_run(tmp_path / "run", "model", "mode") == "fast"
+    config = load_config(tmp_path / "run/config.yaml")
+    exact = dataclasses.replace(config, model=dataclasses.replace(config.model, mode="exact"))
+    (tmp_path / "run/config.yaml").write_text(to_yaml(exact))
+    assert run(settings(output__resume="true"))["status"] == "done"
+    assert setting_of_run(tmp_path / "run", "model", "mode") == "fast"
 
 
 def test_a_run_of_dtype_auto_says_which_it_took_and_is_resumed_in_it(settings, tmp_path, monkeypatch):

@@ -336,7 +336,7 @@ def test_zero_3_is_refused_where_the_model_decodes_and_nowhere_else():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"for every token.*warmup\.source=texts and eval\.limit=0"):
             check_settings(config)
-    with pytest.raises(ValueError, match=r"model\.mode must be 'fast'"):
+    with pytest.raises(ValueError, match=r"model\.mode must be 'auto' or 'fast'"):
         check_settings(replace(warmup, model=replace(zero3, mode="exact")))
     with pytest.raises(ValueError, match=r"train\.strategy must be ddp .*, got 'zero2'"):
         check_settings(replace(warmup, train=replace(warmup.train, strategy="zero2")))

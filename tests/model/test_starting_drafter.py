@@ -124,12 +124,14 @@ def test_one_of_another_shape_or_that_cannot_be_told_is_left_with_a_line(model, 
     assert settled(model) is None and "is damaged" in caplog.text
 
 
-def test_the_dtype_follows_it_unless_the_mode_forbids(model, caplog):
+def test_the_dtype_follows_it_unless_the_mode_forbids(model, caplog, monkeypatch):
     make_drafter(model, dtype=torch.bfloat16)
     assert settle_dtype(settings(model)).model.dtype == "bfloat16"
     config = settle_dtype(settings(model, model__mode="exact"))
     assert (config.model.dtype, config.drafter.adapter) == ("float32", None)
     assert "trained in bfloat16, model.mode is exact" in caplog.text
+    monkeypatch.setattr("dvi.model.starting_drafter.may_be_exact", lambda *_, **__: True)  # as of a model with kernels
+    assert settle_dtype(settings(model, model__mode="exact")).model.dtype == "bfloat16"
 
 
 def test_inspect_shows_the_cut_and_the_drafter_that_a_server_has(model):

@@ -22,7 +22,7 @@ from dvi.serving.engine import PREFIX_CHUNK, Engine
 from dvi.serving.request import DraftChoice, Request, RequestOutput, Timeouts
 from dvi.serving.scheduler import SchedulerLimits
 from tests.support.drafter_doubles import Letters, plain_text, random_drafter, randomise, small_config
-from tests.support.exact_doubles import self_check_left_out
+from tests.support.exact_doubles import needs_kernels, self_check_left_out
 from tests.support.tiny_models import tiny_model
 
 VOCAB_SIZE = 64
@@ -31,8 +31,8 @@ COSTS = CostTable(draft_step_s={1: 1e-4}, verify_s={1: 1e-3, 80: 9e-3})  # measu
 
 
 @functools.cache
-def speculator_of(mode: str = "fast") -> SelfSpeculator:
-    model = tiny_model("llama", num_layers=3, hidden_size=16, vocab_size=VOCAB_SIZE, seed=3)
+def speculator_of(mode: str = "fast", **changed) -> SelfSpeculator:
+    model = tiny_model("llama", num_layers=3, vocab_size=VOCAB_SIZE, seed=3, **{"hidden_size": 16, **changed})
     with self_check_left_out():
         speculator = SelfSpeculator(model, None, split_layer=1, drafter=small_config(), mode=mode)
     speculator.drafter = random_drafter(speculator.split, seed=1, scale=0.02)
@@ -126,9 +126,14 @@ def test_requests_that_come_and_go_get_the_tokens_they_get_alone():
     assert 0 < accepted < drafted, "a test without acceptances and rejections says nothing"
 
 
-def test_exact_mode_gives_equal_bits_through_preemption_prefix_reuse_and_drafter_swaps():
+NATIVE = {"hidden_size": 32, "head_dim": 32, "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("shape", [{}, pytest.param(NATIVE, marks=needs_kernels)], ids=["padded", "native"])
+def test_exact_mode_gives_equal_bits_through_preemption_prefix_reuse_and_drafter_swaps(shape):
     """Catches shapes that depend on batch mates, on T, on where a prefill was cut, or on whose cache a prefix was."""
-    speculator, num_preempted, num_cached = speculator_of("exact"), 0, 0
+    speculator, num_preempted, num_cached = speculator_of("exact", **shape), 0, 0
+    assert (speculator.passes.fixed_width is None) == bool(shape)
     beginning = random_prompts(1, seed=99, longest=200)[0][:1] * 3 + list(range(60)) * 2
     for seed in range(2):
         engine = engine_of(speculator, max_rows=4, max_positions=420, prefill_tokens_per_step=40, prefix_positions=600)

@@ -21,7 +21,7 @@ from dvi.settings import LearningSettings, SamplingSettings, TrainConfig
 from trainers.experiments.ablation_cells import NUM_BLOCKS, AblationArm, CellRunner
 from trainers.experiments.ablation_figures import BASELINE, OFFLINE, Cell, read_cell
 from trainers.experiments.ablation_report import write_report
-from trainers.experiments.cell_folder import CellFolder
+from trainers.experiments.cell_folder import CellFolder, with_one_mode
 from trainers.learning.loss_schedule import PRESETS
 
 DEFAULT_ARMS = ("kl_only", "kl_pg", "pg_only", "ce_only", "kl_ce", "kl_rl", "lk", *OFFLINE)
@@ -59,7 +59,7 @@ def run_ablation(
     if not arms or not seeds or min(seeds) < 0:
         raise ValueError(f"an ablation needs at least 1 arm and 1 seed, none of them negative, got {arms} and {seeds}")
     _check_settings(config)
-    config = settle_dtype(config, earlier=dtype_of_run(folder))
+    config = with_one_mode(settle_dtype(config, earlier=dtype_of_run(folder)))
     plans = [parse_arm(name, config.train) for name in dict.fromkeys(arms)]
     plans.sort(key=lambda arm: arm.name != BASELINE)  # first: the offline controls make as many steps
     results = _Results(config, folder)

@@ -5,6 +5,7 @@ Knows names, settings and JSON; knows nothing of what a cell is.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dvi.settings import TrainConfig
 from dvi.whole_files import write_whole
+
+
+def with_one_mode(config: TrainConfig) -> TrainConfig:
+    """The settings with mode "auto" as the fast passes that it runs: cells have one word for them on every machine."""
+    mode = "fast" if config.model.mode == "auto" else config.model.mode
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mode=mode))
 
 
 class CellFolder:

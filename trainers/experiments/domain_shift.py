@@ -22,7 +22,7 @@ from dvi.hardware import describe_machine
 from dvi.records import SamplingParams
 from dvi.settings import MACHINE_KEYS, LearningSettings, TrainConfig
 from dvi.traffic import Messages, read_prompts
-from trainers.experiments.cell_folder import CellFolder
+from trainers.experiments.cell_folder import CellFolder, with_one_mode
 from trainers.experiments.domain_shift_report import write_report
 from trainers.experiments.streams import MIXED, Stream, domain_files, parse_stream, paths_of, read_phases
 from trainers.jobs.evaluation import SpeedProbe
@@ -71,7 +71,7 @@ def run_drift(
     for. Raises ValueError for unknown names, settings that do not fit, too few rows, and cells of other settings.
     """
     _check_settings(config, variants)
-    config = settle_dtype(config, earlier=dtype_of_run(folder))
+    config = with_one_mode(settle_dtype(config, earlier=dtype_of_run(folder)))
     files = domain_files(data)
     parsed = [parse_stream(text, phase_requests=config.data.limit or PHASE_REQUESTS, domains=files) for text in streams]
     wanted = [Cell(stream, variant) for stream in parsed for variant in variants]

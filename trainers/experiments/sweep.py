@@ -28,7 +28,7 @@ from dvi.model.drafter import MAX_DEPTH, DrafterConfig
 from dvi.progress import each
 from dvi.records import GenerationResult, SamplingParams
 from dvi.settings import TrainConfig
-from trainers.experiments.cell_folder import CellFolder
+from trainers.experiments.cell_folder import CellFolder, with_one_mode
 from trainers.experiments.sweep_report import make_report, write_report
 from trainers.jobs.traffic_cursor import read_traffic
 from trainers.jobs.warmup import learn_from_recordings
@@ -64,7 +64,7 @@ def run_sweep(
     folder, draft_lengths = Path(folder), sorted(set(draft_lengths))
     grid = list(itertools.product(*(sorted(set(values)) for values in (split_layers, ranks, draft_vocab_sizes))))
     _check(config, draft_lengths, grid)
-    config = settle_dtype(config)
+    config = with_one_mode(settle_dtype(config))
     common = _common_settings(config, draft_lengths)
     text_folder, cell_folder = CellFolder(folder), CellFolder(folder / "cells")
     texts = text_folder.read("texts", common)

@@ -24,6 +24,7 @@ from torch import nn
 
 from dvi import progress
 from dvi.config import write_provenance
+from dvi.decode.construction import as_built, build_speculator
 from dvi.decode.precision import dtype_of_run, plain_lead, settle_dtype
 from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import SOLO
@@ -53,10 +54,14 @@ def read_own_traffic(launch: Launch, **reading: object) -> tuple[Iterable, list]
     return traffic, held_out
 
 
-def settle_dtype_of(launch: Launch) -> None:
-    """Settles what the settings leave to the machine, as an earlier run in the folder has it if that is resumed."""
+def speculator_of(launch: Launch, *, kind: type[SelfSpeculator] = SelfSpeculator) -> SelfSpeculator:
+    """Settles what the settings leave to the machine, as an earlier run in the folder has it if that is resumed, and
+    builds the speculator."""
     earlier = dtype_of_run(launch.run_folder) if launch.config.output.resume else None
     launch.config = settle_dtype(launch.config, earlier=earlier)
+    speculator = build_speculator(launch.config, kind=kind)
+    launch.config = as_built(launch.config, speculator)
+    return speculator
 
 
 def resume_job(job: Job, *, sections: Iterable[str]) -> dict[str, object]:
@@ -255,7 +260,7 @@ class Job(ABC):
             metrics.close()
         summary: dict[str, object] = {
             "status": "done" if interruption is None else "interrupted", "signal": interruption,
-            "folder": str(self.launch.run_folder), "checkpoint": str(checkpoint), "level": self.config.model.mode,
+            "folder": str(self.launch.run_folder), "checkpoint": str(checkpoint), "level": self.speculator.level,
             **self._total_facts(),
             "drafter_version": self.speculator.drafter.version,
             "before": None if self.before is None else dataclasses.asdict(self.before),

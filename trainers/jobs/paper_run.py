@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dvi.config import load_config
 from dvi.decode.precision import dtype_of_run, settle_dtype
-from dvi.settings import MACHINE_KEYS, PaperConfig, TrainConfig
+from dvi.settings import RESUMED_KEYS, PaperConfig, TrainConfig
 from trainers.jobs.run_folder import DRAFTER, SUMMARY
 from trainers.jobs.train import run_training
 
@@ -66,7 +66,7 @@ def _check_same_settings(config: TrainConfig, folder: Path) -> None:
     """Raises ValueError at the first setting that differs from those of the run in the folder."""
     now, then = (dataclasses.asdict(c) for c in (config, load_config(folder / "config.yaml")))
     for section in now.keys() - {"output"}:
-        for key in now[section].keys() - MACHINE_KEYS:
+        for key in now[section].keys() - RESUMED_KEYS:
             if now[section][key] != then[section][key]:
                 raise ValueError(
                     f"{section}.{key} must be {then[section][key]!r} to go on with the run in {folder}, got "

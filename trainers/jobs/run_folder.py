@@ -16,7 +16,7 @@ from dvi.decode.construction import build_speculator
 from dvi.decode.speculator import SelfSpeculator
 from dvi.durable import surviving_folder
 from dvi.model.adapter_store import read_manifest
-from dvi.settings import ServeConfig, TrainConfig, WarmupConfig
+from dvi.settings import RESUMED_KEYS, ServeConfig, TrainConfig, WarmupConfig
 from trainers.learning.checkpoint import CheckpointStore
 from trainers.learning.online import OnlineTrainer
 from trainers.ranks.shards import CHECKPOINTS
@@ -33,6 +33,8 @@ def load_run(folder: str | Path, *, model: str | None = None) -> tuple[SelfSpecu
     folder = Path(folder)
     config = _run_config(folder, [] if model is None else [f"model.path={json.dumps(model)}"])
     settings = dataclasses.asdict(config)
+    # What the run's machine could promise of tokens is nothing to its drafter.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mode="fast"))
     final = surviving_folder(folder / DRAFTER)
     if final.is_dir():
         config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, adapter=str(final)))
@@ -62,7 +64,7 @@ def check_same_run(config: TrainConfig | WarmupConfig, folder: Path, sections: I
     # Of eval only the limit: it decides which rows are held out, and so which ones are the traffic.
     for section in (*sections, "eval"):
         now, then = (dataclasses.asdict(getattr(c, section)) for c in (config, earlier))
-        for key in {"limit"} if section == "eval" else now.keys() - {"device", "num_threads", "placement"}:
+        for key in {"limit"} if section == "eval" else now.keys() - RESUMED_KEYS:
             if now[key] != then[key]:
                 raise ValueError(
                     f"{section}.{key} must be {then[key]!r} to resume the run in {folder}, got {now[key]!r}; "

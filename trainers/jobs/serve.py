@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dvi.config import write_provenance
-from dvi.decode.construction import build_speculator
+from dvi.decode.construction import as_built, build_speculator
 from dvi.decode.precision import settle_dtype
 from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import SOLO, Peers
@@ -51,7 +51,7 @@ def build_serving(config: ServeConfig, peers: Peers = SOLO) -> tuple[SelfSpecula
             store.drop_after(saved.steps.get(peers.rank, -1))
         speculator = build_speculator(config)
         if peers.local_rank == 0:
-            write_provenance(folder, config)
+            write_provenance(folder, as_built(config, speculator))
         options = {
             "checkpoint_every_s": config.output.checkpoint_every_s, "save_replay": config.output.save_replay,
             "metrics": MetricsWriter(own_folder), "settings": settings, "obsolete": _obsolete(folder, saved, peers),

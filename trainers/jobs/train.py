@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from dvi.decode.construction import build_speculator
 from dvi.records import GenerationResult, SamplingParams
 from dvi.seeds import answer_seed
 from dvi.settings import TrainConfig
@@ -20,7 +19,7 @@ from dvi.signals import Signals
 from dvi.telemetry import MetricsWriter
 from trainers.jobs.evaluation import SpeedProbe
 from trainers.jobs.held_out_curve import HeldOutCurve
-from trainers.jobs.job import Job, Request, read_own_traffic, resume_job, settle_dtype_of
+from trainers.jobs.job import Job, Request, read_own_traffic, resume_job, speculator_of
 from trainers.jobs.progress import RunDisplay
 from trainers.ranks.launch import Launch
 from trainers.ranks.roles import JobHooks, Role, take_role
@@ -35,8 +34,7 @@ def run_training(config: TrainConfig, *, console: Console) -> dict[str, object]:
     """
     with Launch(config, console) as launch:
         traffic, held_out = read_own_traffic(launch)
-        settle_dtype_of(launch)
-        speculator = build_speculator(launch.config)
+        speculator = speculator_of(launch)
         params = SamplingParams(**dataclasses.asdict(config.sampling))
         job = _ServingJob(launch, speculator, params=params, traffic=traffic, held_out=held_out)
         return resume_job(job, sections=("model", "drafter", "data"))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from rich.console import Console
 from torch import nn
 
-from dvi.decode.construction import build_speculator
 from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import wait
 from dvi.records import SamplingParams, UpdateReport
@@ -25,7 +24,7 @@ from dvi.signals import Interrupted, Signals
 from dvi.telemetry import MetricsWriter
 from dvi.traffic import AnsweredPrompt, Messages, as_answered, as_text
 from trainers.jobs.evaluation import weights_alike
-from trainers.jobs.job import Job, Request, read_own_traffic, resume_job, settle_dtype_of
+from trainers.jobs.job import Job, Request, read_own_traffic, resume_job, speculator_of
 from trainers.jobs.progress import RunDisplay
 from trainers.learning.experience import MIN_POSITIONS_PER_BLOCK
 from trainers.learning.online import OnlineTrainer
@@ -105,8 +104,7 @@ def run_warmup(config: WarmupConfig, *, console: Console) -> dict[str, object]:
     with Launch(config, console) as launch:
         kind = ShardedSpeculator if config.model.placement == "zero3" else SelfSpeculator
         traffic, held_out = read_own_traffic(launch, **reading)
-        settle_dtype_of(launch)
-        speculator = build_speculator(launch.config, kind=kind)
+        speculator = speculator_of(launch, kind=kind)
         params = SamplingParams(max_new_tokens=warmup.max_new_tokens)
         job = _WarmupJob(launch, speculator, params=params, traffic=traffic, held_out=held_out)
         return resume_job(job, sections=("model", "drafter", "data", "warmup"))

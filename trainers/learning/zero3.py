@@ -111,6 +111,8 @@ class ShardedSpeculator(SelfSpeculator):
     Of a `SelfSpeculator` it has model, tokenizer, split, drafter, encode, encode_request, max_positions, save_drafter.
     """
 
+    mode = level = "fast"
+
     def __init__(
         self, backbone: ShardedBackbone, tokenizer: PreTrainedTokenizerBase, *, drafter: DrafterConfig,
         adapter: str | Path | None, seed: int,

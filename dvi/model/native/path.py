@@ -32,13 +32,18 @@ class NativePath:
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
-        """Whether the kernels take the model, and this machine has them: compiles them if they never were."""
+        """Whether the kernels take the model as it is, and this machine has them."""
+        weight = model.get_input_embeddings().weight
+        return weight.device.type == "cpu" and NativePath.takes(model, weight.dtype)
+
+    @staticmethod
+    def takes(model: nn.Module, dtype: torch.dtype) -> bool:
+        """`supports` of a model of this shape, on a CPU in this dtype; compiles the kernels if they never were."""
         if not DirectPath.supports(model):
             return False
-        attention, weight = model.model.layers[0].self_attn, model.get_input_embeddings().weight
+        attention = model.model.layers[0].self_attn
         return (
-            weight.device.type == "cpu"
-            and weight.dtype in DTYPES
+            dtype in DTYPES
             and attention.head_dim % (2 * L) == 0
             and attention.head_dim <= MAX_HEAD_DIM
             and all(size % L == 0 for size in (model.config.hidden_size, model.config.intermediate_size))

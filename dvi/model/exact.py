@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dvi.model.devices import is_gpu
+from dvi.model.kv_cache import RollbackCache
 from dvi.model.padded import PADDED_DTYPES, PaddedSplit
 from dvi.model.ragged import Packing
 from dvi.model.split import SplitModel
+from dvi.model.tree import Tree
 from dvi.progress import shown_as
 
 # Positions of one pass, by which two rows of the batch are read again: products go by other tiles after 4, 8, 12 and 24
@@ -26,6 +28,8 @@ WIDTHS = ((1, 9, 16, 32), (33, 17, 5, 2, 1))
 # A round of three rows, committed so far: a block of 16 keys is full, was just begun, is one short of full. Then how
 # many positions of each are verified, and how many of them count where a round is packed.
 LENGTHS, VERIFIED, COUNTED = (16, 33, 47), 5, (2, 5, 1)
+# A tree by the parents of its nodes after the root, and the nodes of the one path in it that is the text's.
+TREE, PATH = [0, 0, 2, 2, 1, 4], [0, 2, 4, 6]
 
 log = logging.getLogger(__name__)
 
@@ -76,41 +80,65 @@ def check_bits(split: SplitModel) -> None:
     """Compares all bits of what one prefill of a batch gives with other ways to the same positions.
 
     Rows alone, in passes of many widths and with a cache of another size; a round of rows of unequal lengths, whose
-    shallow states are made step by step; the same packed. Raises ValueError with the first value that differs.
+    shallow states are made step by step; the same packed; the text's path in a tree. Raises ValueError with the first
+    value that differs.
     """
     generator, length = torch.Generator().manual_seed(0), sum(WIDTHS[0])
     ids_BS = torch.randint(split.num_input_ids, (len(LENGTHS), length), generator=generator).to(split.device)
     cache = split.make_cache(len(LENGTHS), length)
     reference = _states_of_pass(split, ids_BS, cache)
-
-    for row, widths in enumerate(WIDTHS):
-        own_cache, position_S = split.make_cache(1, 4 * length), torch.arange(length)
-        for position_Q in position_S.split(widths):
-            width = len(position_Q)
-            found = _states_of_pass(split, ids_BS[row, position_Q][None], own_cache)
-            own_cache.commit([width])
-            expected = [state_BSX[row, position_Q][None] for state_BSX in reference]
-            _compare(split, expected, found, position_Q[None], f"alone, in a pass of {width} from {position_Q[0]} on")
-
+    _check_alone(split, ids_BS, reference)
     cache.set_lengths(list(LENGTHS))
-    row_B1 = torch.arange(len(LENGTHS), device=split.device)[:, None]
+    _check_round(split, ids_BS, reference, cache)
+    _check_tree(split, ids_BS, reference, cache)
+
+
+def _check_alone(split: SplitModel, ids_BS: Tensor, reference: Sequence[Tensor]) -> None:
+    length = ids_BS.shape[1]
+    for row, widths in enumerate(WIDTHS):
+        cache, position_S = split.make_cache(1, 4 * length), torch.arange(length, device=split.device)
+        for position_Q in position_S.split(widths):
+            way = f"alone, in a pass of {len(position_Q)} from {position_Q[0]} on"
+            found = _states_of_pass(split, ids_BS[row, position_Q][None], cache)
+            cache.commit([len(position_Q)])
+            _compare(split, [x_BSX[row, position_Q][None] for x_BSX in reference], found, position_Q[None], way)
+
+
+def _check_round(split: SplitModel, ids_BS: Tensor, reference: Sequence[Tensor], cache: RollbackCache) -> None:
+    """The whole rectangle, and packed."""
     position_BQ = cache.lengths_B[:, None] + torch.arange(VERIFIED, device=split.device)
-    ids_BQ, placement = ids_BS[row_B1, position_BQ], cache.place(offset=0, width=VERIFIED)
-    expected = [state_BSX[row_B1, position_BQ] for state_BSX in reference]
+    ids_BQ, placement = ids_BS.gather(1, position_BQ), cache.place(offset=0, width=VERIFIED)
+    expected = _at(reference, position_BQ)
     steps = [split.shallow(ids_BQ[:, i : i + 1], cache, cache.place(offset=i, width=1)) for i in range(VERIFIED)]
     hidden_BQD = torch.cat(steps, dim=1)
     final_BQD = split.deep(hidden_BQD, ids_BQ, cache, placement)
     _compare(split, expected, (hidden_BQD, final_BQD, split.head(final_BQD)), position_BQ, "drafted and verified")
-
     packing = Packing(torch.tensor(COUNTED, device=split.device), width=VERIFIED)
     final_MD = split.deep_packed(packing.pack(hidden_BQD), cache, placement, packing)
-    expected = [packing.pack(state_BQX) for state_BQX in expected]
     found = packing.pack(hidden_BQD), final_MD, split.head(final_MD)
+    expected = [packing.pack(x_BQX) for x_BQX in expected]
     _compare(split, expected, found, position_BQ.flatten()[packing.kept_M], "in a packed round")
 
 
-def _states_of_pass(split: SplitModel, ids_BQ: Tensor, cache: object) -> tuple[Tensor, Tensor, Tensor]:
-    placement = cache.place(offset=0, width=ids_BQ.shape[1])
+def _check_tree(split: SplitModel, ids_BS: Tensor, reference: Sequence[Tensor], cache: RollbackCache) -> None:
+    tree = Tree.of_parents([TREE] * len(ids_BS), split.device)
+    position_BN = cache.lengths_B[:, None] + tree.depths_BN
+    position_BQ = position_BN[:, PATH]
+    ids_BN = (ids_BS.gather(1, position_BN) + 1) % split.num_input_ids  # other tokens beside the text's
+    ids_BN[:, PATH] = ids_BS.gather(1, position_BQ)
+    found = [x_BNX[:, PATH] for x_BNX in _states_of_pass(split, ids_BN, cache, tree=tree)]
+    _compare(split, _at(reference, position_BQ), found, position_BQ, "as a path in a tree")
+
+
+def _at(states: Sequence[Tensor], position_BQ: Tensor) -> list[Tensor]:
+    row_B1 = torch.arange(len(position_BQ), device=position_BQ.device)[:, None]
+    return [x_BSX[row_B1, position_BQ] for x_BSX in states]
+
+
+def _states_of_pass(
+    split: SplitModel, ids_BQ: Tensor, cache: RollbackCache, *, tree: Tree | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    placement = cache.place(offset=0, width=ids_BQ.shape[1], tree=tree)
     hidden_BQD = split.shallow(ids_BQ, cache, placement)
     final_BQD = split.deep(hidden_BQD, ids_BQ, cache, placement)
     return hidden_BQD, final_BQD, split.head(final_BQD)

@@ -44,6 +44,7 @@ FAULTS = {
     "attention past 32 keys": ("deep", (1, 32), r"h_L\[31\] of position 26 .* alone, in a pass of 32 from 26 on"),
     "steps of rows together": ("shallow", (3, 1), r"h_k\[31\] of position 16 .* drafted and verified"),
     "batch mates": ("deep", (3, 5), r"h_L\[31\] of position 16 .* drafted and verified"),
+    "a tree": ("deep", (3, 7), r"h_L\[31\] of position 16 .* as a path in a tree"),
     "a packed pass": ("deep_packed", (8, 32), r"h_L\[31\] of position 16 .* in a packed round"),
 }  # fmt: skip
 

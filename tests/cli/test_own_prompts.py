@@ -165,8 +165,7 @@ def test_a_row_that_the_template_refuses_or_leaves_out_is_told_before_anything_i
         speculator.tokenizer.chat_template = STRICT_TEMPLATE
         return speculator
 
-    module = "trainers.jobs.train" if schema is TrainConfig else "trainers.jobs.warmup"
-    monkeypatch.setattr(f"{module}.build_speculator", build)
+    monkeypatch.setattr("trainers.jobs.job.build_speculator", build)
     monkeypatch.setattr(HeldOutRequests, "measure", lambda *_: pytest.fail("something was measured"))
     run = run_training if schema is TrainConfig else run_warmup
     asked, spoken = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from dvi.draft.tree import Node
+from dvi.draft.tree import MAX_WIDTH, Node
 
 
 class SourceRow(Protocol):
     """A source's side of one request, from its prompt to its end."""
 
-    def propose(self, *, budget: int, max_depth: int) -> list[Node]:
+    def propose(self, *, budget: int, max_depth: int, width: int = MAX_WIDTH) -> list[Node]:
         """At most `budget` nodes of at most `max_depth` levels, likeliest path first; see `dvi.draft.tree.grow`.
 
         A function of committed text alone, so whoever verifies may draw afterwards and lose nothing.

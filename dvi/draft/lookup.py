@@ -1,0 +1,137 @@
+"""Drafts by looking up what followed the same tokens before: in the request's own text, and in earlier answers.
+
+Knows token ids, tenants and places; knows nothing of tensors, models or verdicts, and needs no training. After suffix
+decoding (arXiv 2411.04975), with a bounded memory.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dvi.draft.places import GAP, MAX_MATCH, Found, Places
+from dvi.draft.traffic_store import LEAD_IN, SLOT_LEN, Text, TrafficStore
+from dvi.draft.tree import MAX_WIDTH, Node, grow
+from dvi.tenancy import tenant_id
+
+OWN_WEIGHT = 3  # of a place in the request's own text, where one in another's weighs 1
+DOUBT = 1.5  # added to the weights that a share is taken of: few places tell little
+CHANCE = 0.55  # that a match of one token is one by chance, of two tokens its square, and so on
+
+_TRUST = [1 - CHANCE**length for length in range(MAX_MATCH + 1)]
+
+
+class _Side(NamedTuple):
+    """The places that one body of text leads to. mine: slots left out, for they repeat the request's own text."""
+
+    places: Places
+    weight: int
+    mine: set[int]
+    found: Found
+
+
+class LookupPlace:
+    """Behind a request's text, or behind a path of tokens after it; see `dvi.draft.tree.Place`."""
+
+    __slots__ = ("_last", "_sides")
+
+    def __init__(self, sides: list[_Side], last: int) -> None:
+        self._sides, self._last = sides, last
+
+    def candidates(self, width: int) -> list[tuple[int, float]]:
+        """What followed the longest match, most often first, then what followed shorter ones beside.
+
+        The estimate is the share of all weight at matches at least so long, less DOUBT and the odds of chance.
+        """
+        votes: list[list[tuple[int, int]]] = [[] for _ in range(MAX_MATCH + 1)]
+        for places, weight, mine, found in self._sides:
+            tokens = places.tokens
+            for place, length in found.items():
+                if tokens[place] != GAP and place // SLOT_LEN not in mine:
+                    votes[length].append((tokens[place], weight))
+        weights: dict[int, int] = {}
+        total, chosen = DOUBT, []
+        for length in range(MAX_MATCH, 0, -1):
+            num_known = len(weights)
+            for token_id, weight in votes[length]:
+                weights[token_id] = weights.get(token_id, 0) + weight
+                total += weight
+            for token_id in sorted([*weights][num_known:], key=weights.__getitem__, reverse=True):
+                chosen.append((token_id, weights[token_id] / total * _TRUST[length]))
+                if len(chosen) == width:
+                    return chosen
+        return chosen
+
+    def then(self, token_id: int) -> LookupPlace:
+        """The place behind one more token."""
+        return LookupPlace(
+            [side._replace(found=side.places.follow(side.found, self._last, token_id)) for side in self._sides],
+            token_id,
+        )
+
+
+class LookupRow:
+    """One request's own text, and its part in the store."""
+
+    def __init__(self, source: Lookup, prompt_ids: Sequence[int], *, tenant: int, teaches: bool) -> None:
+        self._source, self._tenant = source, tenant
+        self._text = Text(tenant) if teaches and source.store is not None else None
+        self._own = Places(array("i", [GAP] * LEAD_IN + [*prompt_ids, GAP]))
+        for place in range(LEAD_IN + 1, len(self._own.tokens)):
+            self._own.add(place)
+
+    def place(self) -> LookupPlace:
+        """Behind the text so far."""
+        context = self._own.tokens[-1 - MAX_MATCH : -1]
+        sides = [_Side(self._own, OWN_WEIGHT, set(), self._own.find(context))]
+        if self._source.store is not None:
+            places = self._source.store.places(self._tenant)
+            mine = set() if self._text is None else self._text.slots
+            sides.append(_Side(places, 1, mine, places.find(context)))
+        return LookupPlace(sides, context[-1])
+
+    def propose(self, *, budget: int, max_depth: int, width: int = MAX_WIDTH) -> list[Node]:
+        """See `dvi.draft.sources.SourceRow`."""
+        if budget <= 0 or max_depth <= 0:
+            return []
+        return grow(self.place(), source=Lookup.name, budget=budget, max_depth=max_depth, width=width)
+
+    def observe(self, token_ids: Sequence[int]) -> None:
+        """Adds committed tokens to the request's own text, and to the store if it teaches and that is not frozen."""
+        tokens = self._own.tokens
+        if self._text is not None:
+            if self._source.is_frozen:
+                self._text.end = None  # what is learnt after this does not follow what was learnt before
+            else:
+                self._source.store.extend(self._text, tokens[-1 - LEAD_IN : -1], token_ids)
+        for token_id in token_ids:
+            tokens[-1] = token_id
+            tokens.append(GAP)
+            self._own.add(len(tokens) - 1)
+
+    def close(self) -> None:
+        """Drops the request's own text; what the store has learnt stays."""
+        self._text, self._own = None, Places(array("i", [GAP] * (LEAD_IN + 1)))
+
+
+class Lookup:
+    """A `dvi.draft.sources.Source` that proposes what the text so far and earlier answers suggest.
+
+    store      of earlier answers; None: each request has its own text alone. Prompts are not learnt, only looked up by
+               their own request: they take a store's room and made no draft better.
+    is_frozen  nothing is learnt from any request, as while something is measured.
+    """
+
+    name = "lookup"
+
+    def __init__(self, store: TrafficStore | None = None) -> None:
+        self.store, self.is_frozen = store, False
+
+    def open(self, prompt_ids: Sequence[int], *, tenant: str = "", teaches: bool = True) -> LookupRow:
+        """See `dvi.draft.sources.Source`."""
+        return LookupRow(self, prompt_ids, tenant=tenant_id(tenant), teaches=teaches)
+
+    def forget(self, tenant: str) -> int:
+        """See `dvi.draft.sources.Source`. Requests under way keep their own text, and what they add is learnt anew."""
+        return 0 if self.store is None else self.store.forget(tenant)

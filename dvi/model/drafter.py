@@ -313,14 +313,15 @@ class AnchoredDrafter(nn.Module):
         return self.from_anchor.served(self.norm.unit(anchor_BD.float())) + self.depth_bias[:, None]
 
     def step(self, hidden_BD: Tensor, state: Tensor, depth: int) -> Tensor:
+        state_BH = state[depth]
         if self._is_one_call:
             return self.draft_head.post_head(anchored_logits(
-                hidden_BD, state[depth], self.from_hidden.packed, self.to_hidden.packed, self.draft_head.served,
+                hidden_BD, state_BH, self.from_hidden.packed, self.to_hidden.packed, self.draft_head.served,
                 self.norm.gain, self.norm.eps,
             ))
         hidden_BD = hidden_BD.float()
         unit_BD = self.norm.unit(hidden_BD)
-        inner_BH = F.silu(self.from_hidden.served(unit_BD, state[depth]), inplace=True)
+        inner_BH = F.silu(self.from_hidden.served(unit_BD, state_BH), inplace=True)
         return self.draft_head.published(self.to_hidden.served(inner_BH, self.norm.gained(unit_BD, hidden_BD)))
 
     def forward(self, hidden_NTD: Tensor, anchor_ND: Tensor) -> Tensor:

@@ -16,17 +16,18 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dvi.bench.arms import ArmOptions, MakeLearner, plans_of_ours
+from dvi.bench.arms import ArmOptions, MakeLearner, OurArm, plans_of_ours
 from dvi.bench.records import Arm, ArmAnswer, written
 from dvi.bench.rivals import rival_plans
 from dvi.bench.round_parts import seconds_by_part
 from dvi.bench.scripted import ScriptedArm, ScriptedDrafter, ScriptedLength, settled_script
 from dvi.bench.step_report import report_tables
-from dvi.decode.speculator import SelfSpeculator
+from dvi.decode.speculator import PLAIN, SelfSpeculator
 from dvi.draft.costs import CostTable
 from dvi.draft.measure_costs import PROFILE_CONTEXT, draft_step, filled_cache, rest_of_round
 from dvi.hardware import describe_machine, peak_bytes, seconds_of
 from dvi.model.drafter import Drafter, choose_draft_tokens
+from dvi.model.exact import exact_passes
 from dvi.model.pretrained import read_weights
 from dvi.model.split import SplitModel
 from dvi.progress import doing
@@ -94,7 +95,7 @@ class StepBench:
         self._params = options.sampling(seed=0)
         question = Messages([{"role": "user", "content": settings.prompt}])
         self._prompt_ids, _ = speculator.encode_request(question, max_new_tokens=settings.max_new_tokens)
-        plain, exact = plans_of_ours(speculator, options, names=["plain", "plain_padded"])
+        (plain,) = plans_of_ours(speculator, options, names=["plain"])
         self._arms: dict[str, Arm] = {"plain": plain.build()}
         token_ids = self._answer("plain").token_ids
         if settings.adapter is None:
@@ -107,9 +108,12 @@ class StepBench:
         self._passes["copy"] = copying(self._device)
         self._learner = make_learner(speculator)
         self._peak_bytes = peak_bytes(self._device)  # from here on others' weights are loaded
-        if exact.build is not None:
-            self._arms["exact"] = exact.build()
-        self._na_reasons = {} if exact.build else {"exact": exact.na_reason}
+        self._na_reasons = {}
+        try:
+            exact = speculator.afresh(passes=exact_passes(speculator.split), mode="exact")
+            self._arms["exact"] = OurArm(exact, PLAIN, options)
+        except ValueError as refusal:
+            self._na_reasons["exact"] = str(refusal)
         for dtype in settings.hf_dtypes:
             model = read_weights(settings.model, dtype=getattr(torch, dtype)).to(self._device)
             (plan,) = rival_plans(model, speculator.tokenizer, options, split_layer=1, names=["hf_generate"])

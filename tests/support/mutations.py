@@ -173,7 +173,7 @@ MUTATIONS = [
         "tests/model/test_llama_path.py",
     ),
     Mutation(
-        "window_one_too_wide", CACHE, "mask &= distance_BQS < window", "mask &= distance_BQS <= window",
+        "window_one_too_wide", CACHE, "(distance_BQS < window)", "(distance_BQS <= window)",
         "tests/model/test_llama_path.py",
     ),
     Mutation(

@@ -173,7 +173,7 @@ def audit(
     console.print(
         f"{report.num_matches} of {report.num_prompts} prompts match plain decoding token for token "
         f"({report.num_tokens} tokens, {report.num_drafted} drafted, {report.num_accepted} accepted); "
-        f"kernel noise {report.noise:.1e}"
+        f"{report.mode} mode, {report.dtype}, kernel noise {report.noise:.1e}"
     )
     if report.divergences:
         console.print(divergence_table(report.divergences))

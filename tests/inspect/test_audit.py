@@ -14,8 +14,9 @@ from dvi.decode.speculator import SelfSpeculator
 from dvi.inspect.audit import audit, divergence_table, logits_in_blocks
 from dvi.model.drafter import DrafterConfig
 from dvi.records import Verdict
-from tests.support.exact_doubles import self_check_left_out
+from tests.support.exact_doubles import needs_kernels, self_check_left_out
 from tests.support.paths import STORIES
+from tests.support.tiny_models import tiny_model
 
 PROMPT = "Once upon a time"
 
@@ -57,6 +58,15 @@ def test_noise_is_the_difference_between_passes_of_one_row_and_of_a_block(load, 
 
     monkeypatch.setattr("dvi.inspect.audit.logits_in_blocks", rounding)
     assert run(load()).noise == pytest.approx(1e-3, rel=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_native_path_there_is_no_noise(dtype):
+    """Catches a promise of bits that the audit's own two ways to the logits do not bear out."""
+    model = tiny_model("llama", num_layers=3, head_dim=32, dtype=dtype)
+    report = audit(SelfSpeculator(model, None), [[5, 9, 33], list(range(40))], max_new_tokens=24)
+    assert (report.mode, report.num_matches, report.noise) == ("exact", 2, 0.0) and report.num_drafted > 0
 
 
 class AcceptEverything:

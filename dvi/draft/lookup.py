@@ -48,27 +48,32 @@ class LookupPlace:
         for places, weight, mine, found in self._sides:
             tokens = places.tokens
             for place, length in found.items():
-                if tokens[place] != GAP and place // SLOT_LEN not in mine:
-                    votes[length].append((tokens[place], weight))
+                token_id = tokens[place]
+                if token_id != GAP and not (mine and place // SLOT_LEN in mine):
+                    votes[length].append((token_id, weight))
         weights: dict[int, int] = {}
         total, chosen = DOUBT, []
         for length in range(MAX_MATCH, 0, -1):
+            if not votes[length]:
+                continue
             num_known = len(weights)
             for token_id, weight in votes[length]:
                 weights[token_id] = weights.get(token_id, 0) + weight
                 total += weight
-            for token_id in sorted([*weights][num_known:], key=weights.__getitem__, reverse=True):
-                chosen.append((token_id, weights[token_id] / total * _TRUST[length]))
-                if len(chosen) == width:
-                    return chosen
+            if len(weights) > num_known:
+                for token_id in sorted([*weights][num_known:], key=weights.__getitem__, reverse=True):
+                    chosen.append((token_id, weights[token_id] / total * _TRUST[length]))
+                    if len(chosen) == width:
+                        return chosen
         return chosen
 
     def then(self, token_id: int) -> LookupPlace:
         """The place behind one more token."""
-        return LookupPlace(
-            [side._replace(found=side.places.follow(side.found, self._last, token_id)) for side in self._sides],
-            token_id,
-        )
+        sides = [
+            _Side(places, weight, mine, places.follow(found, self._last, token_id))
+            for places, weight, mine, found in self._sides
+        ]
+        return LookupPlace(sides, token_id)
 
 
 class LookupRow:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import islice
 
 GAP = -1
 MAX_MATCH = 8  # tokens: longer matches tell no more
@@ -78,8 +79,7 @@ class Places:
     def follow(self, found: Found, before: int, token: int) -> Found:
         """The places that one more token leads to, from those that the text before it led to, which ends in `before`.
 
-        Longest first where they are more than MAX_FOUND; else those followed from `found` in its order, then the
-        newest first.
+        Longest first, and of equal length the newest first, if `found` was so; at most MAX_FOUND.
         """
         tokens, behind = self.tokens, self._behind
         after = {place + 1: _LONGER[length] for place, length in found.items() if tokens[place] == token}
@@ -90,7 +90,7 @@ class Places:
             if place not in after:
                 after[place] = 1
         if len(after) > MAX_FOUND:
-            after = dict(sorted(after.items(), key=lambda entry: -entry[1])[:MAX_FOUND])
+            after = dict(islice(after.items(), MAX_FOUND))
         return after
 
 

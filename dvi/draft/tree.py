@@ -52,20 +52,19 @@ def grow(
     max_depth  of levels; 0 gives no nodes. width: of children at most, 1 for a chain. least_path: no less is proposed.
     """
     nodes: list[Node] = []
-    waiting: list[tuple[float, int, Node, Place]] = []
+    waiting: list[tuple[float, int, int, float, int, int, Place]] = []
     order = count()
 
     def offer(place: Place, parent: int, depth: int, path: float) -> None:
         for token_id, estimate in place.candidates(width):
             if path * estimate >= least_path:
-                node = Node(token_id, parent, depth, estimate, source)
-                heapq.heappush(waiting, (-path * estimate, next(order), node, place))
+                heapq.heappush(waiting, (-path * estimate, next(order), token_id, estimate, parent, depth, place))
 
     if budget > 0 and max_depth > 0:
         offer(root, ROOT, 0, 1.0)
     while waiting and len(nodes) < budget:
-        falling, _, node, place = heapq.heappop(waiting)
-        nodes.append(node)
-        if len(nodes) < budget and node.depth + 1 < max_depth:
-            offer(place.then(node.token_id), len(nodes) - 1, node.depth + 1, -falling)
+        falling, _, token_id, estimate, parent, depth, place = heapq.heappop(waiting)
+        nodes.append(Node(token_id, parent, depth, estimate, source))
+        if len(nodes) < budget and depth + 1 < max_depth:
+            offer(place.then(token_id), len(nodes) - 1, depth + 1, -falling)
     return nodes

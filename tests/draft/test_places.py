@@ -78,12 +78,17 @@ def test_with_bounds_a_place_is_found_where_one_of_the_newest_leads_to_it(seed):
     assert len(found) <= MAX_FOUND and all(length <= agreement(text, place, text) for place, length in found.items())
 
 
-def test_of_more_than_can_be_followed_the_longest_are():
+@pytest.mark.parametrize("seed", range(10))
+def test_of_more_than_can_be_followed_the_longest_are_and_the_newest_of_these(seed, monkeypatch):
     """Catches text that repeats itself: its places would grow with it."""
-    places = indexed([7] * 500)
-    found = {place: place % MAX_MATCH + 1 for place in range(2, 402)}
-    followed = places.follow(found, 7, 7)
-    assert list(followed.values()) == [MAX_MATCH] * MAX_FOUND
+    rng = random.Random(seed)
+    places, context = indexed(rng.choices((1, 2), k=500)), rng.choices((1, 2), k=MAX_MATCH)
+    found = [*places.find(context).items()]
+    assert found == sorted(found, key=lambda entry: (-entry[1], -entry[0]))
+    monkeypatch.setattr(module, "MAX_FOUND", 10)
+    end = context[-1]
+    every = places.follow(dict(found), end, 1)
+    assert len(every) == 10 and [*every.items()] == sorted(every.items(), key=lambda entry: (-entry[1], -entry[0]))
 
 
 def test_a_long_match_is_found_behind_frequent_tokens_when_one_of_its_own_is_rare():

@@ -371,6 +371,45 @@ MUTATIONS = [
         "self._standings.setdefault(info.num_rows", "self._standings.setdefault(0",
         "tests/draft/test_length_policies.py",
     ),
+    # Trees and lookups
+    Mutation(
+        "a_tree_grown_by_estimates_alone", "dvi/draft/tree.py",
+        "offer(place.then(token_id), len(nodes) - 1, depth + 1, -falling)",
+        "offer(place.then(token_id), len(nodes) - 1, depth + 1, 1.0)", "tests/draft/test_tree.py",
+    ),
+    Mutation(
+        "siblings_that_are_twins", "dvi/draft/lookup.py",
+        "sorted([*weights][num_known:],", "sorted([*weights],", "tests/draft/test_lookup.py",
+    ),
+    Mutation(
+        "own_text_counted_twice", "dvi/draft/lookup.py",
+        "if token_id != GAP and not (mine and place // SLOT_LEN in mine):", "if token_id != GAP:",
+        "tests/draft/test_lookup.py",
+    ),
+    Mutation(
+        "measured_requests_learnt", "dvi/draft/lookup.py",
+        "if self._source.is_frozen:", "if False:", "tests/draft/test_lookup.py",
+    ),
+    Mutation(
+        "silent_requests_learnt", "dvi/draft/lookup.py",
+        "if teaches and source.store is not None", "if source.store is not None", "tests/draft/test_lookup.py",
+    ),
+    Mutation(
+        "tenants_that_share_unasked", "dvi/draft/traffic_store.py",
+        "return EVERYBODY if self.shares_tenants else tenant", "return EVERYBODY", "tests/draft/test_traffic_store.py",
+    ),
+    Mutation(
+        "a_dropped_slot_still_found", "dvi/draft/traffic_store.py",
+        "self.num_bytes -= places.discard(end)", "pass", "tests/draft/test_traffic_store.py",
+    ),
+    Mutation(
+        "a_token_written_into_a_lost_slot", "dvi/draft/traffic_store.py",
+        "if text.end is not None and text.end // SLOT_LEN == slot:", "if False:", "tests/draft/test_traffic_store.py",
+    ),
+    Mutation(
+        "the_oldest_places_kept", "dvi/draft/places.py",
+        "(place, *held[: MAX_PLACES - 1])", "(place, *held)[-MAX_PLACES:]", "tests/draft/test_places.py",
+    ),
     # Text
     Mutation(
         "beginning_of_a_stop_string_shown", "dvi/decode/text.py",

@@ -292,11 +292,12 @@ class RoundStats:
 
     def count_round(
         self, *, num_drafted: int, num_accepted: int, num_waived: int = 0, num_kept: int | None = None,
-        num_committed: int | None = None,
+        num_committed: int | None = None, num_reached: int | None = None,
     ) -> None:
         """Adds one round of one row. drafted_per_depth counts depths reached: up to the first rejection or the end.
 
         num_kept: tokens that became text, where the text ended inside what was committed; num_committed: all of that.
+        num_reached: depths at which a drafted token was judged, where its nodes are no chain.
         """
         num_kept = num_accepted + 1 if num_kept is None else num_kept
         self.num_rounds += 1
@@ -305,7 +306,7 @@ class RoundStats:
         self.num_waived += num_waived
         self.committed_tokens += num_accepted + 1 if num_committed is None else num_committed
         self.new_tokens += num_kept
-        num_reached = min(num_accepted + 1, num_drafted, num_kept)
+        num_reached = min(num_accepted + 1 if num_reached is None else num_reached, num_drafted, num_kept)
         while len(self.drafted_per_depth) < num_reached:
             self.drafted_per_depth.append(0)
             self.accepted_per_depth.append(0)

@@ -18,13 +18,17 @@ from dvi.decode.host_row import HostRow, fetch
 from dvi.decode.round import RowState, VerifiedRound, detached_from_graph, draft_and_verify
 from dvi.decode.sampling import SamplingBatch, SeenTokens
 from dvi.decode.sequence import RowOutcome, Sequence
+from dvi.decode.tree_round import tree_draft, verify_tree
 from dvi.decode.verification import VerifyRule
 from dvi.draft.length_policies import LengthPolicy, RoundInfo, RoundOutcome
+from dvi.draft.node_budget import NodeBudget, path_estimates
+from dvi.draft.tree import MAX_WIDTH
 from dvi.model.cuda_graph import RoundGraphs, can_capture
 from dvi.model.drafter import MAX_DEPTH, Drafter
 from dvi.model.kv_cache import KeysAndValues
 from dvi.model.split import SplitModel
 from dvi.model.transfers import to_device, to_host
+from dvi.model.tree import MAX_NODES
 from dvi.records import Draft, TokenLogprobs, Transitions, Verdict
 
 PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations
@@ -38,12 +42,13 @@ class DecodingBatch:
     """
 
     def __init__(
-        self, split: SplitModel, drafter: Drafter, *, max_rows: int, capacity: int, policy: LengthPolicy,
+        self, split: SplitModel, drafter: Drafter, *, max_rows: int, capacity: int, policy: LengthPolicy | NodeBudget,
         rule: VerifyRule, wants_transitions: bool, prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         """max_rows: rows to begin with; a row beyond them makes the cache grow, and move.
 
         capacity: positions per row to begin with, 0 lets them follow from the requests.
+        policy: how many tokens the drafter drafts, or a `NodeBudget`, whose source then proposes in its place.
         """
         self._prefill_chunk = prefill_chunk
         self._split, self.drafter, self.policy, self._rule = split, drafter, policy, rule
@@ -155,6 +160,8 @@ class DecodingBatch:
         Nothing is committed before all is computed: when it raises, the rows are as they were.
         """
         start_s = time.perf_counter()
+        if isinstance(self.policy, NodeBudget):
+            return self._round_of_nodes()
         state, cache = self._row_state(), self.cache
         rooms = [sequence.room for sequence in self.sequences]
         info = RoundInfo(len(rooms), self.drafter.version, max_draft_tokens=max(rooms))
@@ -164,12 +171,7 @@ class DecodingBatch:
         if self.policy.companion is not None:
             self.policy.companion.follow(self.drafter, self.sequences)
         verified = self._on_device(state, num_draft_tokens)
-        if state.seen is not None:
-            state.seen.add_generated(*_committed(verified.draft, verified.verdict))
-        state.anchor_BD.copy_(verified.anchor_BD)
-        state.last_token_B.copy_(verified.verdict.next_token_B)
-        state.room_B.sub_(verified.verdict.num_accepted_B + 1)
-        host_rows = fetch(verified.for_host_BH, verified.draft)  # the round's one wait for the device
+        host_rows = self._commit(state, verified)
         cache.commit([host_row.num_accepted + 1 for host_row in host_rows], rows=state.rows)
         transitions = self._account(host_rows, verified)
         ends = [max(sequence.kept_per_round[-1:], default=0) for sequence in self.sequences]
@@ -185,6 +187,41 @@ class DecodingBatch:
             limits=[min(pair) for pair in zip(rooms, ends, strict=True)],
         ))
         return transitions
+
+    def _commit(self, state: RowState, verified: VerifiedRound) -> list[HostRow]:
+        """What the next round starts from, but for the cache; the rows of this one as the host must know them."""
+        if state.seen is not None:
+            state.seen.add_generated(*_committed(verified.draft, verified.verdict))
+        state.anchor_BD.copy_(verified.anchor_BD)
+        state.last_token_B.copy_(verified.verdict.next_token_B)
+        state.room_B.sub_(verified.verdict.num_accepted_B + 1)
+        return fetch(verified.for_host_BH, verified.draft)  # the round's one wait for the device
+
+    def _round_of_nodes(self) -> list[Transitions]:
+        """A round that verifies what the policy's source proposes."""
+        state, policy = self._row_state(), self.policy
+        width, most = (MAX_WIDTH, MAX_NODES - 1) if self._split.can_tree else (1, MAX_DEPTH)
+        proposals = []
+        for sequence in self.sequences:
+            if sequence.source_row is None:
+                asked = {"tenant": sequence.tenant, "teaches": sequence.teaches}
+                sequence.source_row = policy.source.open(sequence.prompt_ids, **asked)
+                sequence.source_row.observe(sequence.token_ids)
+            proposals.append(sequence.source_row.propose(
+                budget=min(policy.max_nodes, most), max_depth=min(sequence.room, MAX_DEPTH), width=width
+            ))
+        num_nodes = policy.choose_nodes([path_estimates(nodes) for nodes in proposals])
+        draft = tree_draft([nodes[:num_nodes] for nodes in proposals], self._split.device)
+        verified = verify_tree(
+            self._split, self.cache, state, draft, drafter_version=self.drafter.version,
+            keeps_logits=any(sequence.num_logprobs is not None for sequence in self.sequences),
+        )
+        host_rows = self._commit(state, verified)
+        if draft.is_chain:
+            self.cache.commit([len(host_row.path) for host_row in host_rows], rows=state.rows)
+        else:
+            self.cache.commit_paths([host_row.path for host_row in host_rows], rows=state.rows)
+        return self._account(host_rows, verified)
 
     def _on_device(self, state: RowState, num_draft_tokens: int) -> VerifiedRound:
         """Drafts and verifies: replayed as one CUDA graph where a graph can serve, launched call by call elsewhere."""
@@ -232,14 +269,20 @@ class DecodingBatch:
             num_accepted = min(host_row.num_accepted, num_kept)
             num_waived = min(host_row.num_waived, num_accepted)
             outcome = RowOutcome(
-                sequence, host_row.num_drafted, num_accepted, num_waived, num_kept, num_committed=len(committed)
+                sequence, host_row.num_drafted, num_accepted, num_waived, num_kept, num_committed=len(committed),
+                num_reached=host_row.num_reached,
             )
+            if sequence.source_row is not None:
+                sequence.source_row.observe(committed[:num_kept])
             outcome.add_to(sequence.stats)
             sequence.kept_per_round.append(num_kept)
             self.outcomes.append(outcome)
             if experience is not None and sequence.teaches:
                 start_position = self.cache.lengths[row] - len(committed)
-                transitions.append(experience.of_row(row, outcome, start_position=start_position))
+                if verified.is_walk:
+                    transitions += experience.of_walk(row, outcome, start_position=start_position)
+                else:
+                    transitions.append(experience.of_row(row, outcome, start_position=start_position))
         return transitions
 
     def _row_state(self) -> RowState:
@@ -279,6 +322,8 @@ class DecodingBatch:
     def remove(self, sequence: Sequence) -> None:
         """Frees the sequence's row, whatever it was doing; opened again it goes on with a prefill of all its text."""
         row, now_s = self.row_of(sequence), time.perf_counter()
+        if sequence.source_row is not None and sequence.finish_reason is not None:
+            sequence.source_row.close()
         if sequence.finish_reason == "error":
             self.cache.wipe_row(row)
         if row < len(self.sequences):

@@ -36,7 +36,8 @@ def build_speculator(
     speculator = kind.from_pretrained(
         model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
         device=model.device, placement=model.placement, adapter=drafter.adapter, mode=model.mode, path=model.path_kind,
-        policy=draft.policy, num_draft_tokens=draft.num_draft_tokens, confidence_threshold=draft.confidence_threshold,
+        source=draft.source, max_nodes=draft.max_nodes, policy=draft.policy, num_draft_tokens=draft.num_draft_tokens,
+        confidence_threshold=draft.confidence_threshold,
         companion=draft.companion, companion_model=draft.companion_model,
         seed=config.train.seed, rule=None if isinstance(config, WarmupConfig) else make_rule(config.verify),
         trust_remote_code=isinstance(config, ServeConfig) and config.serve.trust_remote_code,

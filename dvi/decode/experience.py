@@ -50,6 +50,22 @@ class RoundExperience:
             num_waived=outcome.num_waived, tenant=sequence.tenant,
         )
 
+    def of_walk(self, row: int, outcome: RowOutcome, *, start_position: int) -> list[Transitions]:
+        """The row's committed positions, each as a plain round's: the drafter had no part in them."""
+        verified, width = self._verified, min(outcome.num_accepted + 1, outcome.num_kept)
+        return [
+            Transitions(
+                request_id=outcome.sequence.request_id, start_position=start_position + at,
+                token_ids_W=verified.input_ids_BU[row, at : at + 1],
+                hidden_WD=verified.draft.hidden_BUD[row, at : at + 1],
+                target_hidden_WD=verified.final_BUD[row, at : at + 1], num_drafted=0, num_accepted=0,
+                draft_token_ids_W=torch.full_like(verified.input_ids_BU[row, at : at + 1], -1),
+                draft_log_probs_W=torch.zeros(1, device=verified.final_BUD.device),
+                drafter_version=verified.draft.drafter_version, tenant=outcome.sequence.tenant,
+            )
+            for at in range(width)
+        ]
+
 
 def _drafts_by_position(draft: Draft) -> tuple[Tensor, Tensor]:
     """What was drafted at each of the U positions: token ids [B, U], -1 where nothing was, and log-probabilities, 0."""

@@ -7,6 +7,7 @@ companion two scores for each of them, and the counts.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from dvi.model.transfers import to_host
 from dvi.records import Draft, Verdict
 
+NUM_COUNTS = 5  # is finite, next token, waived, accepted, drafted
 SCORE_UNITS = 2**20  # companion scores cross to the host among integers, in these units
 
 
@@ -26,6 +28,9 @@ class HostRow:
     companion_scores  (S, A) of each of the T positions; None where nothing drafted along.
     is_finite         False where the verifier's final states hold NaN or infinity: nothing of such a row may be used.
     next_token        the recovered or bonus token.
+    num_drafted       of a tree all of its nodes.
+    path              of a tree the nodes that were accepted, the root first; else None.
+    has_more          of a tree: something was drafted behind the last accepted node.
     """
 
     draft_ids: list[int]
@@ -35,22 +40,30 @@ class HostRow:
     num_waived: int
     num_accepted: int
     num_drafted: int
+    path: list[int] | None = None
+    has_more: bool = False
 
     @property
     def committed(self) -> list[int]:
         """The accepted drafts and the token after them."""
         return [*self.draft_ids[: self.num_accepted], self.next_token]
 
+    @property
+    def num_reached(self) -> int:
+        """Depths at which a drafted token was judged."""
+        return min(self.num_accepted + 1, self.num_drafted) if self.path is None else self.num_accepted + self.has_more
 
-def for_host(draft: Draft, verdict: Verdict, is_finite_B: Tensor) -> Tensor:
-    """Every row of a round as integers, int64 [B, H]; no wait."""
+
+def for_host(draft: Draft, verdict: Verdict, is_finite_B: Tensor, *of_walk: Tensor) -> Tensor:
+    """Every row of a round as integers, int64 [B, H]; no wait. of_walk: of a tree, the walk's nodes [B, U], and
+    whether more was drafted behind its end [B, 1]."""
     num_accepted_B, num_waived_B = verdict.num_accepted_B, verdict.num_waived_B
     if num_waived_B is None:
         num_waived_B = torch.zeros_like(num_accepted_B)
     counts = is_finite_B.long(), verdict.next_token_B, num_waived_B, num_accepted_B, draft.num_drafted_B
     scores_BTC = draft.companion_scores_BTC
     scores = [] if scores_BTC is None else [(scores_BTC * SCORE_UNITS).long().flatten(1)]
-    return torch.cat([draft.token_ids_BT, *scores, torch.stack(counts, dim=1)], dim=1)
+    return torch.cat([draft.token_ids_BT, *scores, torch.stack(counts, dim=1), *of_walk], dim=1)
 
 
 def fetch(for_host_BH: Tensor, draft: Draft) -> list[HostRow]:
@@ -61,6 +74,10 @@ def fetch(for_host_BH: Tensor, draft: Draft) -> list[HostRow]:
     for numbers in to_host(for_host_BH).tolist():
         scores = [units / SCORE_UNITS for units in numbers[num_drafts:end_of_scores]]
         pairs = list(zip(scores[::2], scores[1::2], strict=True)) if has_scores else None
-        is_finite, *counts = numbers[end_of_scores:]
-        rows.append(HostRow(numbers[:num_drafts], pairs, bool(is_finite), *counts))
+        is_finite, *counts = numbers[end_of_scores : end_of_scores + NUM_COUNTS]
+        walk = numbers[end_of_scores + NUM_COUNTS :]
+        row = HostRow(numbers[:num_drafts], pairs, bool(is_finite), *counts)
+        if walk:
+            row = dataclasses.replace(row, path=walk[: row.num_accepted + 1], has_more=bool(walk[-1]))
+        rows.append(row)
     return rows

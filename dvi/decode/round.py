@@ -158,6 +158,7 @@ class VerifiedRound:
     anchor_BD     the final hidden state at the position whose logits gave next_token.
     for_host_BH   int64, all that the host must know: see `dvi.decode.host_row`.
     logits_BUV    the verifier's, where somebody wants log-probabilities.
+    is_walk       the other tensors are those of an accepted path of a tree, see `dvi.decode.tree_round`.
     """
 
     draft: Draft
@@ -167,6 +168,7 @@ class VerifiedRound:
     anchor_BD: Tensor
     for_host_BH: Tensor
     logits_BUV: Tensor | None = None
+    is_walk: bool = False
 
 
 def draft_and_verify(

@@ -36,6 +36,7 @@ class Role(IntEnum):
     ACCEPT = 1
     RECOVER = 2
     GUMBEL = 3
+    CHOOSE = 4
 
 
 class SamplingBatch:
@@ -201,6 +202,15 @@ class SeenTokens:
     def after_drafts(self, token_ids_BT: Tensor) -> Seen:
         """Of the one position after all T drafted tokens: what one draft step needs."""
         return self._after(token_ids_BT[:, None, :])
+
+    def along(self, token_ids_BN: Tensor, ancestors_BN: Tensor) -> Seen:
+        """Of a tree's nodes, the root first: each has the committed tokens and those on its way from the root.
+
+        token_ids_BN: the nodes' but the root's, one column less than ancestors_BN, which is `Tree`'s.
+        """
+        node_N = torch.arange(1, ancestors_BN.shape[1], device=ancestors_BN.device)
+        is_above_BNN = (ancestors_BN[..., None] >> node_N & 1).bool()
+        return self._after(torch.where(is_above_BNN, token_ids_BN[:, None, :], self.vocab_size))
 
     def _after(self, index_BQT: Tensor) -> Seen:
         """Of Q positions, each after the committed tokens and its own T drafted ones."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dvi.draft.sources import SourceRow
 from dvi.records import RoundStats, SamplingParams, TokenLogprobs
 
 
@@ -19,6 +20,7 @@ class Sequence:
     teaches        False: no transitions are cut from its rounds. tenant is copied into those that are.
     finish_reason  "stop", "length", or "error": the verifier's state was not finite, or something raised `error`, and
                    its last round is not kept.
+    source_row     what proposes its drafts where a source does; see `dvi.draft.sources`.
     started_s      when it began what it does, prefilling or decoding.
     kept_per_round tokens that each of its rounds gave it.
     """
@@ -37,6 +39,7 @@ class Sequence:
     finish_reason: str | None = None
     error: Exception | None = None
     stats: RoundStats = field(default_factory=RoundStats)
+    source_row: SourceRow | None = None
     started_s: float = 0.0
 
     @property
@@ -70,6 +73,7 @@ class RowOutcome:
     """One row's round in counts: num_waived of num_accepted of num_drafted; num_kept tokens became text.
 
     num_accepted   those that became text. num_committed: what the verdict gave, also behind the text's end.
+    num_reached    depths at which a drafted token was judged.
     """
 
     sequence: Sequence
@@ -78,9 +82,10 @@ class RowOutcome:
     num_waived: int
     num_kept: int
     num_committed: int
+    num_reached: int
 
     def add_to(self, stats: RoundStats) -> None:
         stats.count_round(
             num_drafted=self.num_drafted, num_accepted=self.num_accepted, num_waived=self.num_waived,
-            num_kept=self.num_kept, num_committed=self.num_committed,
+            num_kept=self.num_kept, num_committed=self.num_committed, num_reached=self.num_reached,
         )

@@ -22,12 +22,14 @@ from dvi.decode.prompts import Prompt, PromptEncoder, is_one_prompt
 from dvi.decode.sequence import Sequence
 from dvi.decode.text import TextStream
 from dvi.decode.verification import StrictRule, VerifyRule
-from dvi.draft.catalogue import GOODPUT_BUCKETS, goodput_buckets, make_companion, make_policy
+from dvi.draft.catalogue import GOODPUT_BUCKETS, NODE_BUCKETS, goodput_buckets, make_companion, make_policy
 from dvi.draft.companion_model import load_companion
 from dvi.draft.companions import Companion
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength, LengthPolicy
+from dvi.draft.lookup import Lookup
 from dvi.draft.measure_costs import measure_costs
+from dvi.draft.node_budget import NodeBudget
 from dvi.learner import Learner
 from dvi.model.adapter_store import save_drafter
 from dvi.model.devices import NOT_TIMED, TIMED_POLICIES, check_lock_step, is_tensor_parallel, load_model
@@ -44,6 +46,7 @@ from dvi.settings import (
     COMPANIONS,
     MODES,
     POLICIES,
+    SOURCES,
     DrafterSettings,
     DraftSettings,
     LearningSettings,
@@ -73,6 +76,8 @@ class SelfSpeculator:
         adapter: str | Path | None = None,
         mode: str = ModelSettings.mode,
         path: str = ModelSettings.path_kind,
+        source: str = DraftSettings.source,
+        max_nodes: int = DraftSettings.max_nodes,
         policy: str = DraftSettings.policy,
         num_draft_tokens: int = DraftSettings.num_draft_tokens,
         confidence_threshold: float = DraftSettings.confidence_threshold,
@@ -86,11 +91,15 @@ class SelfSpeculator:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
         if companion not in COMPANIONS:
             raise ValueError(f"companion must be one of {', '.join(COMPANIONS)}, got {companion!r}")
         check_companion(companion, companion_model)
         if not 0 <= num_draft_tokens <= GOODPUT_BUCKETS[-1]:
             raise ValueError(f"num_draft_tokens must be in 0..{GOODPUT_BUCKETS[-1]}, got {num_draft_tokens}; try 4")
+        if source == "lookup" and rule is not None and not rule.is_lossless:
+            raise ValueError(f"source 'lookup' goes with the strict rule alone, got {rule.name!r}; try 'drafter'")
         self._is_lock_step = is_tensor_parallel(model)
         if self._is_lock_step and policy in TIMED_POLICIES:
             raise ValueError(f"{NOT_TIMED}; try policy='fixed'")
@@ -102,6 +111,7 @@ class SelfSpeculator:
         self.drafter = make_drafter(self.split, drafter, adapter=adapter, seed=seed)
         if self._is_lock_step:
             self.check_lock_step()
+        self.source, self.max_nodes = source, max_nodes
         self.policy, self.num_draft_tokens = policy, num_draft_tokens
         self.confidence_threshold, self.companion = confidence_threshold, companion
         self._companion_split: SplitModel | None = None
@@ -110,7 +120,7 @@ class SelfSpeculator:
                 companion_model, split=self.split, tokenizer=tokenizer, max_positions=self.max_positions
             )
         self.rule: VerifyRule = rule or StrictRule()
-        self._policies: dict[tuple[str, int], LengthPolicy] = {}  # those that learn, by batch size
+        self._policies: dict[tuple[str, int], LengthPolicy | NodeBudget] = {}  # those that learn, by batch size
         self._request_ids = itertools.count()
 
     def __repr__(self) -> str:
@@ -151,7 +161,8 @@ class SelfSpeculator:
         placement     "single", "device_map" or "tensor", see `dvi.model.devices`.
         adapter       folder written by `save_drafter`.
         options       mode, and path, a path_kind of `dvi.settings.ModelSettings`; policy, num_draft_tokens,
-                      confidence_threshold, companion and companion_model of `DraftSettings`; rule; seed.
+                      confidence_threshold, source, max_nodes, companion and companion_model of `DraftSettings`;
+                      rule; seed.
         Raises ValueError for anything that does not fit together, with the reason.
         """
         if placement != "single" and device != "auto":
@@ -346,17 +357,19 @@ class SelfSpeculator:
         )
         return self._generation(batch, learner).pieces(sequence, text)
 
-    def choose_policy(self, params: list[SamplingParams], batch_size: int) -> LengthPolicy:
-        """The draft-length rule. "auto" is the goodput rule only where tokens cannot depend on the lengths it picks:
-        a seeded sample should not change with the machine's speed, and ranks in lock-step must pick the same."""
+    def choose_policy(self, params: list[SamplingParams], batch_size: int) -> LengthPolicy | NodeBudget:
+        """The draft-length rule, or a source with its budget of nodes. "auto" is the goodput rule only where tokens
+        cannot depend on the lengths it picks: a seeded sample should not change with the machine's speed, and ranks in
+        lock-step must pick the same."""
         name = self.policy if self.num_draft_tokens else "fixed"
         if name == "auto":
             does_length_matter = any(not p.is_greedy and p.coupling == "rejection" for p in params)
             name = "fixed" if does_length_matter or self._is_lock_step else "goodput"
+        buckets = goodput_buckets(self.num_draft_tokens) if self.source == "drafter" else NODE_BUCKETS
 
         def costs() -> CostTable:
             rows = (*(r for r in (1, 2, 4, 8, 16) if r < batch_size), batch_size)  # a batch that drains has fewer
-            return measure_costs(self.passes, self.drafter, buckets=goodput_buckets(self.num_draft_tokens), rows=rows)
+            return measure_costs(self.passes, self.drafter, buckets=buckets, rows=rows)
 
         if name not in TIMED_POLICIES:
             return self.new_policy(name, self.num_draft_tokens, costs=costs)
@@ -364,8 +377,15 @@ class SelfSpeculator:
             self._policies[name, batch_size] = self.new_policy(name, self.num_draft_tokens, costs=costs)
         return self._policies[name, batch_size]
 
-    def new_policy(self, name: str, num_draft_tokens: int, *, costs: Callable[[], CostTable]) -> LengthPolicy:
-        """A draft-length rule by its name, which has learnt nothing yet; see `dvi.draft.catalogue.make_policy`."""
+    def new_policy(
+        self, name: str, num_draft_tokens: int, *, costs: Callable[[], CostTable]
+    ) -> LengthPolicy | NodeBudget:
+        """A draft-length rule by its name, which has learnt nothing yet; see `dvi.draft.catalogue.make_policy`.
+
+        Where a lookup proposes: a budget of nodes by measured costs, for a rule that weighs them, else of all nodes.
+        """
+        if self.source == "lookup" and num_draft_tokens:
+            return NodeBudget(Lookup(), self.max_nodes, costs() if name in TIMED_POLICIES else None)
         return make_policy(
             name, num_draft_tokens, confidence_threshold=self.confidence_threshold, costs=costs,
             companion=self.new_companion, is_on_cpu=self.split.device.type == "cpu", can_pack=self.passes.can_pack,

@@ -16,6 +16,7 @@ from dvi.model.split import SplitModel
 from dvi.settings import check_companion
 
 GOODPUT_BUCKETS = (1, 2, 3, 4, 6, 8)
+NODE_BUCKETS = (1, 2, 4, 8, 16, 32)  # nodes behind the root at which passes of a tree are timed
 
 
 def goodput_buckets(num_draft_tokens: int) -> tuple[int, ...]:

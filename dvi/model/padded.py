@@ -99,6 +99,7 @@ class PaddedSplit:
     the pass. On GPUs it has not been tried: there the self-check alone decides.
     """
 
+    can_tree = False
     can_pack = False  # a pass of fewer positions has another shape, and other bits
     path = "padded"  # none that CUDA graphs know: the caches of its rows come and go
 

@@ -21,6 +21,7 @@ from dvi.model.context import SHORTEST, max_positions_of, why_shorter
 from dvi.model.devices import execution_device, gather_module, is_spread
 from dvi.model.kv_cache import Placement, RollbackCache
 from dvi.model.ragged import Packing
+from dvi.model.tree import Tree
 from dvi.model.views_path import ViewsPath, dissect
 from dvi.progress import shown_as
 from dvi.settings import ModelSettings
@@ -86,6 +87,7 @@ class SplitModel:
         else:
             self._path = _lean_paths()[self.path](model, split_layer=split_layer)
             self._linear_head = self._path.head
+        self._carries_trees = True
         if self.device.type != "meta":  # a shape has no numbers to compare
             self.self_check()
 
@@ -115,6 +117,11 @@ class SplitModel:
         if self.path == "views":
             return self._path.deep(hidden_BQD, token_ids_BQ, cache, placement).to(self.device)
         return self._path.deep(hidden_BQD, cache, placement)  # Llama-shaped layers never look at token ids
+
+    @property
+    def can_tree(self) -> bool:
+        """Whether a pass can hold a draft tree, by the self-check: not where what lies over the keys counts slots."""
+        return self._carries_trees
 
     @property
     def can_pack(self) -> bool:
@@ -174,6 +181,22 @@ class SplitModel:
                     f"{name} cannot be split: {phase} at split_layer {self.split_layer} differs from the plain forward "
                     f"by a relative error of {error:.1e}; rounding explains at most {tolerance:.0e}"
                 )
+
+        self._carries_trees = self._error_of_tree(ids_BS, plain_BSV, prompt=4) <= tolerance
+
+    def _error_of_tree(self, ids_BS: Tensor, plain_BSV: Tensor, *, prompt: int) -> float:
+        """Of the nodes of a tree that are the text's own; beside each stands one that is not."""
+        cache = self.make_cache(2, prompt + 5)
+        ids_BQ = ids_BS[:, :prompt]
+        placement = cache.place(offset=0, width=prompt)
+        self.deep(self.shallow(ids_BQ, cache, placement), ids_BQ, cache, placement)
+        cache.commit([prompt, prompt])
+        tree, own = Tree.of_parents([[0, 0, 2, 1]] * 2, self.device), [0, 2, 3]
+        ids_BN = ((ids_BS[:, prompt : prompt + 1] + 1) % self.vocab_size).repeat(1, 5)
+        ids_BN[:, own] = ids_BS[:, prompt : prompt + 3]
+        placement = cache.place(offset=0, width=5, tree=tree)
+        final_BND = self.deep(self.shallow(ids_BN, cache, placement), ids_BN, cache, placement)
+        return _relative_error(self.head(final_BND)[:, own], plain_BSV[:, prompt : prompt + 3])
 
     def _errors_by_phase(self, ids_BS: Tensor, plain_BSV: Tensor, *, prompt: int, width: int) -> dict[str, float]:
         cache = self.make_cache(2, prompt + 3 * width)

@@ -22,6 +22,7 @@ from dvi.settings.choices import (
     RuleName,
     Seed,
     Share,
+    SourceName,
 )
 
 AUTO_ADAPTER = "auto"  # drafter.adapter: the drafter that lies beside the model
@@ -96,6 +97,9 @@ class DrafterSettings:
 class DraftSettings:
     """How many tokens are drafted in a round.
 
+    source                "drafter", the shallow layers and the trained head; or "lookup": what followed the same tokens
+                          before in the request's own text, as a tree of nodes that needs no drafter and no training.
+    max_nodes             "lookup": the most nodes verified in a round; measured costs choose how many.
     policy                "fixed"; "confidence" stops where the drafter is unsure; "goodput" weighs measured costs and
                           never loses to plain decoding; "companion" is goodput that also leaves out, token by token,
                           what a companion makes look too unlikely for its time; "auto" is goodput where the output
@@ -108,6 +112,8 @@ class DraftSettings:
     companion_model       of "model": the folder or hub name of a small one with the same tokenizer.
     """
 
+    source: SourceName = "drafter"
+    max_nodes: Annotated[int, Ge(1), Le(32)] = 16
     policy: PolicyName = "auto"
     num_draft_tokens: Count = 4
     confidence_threshold: Share = 0.6

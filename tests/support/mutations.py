@@ -207,6 +207,14 @@ MUTATIONS = [
         "tests/model/test_padded.py",
     ),
     Mutation(
+        "self_check_of_one_width", "dvi/model/exact.py",
+        "WIDTHS = ((1, 9, 16, 32), (33, 17, 5, 2, 1))", "WIDTHS = ((58,), (58,))", "tests/model/test_exact.py",
+    ),
+    Mutation(
+        "auto_pads_passes_unasked", "dvi/model/exact.py",
+        'mode == "auto" and split.path != "native"', 'mode == "never"', "tests/model/test_exact.py",
+    ),
+    Mutation(
         "self_check_of_two_indices", "dvi/model/padded.py",
         "for index in range(1, width):", "for index in range(1, 2):", "tests/model/test_padded.py",
     ),

@@ -20,6 +20,7 @@ from dvi.cli.options import (
     DtypeOption,
     ModelArgument,
     ModeOption,
+    SourceOption,
     SplitLayerOption,
 )
 from dvi.settings import (
@@ -58,6 +59,7 @@ def generate(
     min_p: float = _SAMPLING.min_p,
     seed: int = _SAMPLING.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    source: SourceOption = _DRAFT.source,
     num_draft_tokens: DraftTokensOption = _DRAFT.num_draft_tokens,
     policy: PolicyName = _DRAFT.policy,
     companion: Annotated[
@@ -100,8 +102,8 @@ def generate(
         raise ValueError("there must be a prompt, got none; give a text or --prompts-file")
     speculator = SelfSpeculator.from_pretrained(
         model, adapter=adapter, split_layer=split_layer, drafter=drafter, mode=mode, dtype=dtype, device=device,
-        policy=policy, num_draft_tokens=num_draft_tokens, companion=companion, companion_model=companion_model,
-        rule=_rule(verify_rule, margin_theta),
+        source=source, policy=policy, num_draft_tokens=num_draft_tokens, companion=companion,
+        companion_model=companion_model, rule=_rule(verify_rule, margin_theta),
     )
     waiting = _as_prompts(speculator, messages, chat)
     stats, start_s = RoundStats(), time.perf_counter()
@@ -138,6 +140,7 @@ def audit(
     prompts: Annotated[Path | None, typer.Option(help=f"{PROMPTS_HELP} Default: a few built-in ones.")] = None,
     limit: Annotated[int, typer.Option(help="Prompts to audit, 0 takes all.")] = 0,
     max_new_tokens: int = 64,
+    source: SourceOption = _DRAFT.source,
     num_draft_tokens: DraftTokensOption = _DRAFT.num_draft_tokens,
     split_layer: SplitLayerOption = None,
     drafter: DrafterKind = _DRAFTER.kind,
@@ -164,7 +167,7 @@ def audit(
         messages = read_prompts([prompts], limit=limit)
     speculator = SelfSpeculator.from_pretrained(
         model, adapter=adapter, split_layer=split_layer, drafter=drafter, mode=mode, dtype=dtype, device=device,
-        num_draft_tokens=num_draft_tokens,
+        source=source, num_draft_tokens=num_draft_tokens,
     )
     room = speculator.max_positions - max_new_tokens - 1
     ids = [speculator.encode(p, max_tokens=max(room, 1)) for p in _as_prompts(speculator, messages, None)]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dvi.settings import Dtype, Mode
+from dvi.settings import Dtype, Mode, SourceName
 
 PROMPTS_HELP = "JSONL rows with prompt, messages, text ..., or a .txt of one prompt a line; also .gz."
 
@@ -34,6 +34,9 @@ ModeOption = Annotated[
 ]
 SplitLayerOption = Annotated[
     int | None, typer.Option(help="Layers below it draft; default the adapter's, or one in sixteen.")
+]
+SourceOption = Annotated[
+    SourceName, typer.Option(help="What proposes drafts: the drafter, or lookups in the request's own text.")
 ]
 DraftTokensOption = Annotated[int, typer.Option(help="The most tokens drafted in a round.")]
 PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")]

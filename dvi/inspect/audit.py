@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dvi.decode.batch import PREFILL_CHUNK
-from dvi.decode.speculator import PLAIN, SelfSpeculator
-from dvi.draft.length_policies import FixedLength
+from dvi.decode.speculator import SelfSpeculator
 from dvi.model.split import SplitModel
 from dvi.progress import each
 from dvi.records import RoundStats, SamplingParams
@@ -87,7 +86,7 @@ class AuditReport:
 def audit(
     speculator: SelfSpeculator, prompts: Iterable[list[int]], *, max_new_tokens: int, against_huggingface: bool = False
 ) -> AuditReport:
-    """Decodes each prompt plainly and with num_draft_tokens drafts a round, one prompt at a time.
+    """Decodes each prompt plainly and with num_draft_tokens drafts a round, or with a lookup's, one prompt at a time.
 
     Noise against the speculative decoder is measured between passes of one row and of U rows, against Hugging Face's
     `generate` between one-row passes and the model's own forward; both over the tokens the two texts share.
@@ -103,7 +102,8 @@ def audit(
         num_draft_tokens=speculator.num_draft_tokens, num_huggingface_matches=0 if against_huggingface else None,
     )
     params = SamplingParams(max_new_tokens=max_new_tokens)
-    split, width = speculator.split, speculator.num_draft_tokens + 1
+    num_drafts = speculator.max_nodes if speculator.source == "lookup" else speculator.num_draft_tokens
+    split, width = speculator.split, num_drafts + 1
 
     def in_blocks(ids: list[int], start: int) -> Tensor:
         return logits_in_blocks(split, ids, start=start, width=width)
@@ -206,7 +206,7 @@ def logits_in_one_pass(model: PreTrainedModel, ids: list[int], *, start: int) ->
 def _decode(
     speculator: SelfSpeculator, prompt: list[int], params: SamplingParams, *, num_draft_tokens: int
 ) -> tuple[list[int], RoundStats]:
-    policy = FixedLength(num_draft_tokens) if num_draft_tokens else PLAIN
+    policy = speculator.afresh(policy="fixed", num_draft_tokens=num_draft_tokens).choose_policy([params], 1)
     result = next(speculator.generate([prompt], params, batch_size=1, policy=policy, keep_transitions=False))
     return result.token_ids, result.stats
 

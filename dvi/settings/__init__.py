@@ -22,6 +22,7 @@ from dvi.settings.choices import (
     Port,
     Rival,
     RuleName,
+    SourceName,
 )
 from dvi.settings.decoding import (
     AUTO_ADAPTER,
@@ -76,6 +77,7 @@ __all__ = [
     "ServeConfig",
     "ServeOutputSettings",
     "ServeSettings",
+    "SourceName",
     "SpecBenchSettings",
     "StepSettings",
     "TrainConfig",

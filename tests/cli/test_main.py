@@ -86,6 +86,13 @@ def test_one_prompt_is_printed_as_text_and_then_counted_in_one_json_line():
     assert facts["finish_reasons"] == ["length"]
 
 
+def test_generate_with_lookups_says_the_same_words_and_needs_no_drafter():
+    prompt = "Tom ran. Tom ran. Tom ran."
+    _, plain, text, _ = dvi_command("generate", STORIES, prompt, *FAST, "--num-draft-tokens", 0)
+    code, facts, same, _ = dvi_command("generate", STORIES, prompt, *FAST, "--source", "lookup")
+    assert code == 0 and same == text and facts["new_tokens"] == plain["new_tokens"] and facts["drafted"] > 0
+
+
 def test_a_stop_text_ends_the_answer_before_it():
     """Catches --stop that is ignored, or printed."""
     code, facts, text, _ = dvi_command("generate", STORIES, "Once upon a time", *FAST, "--stop", " was")

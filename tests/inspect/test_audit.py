@@ -49,6 +49,12 @@ def test_right_decoding_matches_and_has_really_drafted(load, mode):
     assert report.noise < 1e-10
 
 
+def test_lookups_are_audited_as_they_serve(load):
+    speculator = load().afresh(source="lookup")
+    report = audit(speculator, [[5, 6, 7, 5, 6, 7, 5, 6]], max_new_tokens=24)
+    assert report.num_matches == report.num_prompts == 1 and report.num_drafted > 0
+
+
 def test_noise_is_the_difference_between_passes_of_one_row_and_of_a_block(load, monkeypatch):
     """Catches noise that is never measured, or is not what the report calls by that name."""
     honest = dvi.inspect.audit.logits_in_blocks

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pytest
 
 from dvi.draft import places
-from dvi.draft.lookup import CHANCE, DOUBT, OWN_WEIGHT, Lookup, LookupRow
+from dvi.draft.calibration import Calibration
+from dvi.draft.lookup import CHANCE, DOUBT, NUM_KINDS, OWN_WEIGHT, Lookup, LookupRow
 from dvi.draft.places import MAX_MATCH
 from dvi.draft.traffic_store import MIN_BYTES, TrafficStore
 from dvi.draft.tree import LEAST_PATH, ROOT, Node, grow
@@ -94,6 +95,7 @@ def test_candidates_and_trees_are_those_of_every_match_in_every_text(seed, monke
     row, at = source.open(prompt), 0
     while at < len(answer):
         row.observe(answer[at : at + 3])
+        source.calibration = Calibration(NUM_KINDS)  # estimates are told as they are
         at += 3
         text = (*prompt, *answer[:at])
         scanned = Scanned(
@@ -151,6 +153,73 @@ def test_a_draft_may_run_on_into_what_it_repeats():
     """Catches a walk that ends where the text does: a loop of two tokens is drafted to any depth."""
     nodes = Lookup().open([5, 6] * 10).propose(budget=6, max_depth=6, width=1)
     assert [node.token_id for node in nodes] == [5, 6, 5, 6, 5, 6]
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def counts(source: Lookup) -> tuple[float, float]:
+    """(accepted, samples) of all bins."""
+    accepted, samples = source.calibration.state()
+    return sum(accepted), sum(samples)
+
+
+def test_each_place_that_was_reached_is_scored_up_to_the_first_token_that_nobody_suggested(source):
+    row = source.open([1, 2, 3, 4, 1])
+    row.observe([2])
+    assert counts(source) == (0, 0)  # nothing was proposed
+    row.propose(budget=4, max_depth=4)
+    row.observe([3, 9])
+    assert counts(source) == (1, 2)
+    row.observe([1])
+    assert counts(source) == (1, 2)
+
+
+def test_what_was_suggested_is_scored_before_the_text_grows():
+    """Catches a score of the answer by itself: behind the last 1 stands 3 by then."""
+    source = Lookup()
+    row = source.open([1, 2, 1])
+    row.propose(budget=4, max_depth=4)
+    row.observe([3])
+    assert counts(source) == (0, 1)
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_measured_and_silent_requests_leave_the_calibration_as_it_was(is_frozen, source):
+    source.is_frozen = is_frozen
+    row = source.open([1, 2, 1], teaches=is_frozen)
+    row.propose(budget=4, max_depth=4)
+    row.observe([2])
+    assert counts(source) == (0, 0)
+
+
+def test_suggestions_that_fail_are_told_to_fail_and_the_second_best_apart_from_the_first(source):
+    text = [1, 2, 1, 2, 1, 3, 1]
+    before = dict(source.open(text).place().candidates(4))
+    for _ in range(50):
+        row = source.open(text)
+        row.propose(budget=4, max_depth=4)
+        row.observe([3])
+        source.forget("")
+    after = dict(source.open(text).place().candidates(4))
+    assert before[2] > before[3] and after[3] > 0.6 > 0.2 > after[2]
+    assert source.calibration.error > 0.1
+
+
+def test_a_saved_lookup_proposes_the_same_in_another(source):
+    rng = random.Random(0)
+    row = source.open([1, 2])
+    for _ in range(50):
+        row.propose(budget=4, max_depth=4)
+        row.observe(rng.choices(range(4), k=2))
+    state, others = source.state_dict(), (Lookup(TrafficStore(MIN_BYTES)), Lookup())
+    for other in others:
+        other.load_state_dict(state)
+        assert counts(other) == counts(source) and other.calibration.error is None
+    expected = source.open([3, 1, 2]).propose(budget=16, max_depth=4)
+    assert others[0].open([3, 1, 2]).propose(budget=16, max_depth=4) == expected != []
+    others[0].load_state_dict(others[1].state_dict())  # of one without a store: what is held stays
+    assert len(others[0].store) == 100
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -396,11 +396,19 @@ MUTATIONS = [
     ),
     Mutation(
         "measured_requests_learnt", "dvi/draft/lookup.py",
-        "if self._source.is_frozen:", "if False:", "tests/draft/test_lookup.py",
+        "if self._source.is_frozen or not self._teaches:", "if not self._teaches:", "tests/draft/test_lookup.py",
     ),
     Mutation(
         "silent_requests_learnt", "dvi/draft/lookup.py",
-        "if teaches and source.store is not None", "if source.store is not None", "tests/draft/test_lookup.py",
+        "if self._source.is_frozen or not self._teaches:", "if self._source.is_frozen:", "tests/draft/test_lookup.py",
+    ),
+    Mutation(
+        "acceptance_of_all_kinds_thrown_together", "dvi/draft/lookup.py",
+        "kind = length if chosen else MAX_MATCH + 1 + length", "kind = length", "tests/draft/test_lookup.py",
+    ),
+    Mutation(
+        "a_calibration_that_never_forgets", "dvi/draft/calibration.py",
+        "self._samples[place] /= 2", "self._samples[place] /= 1", "tests/draft/test_calibration.py",
     ),
     Mutation(
         "tenants_that_share_unasked", "dvi/draft/traffic_store.py",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dvi.model.devices import is_gpu
 from dvi.model.kv_cache import RollbackCache
+from dvi.model.native.path import NativePath
 from dvi.model.padded import PADDED_DTYPES, PaddedSplit
 from dvi.model.ragged import Packing
 from dvi.model.split import SplitModel
@@ -52,8 +53,6 @@ def passes_for(split: SplitModel, mode: str) -> tuple[SplitModel | PaddedSplit, 
 
 def may_be_exact(model: nn.Module, dtype: torch.dtype, *, device: str, path: str) -> bool:
     """Whether there are passes to be checked for a model of this shape, which need have no weights."""
-    from dvi.model.native.path import NativePath
-
     if is_gpu(device) or dtype in PADDED_DTYPES:
         return True
     return path in ("auto", "native") and NativePath.takes(model, dtype)
@@ -65,8 +64,6 @@ def exact_passes(split: SplitModel) -> SplitModel | PaddedSplit:
         check_bits(split)
         return split
     if split.device.type == "cpu" and split.dtype not in PADDED_DTYPES:
-        from dvi.model.native.path import NativePath
-
         raise ValueError(
             f"exact mode in {split.dtype} is for {NativePath.TAKES}, got {type(split.model).__name__} on the "
             f"{split.path} path; use dtype float32, or mode=fast"

@@ -193,16 +193,15 @@ def test_measured_and_silent_requests_leave_the_calibration_as_it_was(is_frozen,
     assert counts(source) == (0, 0)
 
 
-def test_suggestions_that_fail_are_told_to_fail_and_the_second_best_apart_from_the_first(source):
-    text = [1, 2, 1, 2, 1, 3, 1]
-    before = dict(source.open(text).place().candidates(4))
+@pytest.mark.parametrize("text", [[1, 2, 1, 2, 1, 3, 1], [1, 2, 1, 3, 1]])
+def test_suggestions_that_fail_are_told_to_fail_also_where_as_much_was_thought_of_both(text, source):
     for _ in range(50):
         row = source.open(text)
         row.propose(budget=4, max_depth=4)
         row.observe([3])
         source.forget("")
     after = dict(source.open(text).place().candidates(4))
-    assert before[2] > before[3] and after[3] > 0.6 > 0.2 > after[2]
+    assert after[3] > 0.6 > 0.2 > after[2]
     assert source.calibration.error > 0.1
 
 

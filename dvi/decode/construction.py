@@ -35,7 +35,8 @@ def build_speculator(
     shape = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(DrafterConfig)}
     speculator = kind.from_pretrained(
         model.path, split_layer=model.split_layer, drafter=DrafterConfig(**shape), dtype=model.dtype,
-        device=model.device, placement=model.placement, adapter=drafter.adapter, mode=model.mode, path=model.path_kind,
+        weights=model.weights, device=model.device, placement=model.placement, adapter=drafter.adapter,
+        mode=model.mode, path=model.path_kind,
         source=draft.source, max_nodes=draft.max_nodes, policy=draft.policy, num_draft_tokens=draft.num_draft_tokens,
         confidence_threshold=draft.confidence_threshold,
         companion=draft.companion, companion_model=draft.companion_model,

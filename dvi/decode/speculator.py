@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dvi.decode.batch import PREFILL_CHUNK, DecodingBatch
 from dvi.decode.generation import Begun, Generation
-from dvi.decode.precision import choose_dtype
+from dvi.decode.precision import choose_dtype, choose_weights
 from dvi.decode.prompts import Prompt, PromptEncoder, is_one_prompt
 from dvi.decode.sequence import Sequence
 from dvi.decode.text import TextStream
@@ -144,6 +144,7 @@ class SelfSpeculator:
         drafter: str | DrafterConfig = DrafterSettings.kind,
         lora_rank: int = DrafterSettings.lora_rank,
         dtype: str | torch.dtype = ModelSettings.dtype,
+        weights: str = ModelSettings.weights,
         device: str = ModelSettings.device,
         placement: str = ModelSettings.placement,
         adapter: str | Path | None = None,
@@ -157,6 +158,7 @@ class SelfSpeculator:
         drafter       a kind of `DrafterSettings`, or a whole DrafterConfig; ignored with an adapter.
         dtype         "auto" is the adapter's; without one bfloat16 on GPUs, and on CPUs whichever of float32 and
                       bfloat16 decodes plainly faster here, see `dvi.decode.precision`.
+        weights       of a GGUF file: "blocks", "dense" or "auto", see `ModelSettings`.
         device        "auto" takes a CUDA device when there is one; only that goes with another placement than "single".
         placement     "single", "device_map" or "tensor", see `dvi.model.devices`.
         adapter       folder written by `save_drafter`.
@@ -178,11 +180,18 @@ class SelfSpeculator:
             dtype = choose_dtype(
                 name_or_path, config, adapter=adapter, device=device, placement=placement,
                 mode=options.get("mode", ModelSettings.mode), path=options.get("path", ModelSettings.path_kind),
-                **source,
+                weights=weights, **source,
             )
+        weights = choose_weights(
+            name_or_path, config, weights=weights, dtype=str(dtype).removeprefix("torch."), device=device,
+            placement=placement, path=options.get("path", ModelSettings.path_kind),
+        )
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        model = load_model(name_or_path, config, placement=placement, device=device, dtype=dtype, **source)
+        model = load_model(
+            name_or_path, config, placement=placement, device=device, dtype=dtype, with_blocks=weights == "blocks",
+            **source,
+        )
         tokenizer = read_tokenizer(name_or_path, **source)
         if isinstance(drafter, str):
             drafter = DrafterConfig(kind=drafter, lora_rank=lora_rank, lora_alpha=float(lora_rank))

@@ -34,11 +34,13 @@ NOT_TIMED = "policies goodput and companion go by measured time, which differs b
 
 
 def load_model(
-    name_or_path: str, config: PretrainedConfig, *, placement: str, device: str, dtype: torch.dtype, **source: object
+    name_or_path: str, config: PretrainedConfig, *, placement: str, device: str, dtype: torch.dtype,
+    with_blocks: bool = False, **source: object,
 ) -> PreTrainedModel:
     """The causal language model, in eval mode, where its placement puts it. config: its own, read before.
 
-    device: for "single"; the others find theirs. source: other arguments of `from_pretrained`.
+    device: for "single"; the others find theirs. with_blocks: of a GGUF file, see `dvi.model.gguf.read_model`.
+    source: other arguments of `from_pretrained`.
     Raises ValueError for an unknown placement, and for what `check_tensor_parallel` refuses.
     """
     if placement == "single":
@@ -51,7 +53,7 @@ def load_model(
         placed = {"distributed_config": DistributedConfig(tp_plan="auto")}
     else:
         raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
-    model = read_weights(name_or_path, dtype=dtype, placed=placed, **source)
+    model = read_weights(name_or_path, dtype=dtype, with_blocks=with_blocks, placed=placed, **source)
     return model.to(device) if placement == "single" else model
 
 

@@ -139,6 +139,19 @@ def read_model(
     return model.eval()
 
 
+def holds_blocks(path: Path) -> bool:
+    """Whether any weight of a layer is one that `read_blocks` gives."""
+    from transformers.integrations.gguf.dequant import GGML_NAME
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    try:
+        types = GgufHeader.from_file(str(path)).ggml_types
+    except (ValueError, IndexError, struct.error):  # of a kind that only the slow reader knows, or damaged
+        return False
+    matches = ((_LINEAR.fullmatch(name), GGML_NAME.get(code)) for name, code in types.items())
+    return any(match and match["layers"] and kind in BYTES for match, kind in matches)
+
+
 def read_blocks(path: Path, config: PretrainedConfig) -> dict[str, Blocks]:
     """What the file holds as `Blocks` of a Llama-shaped model's linear layers, by their names, rows in their order.
 

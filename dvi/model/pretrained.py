@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dvi.model import gguf
+from dvi.model.blocks import BYTES
 
 
 def read_config(name_or_path: str | Path, **source: object) -> PretrainedConfig:
@@ -40,11 +41,29 @@ def read_tokenizer(name_or_path: str | Path, **source: object) -> PreTrainedToke
     return AutoTokenizer.from_pretrained(name_or_path, **source) if file is None else gguf.read_tokenizer(file)
 
 
+def why_no_blocks(name_or_path: str | Path, config: PretrainedConfig, *, path: str) -> str | None:
+    """Why the model cannot be decoded from a file's quantised blocks; None where it can be. path: of `SplitModel`."""
+    from dvi.model.native.path import NativePath
+
+    file = gguf.find_gguf(name_or_path)
+    if file is None:
+        return "it is no GGUF file"
+    if not gguf.holds_blocks(file):
+        return f"none of its layers' weights is {', '.join(BYTES)}"
+    if path not in ("auto", "native"):
+        return f"path {path!r} reads dense weights"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return None if NativePath.takes(model, torch.bfloat16) else f"blocks are for {NativePath.TAKES}"
+
+
 def read_weights(
-    name_or_path: str | Path, *, dtype: torch.dtype, placed: dict[str, object] | None = None, **source: object
+    name_or_path: str | Path, *, dtype: torch.dtype, with_blocks: bool = False,
+    placed: dict[str, object] | None = None, **source: object,
 ) -> PreTrainedModel:
     """The causal language model in eval mode, on the CPU or where `placed`, further arguments, has it put.
 
+    with_blocks: of a GGUF file, see `dvi.model.gguf.read_model`.
     Raises ValueError for a GGUF file that is to be placed, and for one that transformers cannot read.
     """
     file = gguf.find_gguf(name_or_path)
@@ -52,7 +71,7 @@ def read_weights(
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **placed or {}, **source).eval()
     if placed:
         refuse_gguf(name_or_path)
-    return gguf.read_model(file, dtype=dtype)
+    return gguf.read_model(file, dtype=dtype, with_blocks=with_blocks)
 
 
 def refuse_gguf(name_or_path: str | Path) -> None:

@@ -95,7 +95,7 @@ class SplitModel:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"SplitModel({type(self.model).__name__}, {self.split_layer} of {self.num_layers} layers shallow, "
-            f"{self.path}, {dtype} on {self.device})"
+            f"{self.path}, {self.weights} {dtype} on {self.device})"
         )
 
     def make_cache(self, rows: int, capacity: int) -> RollbackCache:
@@ -142,8 +142,15 @@ class SplitModel:
         return self.post_head(self._linear_head(final_hidden))
 
     @property
+    def weights(self) -> str:
+        """"blocks" where any are multiplied as a GGUF file has them quantised, else "dense"."""
+        return "blocks" if self.path == "native" and self._path.has_blocks else "dense"
+
+    @property
     def num_weight_bytes(self) -> int:
         """Of the weights that one plain step reads, as they are held: all layers, final norm and head, no embedding."""
+        if self.path == "native":
+            return self._path.num_weight_bytes
         modules = (*self.layers, self.final_norm)
         return self.head_weight_VD.nbytes + sum(weight.nbytes for module in modules for weight in module.parameters())
 

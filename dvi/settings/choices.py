@@ -15,6 +15,7 @@ Seed = Annotated[int, Ge(0), Lt(2**62)]
 Port = Annotated[int, Ge(0), Le(65535)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Weights = Literal["auto", "blocks", "dense"]
 Placement = Literal["single", "device_map", "tensor", "zero3"]
 Mode = Literal["auto", "exact", "fast"]
 PathKind = Literal["auto", "native", "direct", "views"]

@@ -23,11 +23,12 @@ from dvi.settings.choices import (
     Seed,
     Share,
     SourceName,
+    Weights,
 )
 
 AUTO_ADAPTER = "auto"  # drafter.adapter: the drafter that lies beside the model
 MACHINE_KEYS = frozenset({"device", "num_threads", "placement"})  # of ModelSettings: where a run goes on may differ
-RESUMED_KEYS = MACHINE_KEYS | {"mode"}  # and in what is promised of its tokens
+RESUMED_KEYS = MACHINE_KEYS | {"mode", "weights"}  # and in what is promised of its tokens, and how weights are held
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class ModelSettings:
     split_layer  layers 1..split_layer draft, the rest verify; 0 drafts from the embedding; null is one in sixteen.
     dtype        "auto" is the adapter's, or that of the run that is resumed; else bfloat16 on GPUs, and on CPUs
                  what decodes plainly faster of float32 and bfloat16, measured once. A run's config.yaml says which.
+    weights      of a GGUF file: "blocks" decodes its Q4_0, Q4_1 and Q8_0 weights as they are, in bfloat16 on the native
+                 path; "dense" dequantises them; "auto" is that of the run that is resumed, else blocks where they can
+                 be. A run's config.yaml says which.
     mode         "exact": token ids equal plain decoding's to the bit, or it is refused with the reason; "fast": up to
                  rounding; "auto" is exact where that costs nothing, which is found out at load: on the native path.
                  A run's config.yaml says which.
@@ -53,6 +57,7 @@ class ModelSettings:
     path: str = "checkpoints/reference-11m"
     split_layer: Count | None = None
     dtype: Dtype = "auto"
+    weights: Weights = "auto"
     device: str = "auto"
     placement: Placement = "single"
     mode: Mode = "auto"

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dvi import SelfSpeculator
+from dvi.config import load_config
+from dvi.decode.precision import settle_dtype
 from dvi.model.gguf import read_model
 from dvi.model.native import library
 from dvi.model.native.weights import BFLOAT16, INT4, INT8
@@ -88,3 +91,78 @@ def test_the_dequantised_weights_are_the_same_with_blocks_and_without(tmp_path):
     states = [model.state_dict() for model in (with_blocks, read_model(path, dtype=torch.bfloat16))]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# The setting model.weights
+
+
+def settled(folder: Path, *settings: str, **earlier: str):
+    return settle_dtype(load_config(None, [f"model.path={folder}/tiny.gguf", "model.device=cpu", *settings]), **earlier)
+
+
+@needs_kernels
+def test_auto_is_blocks_where_the_file_has_them_and_they_can_be(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", kinds=dict.fromkeys(LAYERS, "Q4_0"), **SIZES)
+    for settings, found in (
+        ((), ("bfloat16", "blocks")),
+        (("model.dtype=bfloat16",), ("bfloat16", "blocks")),
+        (("model.dtype=float32",), ("float32", "dense")),
+        (("model.weights=dense",), ("float32", "dense")),
+        (("model.path_kind=views",), ("float32", "dense")),
+    ):
+        model = settled(tmp_path, *settings).model
+        assert (model.dtype, model.weights) == found, settings
+    write_gguf(tmp_path / "tiny.gguf", **SIZES)
+    assert settled(tmp_path).model.weights == "dense"
+
+
+@needs_kernels
+def test_a_run_that_is_gone_on_with_keeps_its_weights(tmp_path):
+    """Those of a run from before there was a choice were dense."""
+    write_gguf(tmp_path / "tiny.gguf", kinds=dict.fromkeys(LAYERS, "Q4_0"), **SIZES)
+    for earlier_weights, kept in ((None, "dense"), ("dense", "dense"), ("blocks", "blocks")):
+        assert settled(tmp_path, earlier="bfloat16", earlier_weights=earlier_weights).model.weights == kept
+
+
+def test_a_model_that_is_no_file_has_nothing_to_choose():
+    config = load_config(None, ["model.path=tests/stories260k", "model.dtype=float32"])
+    assert settle_dtype(config).model.weights == "auto"
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kinds", "options", "reason"),
+    [
+        ({"attn_q": "Q4_0"}, {"dtype": "float32"}, "multiplied with bfloat16, and dtype is float32"),
+        ({"attn_q": "Q4_0"}, {"dtype": "bfloat16", "path": "direct"}, "path 'direct' reads dense weights"),
+        ({"attn_q": "F16"}, {"dtype": "bfloat16"}, "none of its layers' weights is Q4_0, Q4_1, Q8_0"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused_with_the_reason_and_the_way_round(tmp_path, kinds, options, reason):
+    write_gguf(tmp_path / "tiny.gguf", kinds=kinds, **SIZES)
+    with pytest.raises(ValueError, match=rf"weights must be 'auto' or 'dense' for .*, got 'blocks': .*{reason}"):
+        SelfSpeculator.from_pretrained(tmp_path / "tiny.gguf", weights="blocks", device="cpu", **options)
+
+
+@needs_kernels
+def test_a_drafter_trained_beside_dense_weights_fits_the_blocks_and_the_other_way_round(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, kinds=dict.fromkeys([*LAYERS, "token_embd"], "Q4_1"), tied=True, **SIZES)
+
+    def speculator(weights: str, **options: object) -> SelfSpeculator:
+        return SelfSpeculator.from_pretrained(
+            path, weights=weights, dtype="bfloat16", device="cpu", split_layer=1, **options
+        )
+
+    for first, second in (("dense", "blocks"), ("blocks", "dense")):
+        speculator(first).save_drafter(tmp_path / first)
+        found = speculator(second, adapter=tmp_path / first)
+        assert found.split.weights == second
+
+
+def test_without_kernels_the_weights_are_dense(tmp_path, monkeypatch):
+    monkeypatch.setenv(library.SWITCH, "off")
+    write_gguf(tmp_path / "tiny.gguf", kinds=dict.fromkeys(LAYERS, "Q4_0"), **SIZES)
+    assert settled(tmp_path).model.weights == "dense"
+    with pytest.raises(ValueError, match=r"got 'blocks': .*blocks are for Llama-shaped models .* C\+\+ compiler"):
+        settled(tmp_path, "model.dtype=bfloat16", "model.weights=blocks")

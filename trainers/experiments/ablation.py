@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.config import load_config, write_provenance
-from dvi.decode.precision import dtype_of_run, settle_dtype
+from dvi.decode.precision import dtype_of_run, settle_dtype, weights_of_run
 from dvi.progress import doing
 from dvi.settings import LearningSettings, SamplingSettings, TrainConfig
 from trainers.experiments.ablation_cells import NUM_BLOCKS, AblationArm, CellRunner
@@ -59,7 +59,8 @@ def run_ablation(
     if not arms or not seeds or min(seeds) < 0:
         raise ValueError(f"an ablation needs at least 1 arm and 1 seed, none of them negative, got {arms} and {seeds}")
     _check_settings(config)
-    config = with_one_mode(settle_dtype(config, earlier=dtype_of_run(folder)))
+    config = settle_dtype(config, earlier=dtype_of_run(folder), earlier_weights=weights_of_run(folder))
+    config = with_one_mode(config)
     plans = [parse_arm(name, config.train) for name in dict.fromkeys(arms)]
     plans.sort(key=lambda arm: arm.name != BASELINE)  # first: the offline controls make as many steps
     results = _Results(config, folder)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dvi.config import write_provenance
 from dvi.decode.construction import build_speculator
-from dvi.decode.precision import dtype_of_run, settle_dtype
+from dvi.decode.precision import dtype_of_run, settle_dtype, weights_of_run
 from dvi.decode.speculator import SelfSpeculator
 from dvi.hardware import describe_machine
 from dvi.records import SamplingParams
@@ -71,7 +71,8 @@ def run_drift(
     for. Raises ValueError for unknown names, settings that do not fit, too few rows, and cells of other settings.
     """
     _check_settings(config, variants)
-    config = with_one_mode(settle_dtype(config, earlier=dtype_of_run(folder)))
+    config = settle_dtype(config, earlier=dtype_of_run(folder), earlier_weights=weights_of_run(folder))
+    config = with_one_mode(config)
     files = domain_files(data)
     parsed = [parse_stream(text, phase_requests=config.data.limit or PHASE_REQUESTS, domains=files) for text in streams]
     wanted = [Cell(stream, variant) for stream in parsed for variant in variants]

@@ -25,7 +25,7 @@ from torch import nn
 from dvi import progress
 from dvi.config import write_provenance
 from dvi.decode.construction import as_built, build_speculator
-from dvi.decode.precision import dtype_of_run, plain_lead, settle_dtype
+from dvi.decode.precision import dtype_of_run, plain_lead, settle_dtype, weights_of_run
 from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import SOLO
 from dvi.model.adapter_store import load_drafter
@@ -57,8 +57,10 @@ def read_own_traffic(launch: Launch, **reading: object) -> tuple[Iterable, list]
 def speculator_of(launch: Launch, *, kind: type[SelfSpeculator] = SelfSpeculator) -> SelfSpeculator:
     """Settles what the settings leave to the machine, as an earlier run in the folder has it if that is resumed, and
     builds the speculator."""
-    earlier = dtype_of_run(launch.run_folder) if launch.config.output.resume else None
-    launch.config = settle_dtype(launch.config, earlier=earlier)
+    earlier, weights = None, None
+    if launch.config.output.resume:
+        earlier, weights = dtype_of_run(launch.run_folder), weights_of_run(launch.run_folder)
+    launch.config = settle_dtype(launch.config, earlier=earlier, earlier_weights=weights)
     speculator = build_speculator(launch.config, kind=kind)
     launch.config = as_built(launch.config, speculator)
     return speculator

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dvi.config import load_config
-from dvi.decode.precision import dtype_of_run, settle_dtype
+from dvi.decode.precision import dtype_of_run, settle_dtype, weights_of_run
 from dvi.settings import RESUMED_KEYS, PaperConfig, TrainConfig
 from trainers.jobs.run_folder import DRAFTER, SUMMARY
 from trainers.jobs.train import run_training
@@ -39,7 +39,8 @@ def run_paper(
             f"dvi bench paper runs in one process, got {num_ranks} ranks; train with torchrun -m dvi train, then "
             "measure with dvi bench spec-bench --adapter"
         )
-    config = settle_dtype(config, earlier=dtype_of_run(config.output.folder))
+    folder = config.output.folder
+    config = settle_dtype(config, earlier=dtype_of_run(folder), earlier_weights=weights_of_run(folder))
     training = _train(config.training, console=console)
     bench = None
     if training["status"] == "done":

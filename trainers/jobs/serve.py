@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dvi.config import write_provenance
 from dvi.decode.construction import as_built, build_speculator
-from dvi.decode.precision import settle_dtype
+from dvi.decode.precision import settle_dtype, weights_of_run
 from dvi.decode.speculator import SelfSpeculator
 from dvi.distributed import SOLO, Peers
 from dvi.model.adapter_store import read_manifest
@@ -82,7 +82,7 @@ def _settle(config: ServeConfig, learnt_with: dict[str, object] | None, folder: 
     if is_auto and len(set(peers.exchange(config.drafter.adapter))) > 1:  # not on every machine
         log.warning("the drafter beside the model is not taken: not all ranks have it; an untrained one starts")
         config = with_adapter(config, None)
-    return settle_dtype(config, earlier=learnt_with.get("model.dtype"))
+    return settle_dtype(config, earlier=learnt_with.get("model.dtype"), earlier_weights=weights_of_run(folder))
 
 
 def _obsolete(folder: Path, saved: SavedRun | None, peers: Peers) -> list[Path]:

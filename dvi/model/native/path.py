@@ -18,7 +18,7 @@ from dvi.model.blocks import BLOCK
 from dvi.model.kv_cache import Placement, RollbackCache
 from dvi.model.llama_path import DirectPath
 from dvi.model.native.library import Layer, Pass, load
-from dvi.model.native.weights import L, PackedWeight, multiply, pack_linears
+from dvi.model.native.weights import INT4, INT8, L, PackedWeight, multiply, pack_linears
 from dvi.model.ragged import Packing
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -119,6 +119,21 @@ class NativePath:
             )
         return cache.addresses[blocks]
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any weight is of a GGUF file's quantised blocks."""
+        return any(weight.kind in (INT4, INT8) for weight in self._weights)
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Of what a plain step reads: the packed weights, and the gains."""
+        gains = [self._final_gain_D, *(gain for layer in self._layers for gain in layer.gains)]
+        return sum(weight.num_bytes for weight in self._weights) + sum(gain.nbytes for gain in gains)
+
+    @property
+    def _weights(self) -> list[PackedWeight]:
+        return [*(weight for layer in self._layers for weight in layer.weights), self._head]
+
     def shallow(self, token_ids_BQ: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
         """h_k [B, Q, D] of the tokens at the placement's positions."""
         hidden_BQD = self._embed(token_ids_BQ)
@@ -173,8 +188,8 @@ class _NativeLayer:
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         if hasattr(attention, "q_norm"):
             norms += [attention.q_norm, attention.k_norm]
-        self._gains = [norm.weight.float().clone() for norm in norms]
-        gains = [gain.data_ptr() for gain in self._gains] + [None] * (4 - len(norms))
+        self.gains = [norm.weight.float().clone() for norm in norms]
+        gains = [gain.data_ptr() for gain in self.gains] + [None] * (4 - len(norms))
         # Mistral's window is a fact of its config alone.
         window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
         self.struct = Layer(

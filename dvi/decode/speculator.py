@@ -195,10 +195,9 @@ class SelfSpeculator:
         tokenizer = read_tokenizer(name_or_path, **source)
         if isinstance(drafter, str):
             drafter = DrafterConfig(kind=drafter, lora_rank=lora_rank, lora_alpha=float(lora_rank))
-        return cls(
-            model, tokenizer, split_layer=split_layer, drafter=drafter, adapter=adapter,
-            **options,
-        )
+        speculator = cls(model, tokenizer, split_layer=split_layer, drafter=drafter, adapter=adapter, **options)
+        speculator.split.give_up_weights()
+        return speculator
 
     def afresh(self, **changed: object) -> SelfSpeculator:
         """The same with other attributes, and with length rules that have learnt nothing yet.

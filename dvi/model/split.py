@@ -10,6 +10,7 @@ Rotary embeddings that stretch with the longest row (dynamic, longrope) serve up
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dvi.model.context import SHORTEST, max_positions_of, why_shorter
 from dvi.model.devices import execution_device, gather_module, is_spread
+from dvi.model.hollow import refill
 from dvi.model.kv_cache import Placement, RollbackCache
 from dvi.model.ragged import Packing
 from dvi.model.tree import Tree
@@ -62,6 +64,8 @@ class SplitModel:
         self.config = anatomy.decoder.config
         self.layers = anatomy.layers
         self.num_layers = len(self.layers)
+        for layer in self.layers:
+            refill(layer)
         if not 0 <= split_layer < self.num_layers:
             raise ValueError(
                 f"split_layer must be in 0..{self.num_layers - 1} for this {self.num_layers}-layer model, "
@@ -140,6 +144,23 @@ class SplitModel:
     def head(self, final_hidden: Tensor) -> Tensor:
         """The verifier's logits [..., V] of final hidden states [..., D], as the plain model gives them."""
         return self.post_head(self._linear_head(final_hidden))
+
+    def cut_at(self, split_layer: int) -> SplitModel:
+        """The same model cut at another layer, with what is packed shared where the path has it packed."""
+        if self.path != "native":
+            return SplitModel(self.model, split_layer=split_layer, path=self.path)
+        other = copy.copy(self)
+        other._path = copy.copy(self._path)
+        other.split_layer = other._path.split_layer = split_layer
+        return other
+
+    def give_up_weights(self) -> None:
+        """Frees the weights of the model's layers where the path holds packed copies of them: half the memory.
+
+        They come back, layer by layer and to the bit, when the model's own forward or state dict is asked for.
+        """
+        if self.path == "native":
+            self._path.give_up_weights(self.layers)
 
     @property
     def weights(self) -> str:

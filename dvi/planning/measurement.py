@@ -28,7 +28,6 @@ from dvi.hardware import describe_machine, seconds_of
 from dvi.model.devices import is_tensor_parallel
 from dvi.model.exact import passes_for
 from dvi.model.native.library import kernels_version
-from dvi.model.split import SplitModel
 from dvi.planning.profile import (
     LatencyProfile,
     Overheads,
@@ -111,7 +110,7 @@ def measure_passes(speculator: SelfSpeculator, split_layer: int, *, budget_s: fl
     """
     passes = speculator.passes
     if split_layer != speculator.split.split_layer:
-        other = SplitModel(speculator.model, split_layer=split_layer, path=speculator.split.path)
+        other = speculator.split.cut_at(split_layer)
         passes, _ = passes_for(other, speculator.mode)
     speculator = speculator.afresh(passes=passes)
     far = min(FAR_CONTEXT, speculator.max_positions // 2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dvi.model.blocks import BLOCK
+from dvi.model.hollow import hollow_out
 from dvi.model.kv_cache import Placement, RollbackCache
 from dvi.model.llama_path import DirectPath
 from dvi.model.native.library import Layer, Pass, load
@@ -119,6 +120,11 @@ class NativePath:
             )
         return cache.addresses[blocks]
 
+    def give_up_weights(self, layers: nn.ModuleList) -> None:
+        """Frees what the packed weights are copies of, see `dvi.model.hollow`. layers: of the model."""
+        for layer, packed in zip(layers, self._layers, strict=True):
+            hollow_out(layer, packed.names, lambda packed=packed: packed.unpacked())
+
     @property
     def has_blocks(self) -> bool:
         """Whether any weight is of a GGUF file's quantised blocks."""
@@ -185,6 +191,12 @@ class _NativeLayer:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.qkv, self.o = pack_linears(projections), pack_linears([attention.o_proj])
         self.gate_up, self.down = pack_linears([mlp.gate_proj, mlp.up_proj]), pack_linears([mlp.down_proj])
+        width, inner = attention.o_proj.weight.shape[0], mlp.up_proj.weight.shape[0]
+        self._names = (
+            [(f"self_attn.{name}_proj", len(p.weight)) for name, p in zip("qkv", projections, strict=True)],
+            [("self_attn.o_proj", width)], [("mlp.gate_proj", inner), ("mlp.up_proj", inner)],
+            [("mlp.down_proj", width)],
+        )  # fmt: skip
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         if hasattr(attention, "q_norm"):
             norms += [attention.q_norm, attention.k_norm]
@@ -196,6 +208,20 @@ class _NativeLayer:
             *(weight.product for weight in self.weights), *gains,
             norms[0].variance_epsilon, norms[1].variance_epsilon, norms[-1].variance_epsilon, window or 0,
         )
+
+    @torch.no_grad()
+    def unpacked(self) -> dict[str, Tensor]:
+        """The layer's own weights by their names in it, to the bit."""
+        found = {}
+        for weight, names in zip(self.weights, self._names, strict=True):
+            parts = weight.unpacked().split([rows for _, rows in names])
+            found |= {f"{name}.weight": part.clone() for (name, _), part in zip(names, parts, strict=True)}
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """Of the layer's own weights that are packed."""
+        return [f"{name}.weight" for parts in self._names for name, _ in parts]
 
     @property
     def weights(self) -> tuple[PackedWeight, ...]:

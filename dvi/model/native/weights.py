@@ -38,6 +38,15 @@ class PackedWeight:
     def num_bytes(self) -> int:
         return self.buffer.nbytes
 
+    def unpacked(self) -> Tensor:
+        """[N, K] in the inputs' dtype: to the bit what was packed, or what its blocks are dequantised to."""
+        n, k = self.shape
+        if self.kind == FLOAT32:
+            return self.buffer.transpose(1, 2).reshape(-1, k)[:n]
+        if self.kind == BFLOAT16:
+            return self.buffer.transpose(1, 2).reshape(-1, k // 2).view(torch.bfloat16)[:n]
+        return _unpacked_blocks(self.buffer, self.kind)[:n]
+
     def clone(self) -> PackedWeight:
         return PackedWeight(self.buffer.clone(), self.kind, self.shape, self._bias_N)
 
@@ -92,6 +101,23 @@ def pack_blocks(parts: Sequence[Blocks], bias_N: Tensor | None = None) -> Packed
     packed = torch.cat([*(half.contiguous().view(torch.uint8) for half in halves), bytes_PBx], dim=-1)
     n, num_blocks, _ = values_NBI.shape
     return PackedWeight(packed, kind, (n, num_blocks * BLOCK), bias_N)
+
+
+def _unpacked_blocks(packed_PBb: Tensor, kind: int) -> Tensor:
+    """[P * L, K] bfloat16: `pack_blocks` undone and dequantised."""
+
+    def numbers(start: int) -> Tensor:  # a float16 for each output of each block, [P, L, B, 1]
+        halves_PBL = packed_PBb[..., start : start + 2 * L].contiguous().view(torch.float16)
+        return halves_PBL.transpose(1, 2).float()[..., None]
+
+    if kind == INT4:
+        nibbles = packed_PBb[..., 4 * L :].unflatten(-1, (4, L, 2, 2))  # P, B, group, L, parity, byte
+        even_odd = torch.stack([nibbles & 15, nibbles >> 4], dim=-1).permute(0, 3, 1, 2, 5, 6, 4)
+        weight_PLBI = numbers(0) * even_odd.flatten(3) + numbers(2 * L)
+    else:
+        pairs = packed_PBb[..., 2 * L :].view(torch.int8).unflatten(-1, (BLOCK // 2, L, 2))
+        weight_PLBI = numbers(0) * pairs.permute(0, 3, 1, 2, 4).flatten(3)
+    return weight_PLBI.bfloat16().flatten(2).flatten(0, 1)
 
 
 def _in_panels(x_N: Tensor) -> Tensor:

@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from dvi import software
 from dvi.config import load_config
-from dvi.decode.precision import known_dtype
+from dvi.decode.precision import choose_weights, known_dtype
 from dvi.decode.speculator import SelfSpeculator
 from dvi.inspect.memory_plan import DEVICE_GB, SplitShape
 from dvi.model.adapter_store import MANIFEST_FILE, read_manifest
 from dvi.model.context import max_positions_of, why_shorter
 from dvi.model.drafter import DRAFTER_KINDS, DrafterConfig
 from dvi.model.exact import exact_passes
+from dvi.model.gguf import bytes_of_layers, find_gguf
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
 from dvi.model.starting_drafter import choose_split_layer, settle_adapter
@@ -82,8 +83,16 @@ def describe_model(
     split_layer, path = settings.model.split_layer, settings.model.path_kind
     if split_layer is None:
         split_layer = choose_split_layer(config, settings.drafter.adapter)
+    file = find_gguf(name_or_path)
+    weights = "dense" if file is None else choose_weights(
+        name_or_path, config, weights=settings.model.weights, dtype=str(dtype).removeprefix("torch."),
+        device=settings.model.device, placement=settings.model.placement, path=path,
+    )  # fmt: skip
     try:
-        shape = SplitShape(config, dtype=dtype, split_layer=split_layer, path=path)
+        shape = SplitShape(
+            config, dtype=dtype, split_layer=split_layer, path=path,
+            block_bytes=bytes_of_layers(file) if weights == "blocks" else None,
+        )
         demand = _demand(settings, positions, longest=max_positions_of(config.get_text_config()))
         drafter = _drafter_config(settings)
         plan = shape.plan_memory(
@@ -93,7 +102,9 @@ def describe_model(
         if check is None:
             check = plan.layers + plan.other_weights <= CHECKED_BYTES and any(Path(name_or_path).glob("*.safetensors"))
         if check:
-            SelfSpeculator.from_pretrained(name_or_path, split_layer=split_layer, dtype=dtype, device="cpu", path=path)
+            SelfSpeculator.from_pretrained(
+                name_or_path, split_layer=split_layer, dtype=dtype, weights=weights, device="cpu", path=path
+            )
     except ValueError as error:
         if "cannot be split" not in str(error):
             raise
@@ -104,6 +115,7 @@ def describe_model(
         "is_checked": check,
         "architecture": type(split.model).__name__,
         "dtype": str(split.dtype).removeprefix("torch."),
+        "weights": weights,
         "path": split.path,
         "num_layers": split.num_layers,
         "split_layer": split_layer,

@@ -3,7 +3,8 @@
 Knows shapes and settings. The classes that will run are built on the meta device and asked for their sizes, so that the
 plan cannot drift from them; only logits, which come and go, are counted by a formula.
 Not covered: activations inside the layers, captured CUDA graphs, the allocator's waste, a gradient on its way to other
-processes, and the second copy of the weights that the direct path packs on CPUs. Untried on a GPU.
+processes, and the second copy that paths pack on CPUs: the direct one of all weights, the native one
+of the head. Untried on a GPU.
 """
 # V draft vocabulary, trimmed or full.
 
@@ -93,15 +94,20 @@ class SplitShape:
     """
 
     def __init__(
-        self, config: PretrainedConfig, *, dtype: torch.dtype, split_layer: int, path: str = ModelSettings.path_kind
+        self, config: PretrainedConfig, *, dtype: torch.dtype, split_layer: int, path: str = ModelSettings.path_kind,
+        block_bytes: int | None = None,
     ) -> None:
-        """Takes seconds for a large model. Raises ValueError when it cannot be split, as far as its shape tells."""
+        """Takes seconds for a large model. Raises ValueError when it cannot be split, as far as its shape tells.
+
+        block_bytes: of the layers' weights where a GGUF file's blocks are decoded as they are.
+        """
         with torch.device("meta"):
             # Of the ways to compute experts the one that asks for no numbers, in any dtype.
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="batched_mm")
         self.split = SplitModel(model, split_layer=split_layer, path=path)
-        self._layers_bytes = sum(map(_num_bytes, self.split.layers))
-        self._weights_bytes = _num_bytes(model)
+        dense_bytes = sum(map(_num_bytes, self.split.layers))
+        self._layers_bytes = dense_bytes if block_bytes is None else block_bytes
+        self._other_bytes = _num_bytes(model) - dense_bytes
         self.cache_bytes_per_position = _cache_bytes_per_position(self.split)
 
     def count_parameters(self, drafter: DrafterConfig) -> ParameterCounts:
@@ -145,7 +151,7 @@ class SplitShape:
             learner = state_bytes + OPTIMIZER_COPIES * _total_bytes(stage.parameters())
             plans.append(MemoryPlan(
                 layers=self._layers_bytes,
-                other_weights=self._weights_bytes - self._layers_bytes,
+                other_weights=self._other_bytes,
                 cache=rows * positions * self.cache_bytes_per_position,
                 prefix_cache=prefix_positions * self.cache_bytes_per_position,
                 draft_heads=(1 + num_cut) * head.vocab_size * split.hidden_size * split.dtype.itemsize,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 import re
 import struct
@@ -139,17 +140,30 @@ def read_model(
     return model.eval()
 
 
-def holds_blocks(path: Path) -> bool:
-    """Whether any weight of a layer is one that `read_blocks` gives."""
+def bytes_of_layers(path: Path) -> int | None:
+    """Of the layers' linear weights once they are packed from blocks; None where the file has none.
+
+    Projections that are one product are taken to be alike in the file, as they nearly always are.
+    """
     from transformers.integrations.gguf.dequant import GGML_NAME
     from transformers.integrations.gguf.reader import GgufHeader
 
     try:
-        types = GgufHeader.from_file(str(path)).ggml_types
+        tensors = GgufHeader.from_file(str(path)).tensors
     except (ValueError, IndexError, struct.error):  # of a kind that only the slow reader knows, or damaged
-        return False
-    matches = ((_LINEAR.fullmatch(name), GGML_NAME.get(code)) for name, code in types.items())
-    return any(match and match["layers"] and kind in BYTES for match, kind in matches)
+        return None
+    total, has_blocks = 0, False
+    for tensor in tensors:
+        match, kind = _LINEAR.fullmatch(tensor.name), GGML_NAME.get(tensor.ggml_type)
+        if match is None or not match["layers"]:
+            continue
+        if kind in BYTES:
+            has_blocks = True
+            packed = max(BYTES[kind], BYTES["Q4_1"])  # the kernels have a low beside every 4-bit scale
+            total += tensor.nbytes // BYTES[kind] * packed
+        else:
+            total += math.prod(tensor.shape) * torch.bfloat16.itemsize
+    return total if has_blocks else None
 
 
 def read_blocks(path: Path, config: PretrainedConfig) -> dict[str, Blocks]:

@@ -48,7 +48,7 @@ def why_no_blocks(name_or_path: str | Path, config: PretrainedConfig, *, path: s
     file = gguf.find_gguf(name_or_path)
     if file is None:
         return "it is no GGUF file"
-    if not gguf.holds_blocks(file):
+    if gguf.bytes_of_layers(file) is None:
         return f"none of its layers' weights is {', '.join(BYTES)}"
     if path not in ("auto", "native"):
         return f"path {path!r} reads dense weights"

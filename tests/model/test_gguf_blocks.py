@@ -12,10 +12,13 @@ from transformers import PreTrainedModel
 from dvi import SelfSpeculator
 from dvi.config import load_config
 from dvi.decode.precision import settle_dtype
-from dvi.model.gguf import read_model
+from dvi.inspect.memory_plan import SplitShape
+from dvi.model.drafter import DrafterConfig
+from dvi.model.gguf import bytes_of_layers, read_config, read_model
 from dvi.model.native import library
 from dvi.model.native.weights import BFLOAT16, INT4, INT8
 from dvi.model.split import SplitModel
+from dvi.settings import LearningSettings
 from tests.support.gguf_files import NAMES, TOKENS, write_gguf
 
 needs_kernels = pytest.mark.skipif(library.load() is None, reason="no compiled kernels on this machine")
@@ -166,3 +169,21 @@ def test_without_kernels_the_weights_are_dense(tmp_path, monkeypatch):
     assert settled(tmp_path).model.weights == "dense"
     with pytest.raises(ValueError, match=r"got 'blocks': .*blocks are for Llama-shaped models .* C\+\+ compiler"):
         settled(tmp_path, "model.dtype=bfloat16", "model.weights=blocks")
+
+
+@needs_kernels
+def test_the_layers_of_a_model_of_blocks_weigh_what_the_plan_says(tmp_path):
+    """A plan of dense layers would be three times too much, and turn people away from machines that are enough."""
+    path, kinds = tmp_path / "tiny.gguf", {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q4_1", "ffn_down": "Q8_0"}
+    split = SplitModel(written(path, kinds), split_layer=1, path="native")
+    assert bytes_of_layers(path) == sum(weight.num_bytes for layer in split._path._layers for weight in layer.weights)
+    config = read_config(path)
+    shapes = [SplitShape(config, dtype=torch.bfloat16, split_layer=1, block_bytes=b) for b in (None, 1000)]
+    plans = [
+        shape.plan_memory(
+            drafter=DrafterConfig(), learning=LearningSettings(enabled=False), rows=1, positions=8, num_draft_tokens=2,
+            learner_memory=lambda *_: None,
+        )
+        for shape in shapes
+    ]
+    assert plans[1].layers == 1000 and plans[0].other_weights == plans[1].other_weights

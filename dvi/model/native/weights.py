@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvi.model.blocks import BLOCK, Blocks
+from dvi.model.blocks import BLOCK, ZERO, Blocks
 from dvi.model.native.library import Product
 
 L = 16  # outputs side by side in a panel
@@ -113,7 +113,9 @@ def _unpacked_blocks(packed_PBb: Tensor, kind: int) -> Tensor:
     if kind == INT4:
         nibbles = packed_PBb[..., 4 * L :].unflatten(-1, (4, L, 2, 2))  # P, B, group, L, parity, byte
         even_odd = torch.stack([nibbles & 15, nibbles >> 4], dim=-1).permute(0, 3, 1, 2, 5, 6, 4)
-        weight_PLBI = numbers(0) * even_odd.flatten(3) + numbers(2 * L)
+        scale, low, values = numbers(0), numbers(2 * L), even_odd.flatten(3)
+        # Q4_0's, which may have scales below zero, and so zeros below zero.
+        weight_PLBI = torch.where(low == -ZERO * scale, scale * (values.float() - ZERO), scale * values + low)
     else:
         pairs = packed_PBb[..., 2 * L :].view(torch.int8).unflatten(-1, (BLOCK // 2, L, 2))
         weight_PLBI = numbers(0) * pairs.permute(0, 3, 1, 2, 4).flatten(3)

@@ -41,7 +41,7 @@ SETTINGS = (
     {}, {"temperature": 0.8}, {"temperature": 1.3, "top_p": 0.9}, {"temperature": 1.0, "top_k": 9, "min_p": 0.02},
     {"repetition_penalty": 1.3}, {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": 0.5},
 )  # fmt: skip
-DRAFTERS = ("right", "wrong at 2", "anchored", "trimmed", "nan")
+DRAFTERS = ("right", "wrong at 2", "anchored", "trimmed", "nan", "lookup")
 
 
 @functools.cache
@@ -65,6 +65,14 @@ def requests_of(model: str) -> list[tuple[list[int], SamplingParams, tuple, tupl
         (alone,) = states_by_index(speculator, [prompt], [params], policy=PLAIN, batch_size=1).values()
         found.append((prompt, params, alone, plain_text(speculator, prompt, params)[1]))
     return found
+
+
+def drafting_by(name: str, model: str) -> SelfSpeculator:
+    """With another drafter, or with a lookup in its place whose nodes are verified as a tree."""
+    speculator = speculator_of(model)
+    if name == "lookup":
+        return speculator.afresh(source="lookup", policy="fixed")
+    return speculator.afresh(drafter=drafter_of(name, model))
 
 
 def drafter_of(name: str, model: str):
@@ -93,20 +101,21 @@ def test_no_bit_of_a_request_depends_on_drafts_company_or_cuts(model, drafter, m
     """Catches whatever a round does to a row otherwise than plain decoding alone: rows left out of a pass, another
     cache, a penalty or a softmax that sees its neighbours, a prefill cut elsewhere."""
     requests, generator = requests_of(model), random.Random(f"{model}{drafter}")
-    speculator = speculator_of(model).afresh(drafter=drafter_of(drafter, model))
+    speculator, is_lookup = drafting_by(drafter, model), drafter == "lookup"
     num_drafted = num_accepted = 0
     for _ in range(3):
         chosen = generator.sample(range(len(requests)), generator.randint(2, 8))
         monkeypatch.setattr(speculator_module, "PREFILL_CHUNK", generator.choice((1, 7, 16, 33, 512)))
         prompts, params = ([requests[i][part] for i in chosen] for part in (0, 1))
         together = states_by_index(
-            speculator, prompts, params, policy=policy_of(generator), batch_size=generator.randint(1, 5)
+            speculator, prompts, params, policy=None if is_lookup else policy_of(generator),
+            batch_size=generator.randint(1, 5),
         )
         for index, request in enumerate(chosen):
             token_ids, states = requests[request][2]
             assert together[index][0] == token_ids
             assert torch.equal(together[index][1], states)
-        results = list(speculator.generate(prompts, params, policy=FixedLength(3), batch_size=3))
+        results = list(speculator.generate(prompts, params, policy=None if is_lookup else FixedLength(3), batch_size=3))
         num_drafted += sum(result.stats.num_drafted for result in results)
         num_accepted += sum(result.stats.num_accepted for result in results)
     assert num_drafted > 0 and (num_accepted > 0 or drafter == "nan")

@@ -71,26 +71,31 @@ class Places:
         """The places that the end of a text leads to. context: its last tokens, of which MAX_MATCH count."""
         found: Found = {}
         before = GAP
-        for token in context[-MAX_MATCH:]:
-            found = self.follow(found, before, token)
+        recent = context[-MAX_MATCH:]
+        for token in recent[:-1]:
+            # Of a token's newest places, those that go on as the text does are among the newest of the next pair.
+            found = self._follow_pair(found, before, token)
             before = token
-        return found
+        return self.follow(found, before, recent[-1]) if recent else found
 
     def follow(self, found: Found, before: int, token: int) -> Found:
         """The places that one more token leads to, from those that the text before it led to, which ends in `before`.
 
         Longest first, and of equal length the newest first, if `found` was so; at most MAX_FOUND.
         """
-        tokens, behind = self.tokens, self._behind
-        after = {place + 1: _LONGER[length] for place, length in found.items() if tokens[place] == token}
-        for place in behind.get(_pair(before, token), ()):
-            if place not in after:
-                after[place] = 2
-        for place in behind.get(token, ()):
+        after = self._follow_pair(found, before, token)
+        for place in self._behind.get(token, ()):
             if place not in after:
                 after[place] = 1
-        if len(after) > MAX_FOUND:
-            after = dict(islice(after.items(), MAX_FOUND))
+        return after if len(after) <= MAX_FOUND else dict(islice(after.items(), MAX_FOUND))
+
+    def _follow_pair(self, found: Found, before: int, token: int) -> Found:
+        """Those that agree for two tokens or more."""
+        tokens = self.tokens
+        after = {place + 1: _LONGER[length] for place, length in found.items() if tokens[place] == token}
+        for place in self._behind.get(_pair(before, token), ()):
+            if place not in after:
+                after[place] = 2
         return after
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dvi.decode.round import RowState, VerifiedRound, draft_and_verify
+from dvi.decode.round import RowState, VerifiedRound, draft_and_verify, move_on
 from dvi.decode.sampling import SamplingBatch
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.verification import StrictRule
 from dvi.draft.length_policies import FixedLength
 from dvi.hardware import wait_for
 from dvi.model.cuda_graph import RoundGraphs
-from dvi.model.drafter import MAX_DEPTH, DrafterConfig
+from dvi.model.drafter import DrafterConfig
 from dvi.records import SamplingParams
 
 
@@ -105,7 +105,7 @@ class Rounds:
         self.cache.set_lengths(self.lengths)
         device = self.split.device
         self.state = RowState(
-            slice(0, num_rows), torch.full((num_rows,), MAX_DEPTH, device=device),
+            slice(0, num_rows), torch.full((num_rows,), 2**40, device=device),  # room without end
             torch.zeros(num_rows, dtype=torch.int64, device=device),
             torch.zeros(num_rows, self.split.hidden_size, dtype=self.split.dtype, device=device),
             SamplingBatch([SamplingParams()] * num_rows, vocab_size=self.split.vocab_size, device=device), None,
@@ -148,9 +148,7 @@ class Rounds:
         start_s, num_tokens = time.perf_counter(), 0.0
         for counts in accepted:
             verified = run()
-            self.state.anchor_BD.copy_(verified.anchor_BD)
-            self.state.last_token_B.copy_(verified.verdict.next_token_B)
-            verified.for_host_BH.tolist()
+            move_on(self.state, verified)
             self.cache.set_lengths(self.lengths)  # every round costs the same, and this is a commit's work on the host
             num_tokens += sum(counts) / self.num_rows + 1
         return num_tokens / (time.perf_counter() - start_s)

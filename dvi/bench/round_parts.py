@@ -46,14 +46,14 @@ def _places(
     speculator: SelfSpeculator, batch: DecodingBatch, policy: LengthPolicy, learner: Learner
 ) -> list[Place]:
     passes, drafter, of_round, of_batch = speculator.passes, speculator.drafter, dvi.decode.round, dvi.decode.batch
-    choice, storing = "length rule", "experience stored"
+    choice, storing, to_host = "length rule", "experience stored", "to the host and on"
     return [
         (passes, "shallow", DRAFTING), (drafter, "begin", DRAFTING), (drafter, "step", DRAFTING),
         (passes, "deep", VERIFYING), (passes, "head", VERIFYING),
         (policy, "choose", choice), (policy, "keep", choice), (policy, "observe", choice),
         (of_round, "propose", "drafts: tokens, places, stacking"),
-        (of_round, "judge", "verdict"),
-        (of_round, "for_host", "to the host"), (of_batch, "fetch", "to the host"),
+        (of_round, "judge", "verdict"), (of_round, "judged_on_host", "verdict"),
+        (of_round, "for_host", to_host), (of_round, "fetch", to_host), (of_batch, "move_on", to_host),
         (batch.cache, "commit", "commit"),
         (of_batch, "RoundExperience", "experience cut"), (batch, "_account", "accounting"),
         (learner, "observe", storing), (learner, "step_if_due", "learner asked"),

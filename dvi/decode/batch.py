@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dvi.decode.experience import RoundExperience, of_prefill
-from dvi.decode.host_row import HostRow, fetch
-from dvi.decode.round import RowState, VerifiedRound, detached_from_graph, draft_and_verify
+from dvi.decode.host_row import HostRow
+from dvi.decode.round import RowState, VerifiedRound, detached_from_graph, draft_and_verify, move_on
 from dvi.decode.sampling import SamplingBatch, SeenTokens
 from dvi.decode.sequence import RowOutcome, Sequence
 from dvi.decode.tree_round import tree_draft, verify_tree
@@ -29,7 +29,7 @@ from dvi.model.kv_cache import KeysAndValues
 from dvi.model.split import SplitModel
 from dvi.model.transfers import to_device, to_host
 from dvi.model.tree import MAX_NODES
-from dvi.records import Draft, TokenLogprobs, Transitions, Verdict
+from dvi.records import TokenLogprobs, Transitions
 
 PREFILL_CHUNK = 512  # positions of one prefill pass: bounds its activations
 
@@ -171,7 +171,7 @@ class DecodingBatch:
         if self.policy.companion is not None:
             self.policy.companion.follow(self.drafter, self.sequences)
         verified = self._on_device(state, num_draft_tokens)
-        host_rows = self._commit(state, verified)
+        host_rows = move_on(state, verified)
         cache.commit([host_row.num_accepted + 1 for host_row in host_rows], rows=state.rows)
         transitions = self._account(host_rows, verified)
         ends = [max(sequence.kept_per_round[-1:], default=0) for sequence in self.sequences]
@@ -187,15 +187,6 @@ class DecodingBatch:
             limits=[min(pair) for pair in zip(rooms, ends, strict=True)],
         ))
         return transitions
-
-    def _commit(self, state: RowState, verified: VerifiedRound) -> list[HostRow]:
-        """What the next round starts from, but for the cache; the rows of this one as the host must know them."""
-        if state.seen is not None:
-            state.seen.add_generated(*_committed(verified.draft, verified.verdict))
-        state.anchor_BD.copy_(verified.anchor_BD)
-        state.last_token_B.copy_(verified.verdict.next_token_B)
-        state.room_B.sub_(verified.verdict.num_accepted_B + 1)
-        return fetch(verified.for_host_BH, verified.draft)  # the round's one wait for the device
 
     def _round_of_nodes(self) -> list[Transitions]:
         """A round that verifies what the policy's source proposes."""
@@ -216,7 +207,7 @@ class DecodingBatch:
             self._split, self.cache, state, draft, drafter_version=self.drafter.version,
             keeps_logits=any(sequence.num_logprobs is not None for sequence in self.sequences),
         )
-        host_rows = self._commit(state, verified)
+        host_rows = move_on(state, verified)
         if draft.is_chain:
             self.cache.commit([len(host_row.path) for host_row in host_rows], rows=state.rows)
         else:
@@ -251,7 +242,8 @@ class DecodingBatch:
     def _account(self, host_rows: list[HostRow], verified: VerifiedRound) -> list[Transitions]:
         """Hands every row its committed tokens and cuts the round into one stretch of experience per row."""
         transitions, self.outcomes = [], []
-        experience = RoundExperience(verified) if self._wants_transitions else None
+        num_drafted = [host_row.num_drafted for host_row in host_rows]
+        experience = RoundExperience(verified, num_drafted) if self._wants_transitions else None
         for row, (sequence, host_row) in enumerate(zip(self.sequences, host_rows, strict=True)):
             if not host_row.is_finite:
                 sequence.finish_reason = "error"
@@ -347,14 +339,6 @@ class DecodingBatch:
         self.cache.copy_row(source=source, target=target)
         self._last_token_B[target] = self._last_token_B[source]
         self._anchor_BD[target] = self._anchor_BD[source]
-
-
-def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
-    """Token ids [B, U] and which of them the round committed: the accepted drafts, then the next token."""
-    depth_T = torch.arange(draft.token_ids_BT.shape[1], device=draft.token_ids_BT.device)
-    is_accepted_BT = depth_T < verdict.num_accepted_B[:, None]
-    ids_BU = torch.cat([draft.token_ids_BT, verdict.next_token_B[:, None]], dim=1)
-    return ids_BU, torch.cat([is_accepted_BT, torch.ones_like(ids_BU[:, :1], dtype=torch.bool)], dim=1)
 
 
 def _logprobs(logits_WV: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:

@@ -33,9 +33,10 @@ def of_prefill(
 class RoundExperience:
     """One round's tensors, from which each row's committed stretch is cut."""
 
-    def __init__(self, verified: VerifiedRound) -> None:
+    def __init__(self, verified: VerifiedRound, num_drafted: list[int]) -> None:
+        """num_drafted: by row."""
         self._verified = verified
-        self._draft_ids_BU, self._log_probs_BU = _drafts_by_position(verified.draft)
+        self._draft_ids_BU, self._log_probs_BU = _drafts_by_position(verified.draft, num_drafted)
 
     def of_row(self, row: int, outcome: RowOutcome, *, start_position: int) -> Transitions:
         """Columns past a stop were verified but never became text: they are dropped."""
@@ -67,14 +68,14 @@ class RoundExperience:
         ]
 
 
-def _drafts_by_position(draft: Draft) -> tuple[Tensor, Tensor]:
+def _drafts_by_position(draft: Draft, num_drafted: list[int]) -> tuple[Tensor, Tensor]:
     """What was drafted at each of the U positions: token ids [B, U], -1 where nothing was, and log-probabilities, 0."""
     ids_BU = F.pad(draft.token_ids_BT, (0, 1), value=-1)
     if draft.log_probs_BT is None:
         log_probs_BU = torch.zeros(ids_BU.shape, device=ids_BU.device)
     else:
         log_probs_BU = F.pad(draft.log_probs_BT, (0, 1))
-    if draft.token_ids_BT.shape[1]:
+    if min(num_drafted) < draft.token_ids_BT.shape[1]:
         is_empty_BU = torch.arange(ids_BU.shape[1], device=ids_BU.device) >= draft.num_drafted_B[:, None]
         ids_BU.masked_fill_(is_empty_BU, -1)
         log_probs_BU.masked_fill_(is_empty_BU, 0)

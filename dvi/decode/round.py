@@ -1,8 +1,8 @@
-"""The round: draft with the shallow layers, verify in one deep pass. What it computes changes no row yet.
+"""The round: draft with the shallow layers, verify in one deep pass. No row changes before its `move_on`.
 
 Knows a split model, a drafter, their cache and the rows' state; knows nothing of requests, text, replay or losses.
-Plain decoding is the same round with nothing drafted, so there is one path to be right about. Nothing here waits for
-the device: `dvi.decode.batch` fetches one small tensor per round, once.
+Plain decoding is the same round with nothing drafted, so there is one path to be right about. Nothing but `move_on`
+waits for the device, for one small tensor a round.
 """
 # B rows, D hidden, H columns for the host, M packed positions, T drafted tokens, U = T + 1 verified positions,
 # V vocabulary.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dvi.decode.host_row import for_host
+from dvi.decode.host_row import HostRow, fetch, for_host, judged_on_host
 from dvi.decode.sampling import Role, SamplingBatch, SeenTokens, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.decode.verification import VerifyRule, row_at, verify_by_rejection, verify_greedy
 from dvi.draft.companions import Opinions
@@ -25,6 +25,7 @@ from dvi.model.greedy import likeliest
 from dvi.model.kv_cache import Placement
 from dvi.model.ragged import Packing, is_worth_packing
 from dvi.model.split import SplitModel
+from dvi.model.transfers import overwrite
 from dvi.records import Draft, Verdict
 
 
@@ -87,7 +88,7 @@ def propose(
     num_drafted_B = torch.stack(counted, 1).sum(1) if counted else state.room_B.clamp(0, len(tokens))
     num_positions = None
     if is_on_cpu:
-        num_positions = len(token_B) + (int(num_drafted_B.sum()) if tokens else 0)
+        num_positions = len(token_B) + sum(num_drafted_B.tolist())
     return Draft(
         token_ids_BT=token_ids_BT,
         num_drafted_B=num_drafted_B,
@@ -152,23 +153,34 @@ def judge(draft: Draft, logits_BUV: Tensor, cache: object, state: RowState, rule
 
 @dataclass
 class VerifiedRound:
-    """All that one round computes on the device; nothing of the rows' state has changed yet.
+    """All that one round computes; nothing of the rows' state has changed yet.
 
     input_ids_BU  the last committed token and the drafted ones; final_BUD their final hidden states.
-    anchor_BD     the final hidden state at the position whose logits gave next_token.
-    for_host_BH   int64, all that the host must know: see `dvi.decode.host_row`.
+    judged        the verdict and what follows from it, on the device; or, of a greedy round on a CPU, the rows as the
+                  host knows them.
     logits_BUV    the verifier's, where somebody wants log-probabilities.
     is_walk       the other tensors are those of an accepted path of a tree, see `dvi.decode.tree_round`.
     """
 
     draft: Draft
-    verdict: Verdict
     input_ids_BU: Tensor
     final_BUD: Tensor
-    anchor_BD: Tensor
-    for_host_BH: Tensor
+    judged: Judged | list[HostRow]
     logits_BUV: Tensor | None = None
     is_walk: bool = False
+
+
+@dataclass
+class Judged:
+    """A verdict on the device.
+
+    anchor_BD     the final hidden state at the position whose logits gave next_token.
+    for_host_BH   int64, all that the host must know: see `dvi.decode.host_row`.
+    """
+
+    verdict: Verdict
+    anchor_BD: Tensor
+    for_host_BH: Tensor
 
 
 def draft_and_verify(
@@ -180,13 +192,16 @@ def draft_and_verify(
     input_ids_BU = torch.cat([state.last_token_B[:, None], draft.token_ids_BT], dim=1)
     placement = cache.place(offset=0, width=input_ids_BU.shape[1], rows=state.rows)
     final_BUD, logits_BUV = _verify(split, draft, input_ids_BU, cache, placement)
-    verdict = judge(draft, logits_BUV, cache, state, rule)
     # Of all that was computed: NaN in the cache does harm even where it is masked. What was left out is not in it.
-    is_finite_B = final_BUD.sum((1, 2), dtype=torch.float32).isfinite()
-    return VerifiedRound(
-        draft, verdict, input_ids_BU, final_BUD, anchor_BD=row_at(final_BUD, verdict.num_accepted_B),
-        for_host_BH=for_host(draft, verdict, is_finite_B), logits_BUV=logits_BUV if keeps_logits else None,
-    )
+    final_sum_B = final_BUD.sum((1, 2), dtype=torch.float32)
+    is_plain_greedy = state.sampling.is_all_greedy and state.seen is None and rule.is_lossless
+    if final_BUD.device.type == "cpu" and is_plain_greedy and policy.companion is None:
+        judged = judged_on_host(draft, state.sampling.argmax(logits_BUV), final_sum_B)
+    else:
+        verdict = judge(draft, logits_BUV, cache, state, rule)
+        anchor_BD = row_at(final_BUD, verdict.num_accepted_B)
+        judged = Judged(verdict, anchor_BD, for_host(draft, verdict, final_sum_B.isfinite()))
+    return VerifiedRound(draft, input_ids_BU, final_BUD, judged, logits_BUV if keeps_logits else None)
 
 
 def _verify(
@@ -203,6 +218,35 @@ def _verify(
     packing = Packing(draft.num_drafted_B + 1, width=input_ids_BU.shape[1])
     final_MD = split.deep_packed(packing.pack(draft.hidden_BUD), cache, placement, packing)
     return packing.unpack(final_MD), packing.unpack(split.head(final_MD))
+
+
+def move_on(state: RowState, verified: VerifiedRound) -> list[HostRow]:
+    """Has the rows' state be what the next round starts from; what the host must know of this one.
+
+    On a device the round's one wait for it.
+    """
+    judged = verified.judged
+    if isinstance(judged, list):
+        for row, host_row in enumerate(judged):
+            state.anchor_BD[row] = verified.final_BUD[row, host_row.num_accepted]
+        rooms = zip(state.room_B.tolist(), judged, strict=True)
+        overwrite(state.room_B, [room - host_row.num_accepted - 1 for room, host_row in rooms])
+        overwrite(state.last_token_B, [host_row.next_token for host_row in judged])
+        return judged
+    if state.seen is not None:
+        state.seen.add_generated(*_committed(verified.draft, judged.verdict))
+    state.anchor_BD.copy_(judged.anchor_BD)
+    state.last_token_B.copy_(judged.verdict.next_token_B)
+    state.room_B.sub_(judged.verdict.num_accepted_B + 1)
+    return fetch(judged.for_host_BH, verified.draft)
+
+
+def _committed(draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
+    """Token ids [B, U] and which of them the round committed: the accepted drafts, then the next token."""
+    depth_T = torch.arange(draft.token_ids_BT.shape[1], device=draft.token_ids_BT.device)
+    is_accepted_BT = depth_T < verdict.num_accepted_B[:, None]
+    ids_BU = torch.cat([draft.token_ids_BT, verdict.next_token_B[:, None]], dim=1)
+    return ids_BU, torch.cat([is_accepted_BT, torch.ones_like(ids_BU[:, :1], dtype=torch.bool)], dim=1)
 
 
 def detached_from_graph(verified: VerifiedRound, drafter_version: int) -> VerifiedRound:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dvi.decode.host_row import for_host
-from dvi.decode.round import RowState, VerifiedRound
+from dvi.decode.round import Judged, RowState, VerifiedRound
 from dvi.decode.sampling import Role, gumbel_argmax, hash_gumbel, sample_from, uniform
 from dvi.decode.verification import row_at
 from dvi.draft.tree import ROOT, Node
@@ -80,11 +80,10 @@ def verify_tree(
         token_ids_BT=path_ids_BU[:, 1:], num_drafted_B=draft.num_nodes_B, hidden_BUD=_along(hidden_BND, path_BU),
         num_positions=None, probs_BTV=None, log_probs_BT=None, drafter_version=drafter_version,
     )
-    return VerifiedRound(
-        chain, verdict, path_ids_BU, _along(final_BND, path_BU), anchor_BD=row_at(final_BND, path_BU[:, -1]),
-        for_host_BH=for_host(chain, verdict, is_finite_B, path_BU, has_more_B1),
-        logits_BUV=_along(logits_BNV, path_BU) if keeps_logits else None, is_walk=True,
-    )
+    anchor_BD = row_at(final_BND, path_BU[:, -1])
+    judged = Judged(verdict, anchor_BD, for_host(chain, verdict, is_finite_B, path_BU, has_more_B1))
+    logits_BUV = _along(logits_BNV, path_BU) if keeps_logits else None
+    return VerifiedRound(chain, path_ids_BU, _along(final_BND, path_BU), judged, logits_BUV, is_walk=True)
 
 
 def walk(

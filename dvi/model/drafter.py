@@ -221,7 +221,7 @@ class DraftHead(nn.Module):
 
     def to_token_ids(self, draft_ids: Tensor) -> Tensor:
         """Token ids of draft ids."""
-        return draft_ids if self.draft_token_ids_V is None else self.draft_token_ids_V[draft_ids]
+        return draft_ids if self.draft_token_ids_V is None else self.draft_token_ids_V.take(draft_ids)
 
     def to_draft_ids(self, token_ids: Tensor) -> Tensor:
         """Draft ids of token ids that the drafter can produce; of others some draft id, see `can_draft`."""

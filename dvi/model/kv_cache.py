@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dvi.model.transfers import to_device
+from dvi.model.transfers import overwrite, to_device
 from dvi.model.tree import PlacedTree, Tree
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]  # by layer
@@ -249,7 +249,7 @@ class RollbackCache:
         """Declares each row's committed length: rollback, row reuse and prefill go through here."""
         assert len(lengths) == self.rows and min(lengths) >= 0 and max(lengths) <= self.capacity
         self.lengths = list(lengths)
-        self.lengths_B.copy_(to_device(lengths, self.device, dtype=torch.int64))
+        overwrite(self.lengths_B, lengths)
 
     @property
     def num_bytes(self) -> int:

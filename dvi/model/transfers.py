@@ -1,4 +1,4 @@
-"""The two crossings between host and device. Whatever a round or a learner's step moves goes through here, in sight.
+"""The crossings between host and device. Whatever a round or a learner's step moves goes through here, in sight.
 
 Knows numbers and tensors, and nothing of what they mean. A crossing made elsewhere, `torch.tensor(numbers, device=...)`
 too, waits for all that a GPU has been given to do; tests decode and learn on a device that lets nothing else cross.
@@ -19,6 +19,14 @@ def to_device(numbers: Tensor | Sequence, device: torch.device | str, *, dtype: 
         # From ordinary memory the copy would wait for the stream. torch keeps what is pinned until it has been read.
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def overwrite(tensor: Tensor, numbers: Sequence) -> None:
+    """Has a tensor hold the host's integers, as many as it has, without a wait."""
+    if tensor.device.type == "cpu":
+        tensor.numpy()[:] = numbers  # a new tensor would take five times as long
+    else:
+        tensor.copy_(to_device(numbers, tensor.device, dtype=tensor.dtype))
 
 
 def to_host(tensor: Tensor) -> Tensor:

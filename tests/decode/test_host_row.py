@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dvi.decode.host_row import HostRow, fetch, for_host
+from dvi.decode.host_row import HostRow, fetch, for_host, judged_on_host
+from dvi.decode.verification import verify_greedy
 from dvi.records import Draft, Verdict
 
 
@@ -41,3 +42,18 @@ def test_a_round_without_drafts_commits_its_one_token():
     verdict = Verdict(torch.zeros(2, dtype=torch.int64), torch.tensor([7, 8]))
     rows = fetch(for_host(draft, verdict, torch.tensor([True, True])), draft)
     assert [(row.committed, row.num_waived, row.num_drafted) for row in rows] == [([7], 0, 0), ([8], 0, 0)]
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 4])
+def test_a_verdict_on_the_host_is_the_one_in_tensors(num_drafts):
+    """Catches a host that reads a draft that does not count, or takes the token after another place."""
+    generator = torch.Generator().manual_seed(num_drafts)
+    for _ in range(50):
+        draft = draft_of(num_drafts)
+        draft.token_ids_BT = torch.randint(2, (2, num_drafts), generator=generator)
+        draft.num_drafted_B = torch.randint(num_drafts + 1, (2,), generator=generator)
+        target_ids_BU = torch.randint(2, (2, num_drafts + 1), generator=generator)
+        final_sum_B = torch.tensor([float("nan"), 3.0])
+        verdict = verify_greedy(draft.token_ids_BT, draft.num_drafted_B, target_ids_BU)
+        rows = judged_on_host(draft, target_ids_BU, final_sum_B)
+        assert rows == fetch(for_host(draft, verdict, final_sum_B.isfinite()), draft)

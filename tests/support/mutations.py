@@ -123,7 +123,12 @@ MUTATIONS = [
     ),
     Mutation(
         "anchor_of_the_last_committed_token", ROUND,
-        "anchor_BD=row_at(final_BUD, verdict.num_accepted_B)", "anchor_BD=final_BUD[:, 0]", TEST_EXPERIENCE,
+        "verified.final_BUD[row, host_row.num_accepted]", "verified.final_BUD[row, 0]", TEST_EXPERIENCE,
+    ),
+    Mutation(
+        "draft_accepted_that_does_not_count", "dvi/decode/host_row.py",
+        "while num_accepted < num_drafted and", "while num_accepted < len(draft_ids) and",
+        "tests/decode/test_host_row.py",
     ),
     Mutation("anchor_of_the_request_before", BATCH, "self._anchor_BD[row] = 0", "pass", TEST_BATCH),
     Mutation(
@@ -188,7 +193,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows_that_stopped_still_count", ROUND,
-        "int(num_drafted_B.sum()) if tokens else 0", "len(token_B) * len(tokens)", TEST_PACKED,
+        "sum(num_drafted_B.tolist())", "len(token_B) * len(tokens)", TEST_PACKED,
     ),
     Mutation("padded_rounds_pack", "dvi/model/padded.py", "can_pack = False", "can_pack = True", TEST_PACKED),
     Mutation(

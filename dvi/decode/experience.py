@@ -7,9 +7,10 @@ Knows the round's tensors and the rows' requests; knows nothing of replay, losse
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dvi.decode.round import VerifiedRound
 from dvi.decode.sequence import RowOutcome, Sequence
@@ -70,13 +71,22 @@ class RoundExperience:
 
 def _drafts_by_position(draft: Draft, num_drafted: list[int]) -> tuple[Tensor, Tensor]:
     """What was drafted at each of the U positions: token ids [B, U], -1 where nothing was, and log-probabilities, 0."""
-    ids_BU = F.pad(draft.token_ids_BT, (0, 1), value=-1)
-    if draft.log_probs_BT is None:
-        log_probs_BU = torch.zeros(ids_BU.shape, device=ids_BU.device)
-    else:
-        log_probs_BU = F.pad(draft.log_probs_BT, (0, 1))
-    if min(num_drafted) < draft.token_ids_BT.shape[1]:
-        is_empty_BU = torch.arange(ids_BU.shape[1], device=ids_BU.device) >= draft.num_drafted_B[:, None]
+    ids_B1, log_probs_B1 = _nothing_drafted(len(num_drafted), draft.token_ids_BT.device)
+    num_drafts = draft.token_ids_BT.shape[1]
+    if num_drafts == 0:
+        return ids_B1, log_probs_B1
+    ids_BU = torch.cat([draft.token_ids_BT, ids_B1], 1)
+    log_probs_BT = log_probs_B1.expand(-1, num_drafts) if draft.log_probs_BT is None else draft.log_probs_BT
+    log_probs_BU = torch.cat([log_probs_BT, log_probs_B1], 1)
+    if min(num_drafted) < num_drafts:
+        is_empty_BU = torch.arange(num_drafts + 1, device=ids_BU.device) >= draft.num_drafted_B[:, None]
         ids_BU.masked_fill_(is_empty_BU, -1)
         log_probs_BU.masked_fill_(is_empty_BU, 0)
     return ids_BU, log_probs_BU
+
+
+@functools.cache
+def _nothing_drafted(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of one position, where nothing was drafted. Shared: nobody writes into transitions."""
+    ids_B1 = torch.full((num_rows, 1), -1, dtype=torch.int64, device=device)
+    return ids_B1, torch.zeros((num_rows, 1), device=device)

@@ -62,13 +62,14 @@ def propose(
 
     def shallow(token_B: Tensor, depth: int) -> Tensor:
         placement = cache.place(offset=depth, width=1, rows=state.rows)
-        return split.shallow(token_B[:, None], cache, placement)[:, 0]
+        return split.shallow(token_B[:, None], cache, placement)
 
     for depth in range(num_draft_tokens):
         hidden.append(shallow(token_B, depth))
-        logits_BV = drafter.step(hidden[-1], depth_state, depth)
+        hidden_BD = hidden[-1][:, 0]
+        logits_BV = drafter.step(hidden_BD, depth_state, depth)
         drawn_B, probs_BV = _draw(drafter, cache, state, logits_BV, tokens, depth)
-        opinions.add(token_B, hidden[-1], logits_BV, drawn_B, depth)
+        opinions.add(token_B, hidden_BD, logits_BV, drawn_B, depth)
         if policy.stops_early:
             has_room_B = depth < state.room_B
             is_open_B = has_room_B if counts_B is None else counts_B & has_room_B
@@ -92,7 +93,7 @@ def propose(
     return Draft(
         token_ids_BT=token_ids_BT,
         num_drafted_B=num_drafted_B,
-        hidden_BUD=torch.stack(hidden, 1),
+        hidden_BUD=torch.cat(hidden, 1),
         num_positions=num_positions,
         probs_BTV=torch.stack(probs, 1) if probs and probs[0] is not None else None,
         log_probs_BT=_log_probs(drafter, logits, token_ids_BT) if wants_log_probs and tokens else None,

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dvi.bench.arms import ArmOptions, MakeLearner, OurArm, plans_of_ours
+from dvi.bench.arms import ArmOptions, MakeLearner, OurArm
 from dvi.bench.records import Arm, ArmAnswer, written
 from dvi.bench.rivals import rival_plans
 from dvi.bench.round_parts import seconds_by_part
@@ -49,7 +49,7 @@ def bench_step(settings: StepSettings, *, make_learner: MakeLearner, console: Co
     imported_bytes, start_s = peak_bytes(torch.device("cpu")), time.perf_counter()
     speculator = SelfSpeculator.from_pretrained(
         settings.model, adapter=settings.adapter, split_layer=settings.split_layer, dtype=settings.dtype,
-        device=settings.device, num_draft_tokens=settings.num_draft_tokens,
+        device=settings.device, num_draft_tokens=settings.num_draft_tokens, mode="fast",
     )
     load_s = time.perf_counter() - start_s
     split = speculator.split
@@ -95,8 +95,7 @@ class StepBench:
         self._params = options.sampling(seed=0)
         question = Messages([{"role": "user", "content": settings.prompt}])
         self._prompt_ids, _ = speculator.encode_request(question, max_new_tokens=settings.max_new_tokens)
-        (plain,) = plans_of_ours(speculator, options, names=["plain"])
-        self._arms: dict[str, Arm] = {"plain": plain.build()}
+        self._arms: dict[str, Arm] = {"plain": OurArm(speculator, PLAIN, options)}
         token_ids = self._answer("plain").token_ids
         if settings.adapter is None:
             trim(speculator.drafter, token_ids, settings.draft_vocab_size)

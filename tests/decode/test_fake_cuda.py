@@ -50,9 +50,9 @@ def test_a_round_stays_on_the_device_in_the_models_dtype(name, sampling):
     width, bfloat16 = DRAFT_TOKENS + 1, torch.bfloat16
     assert described(verified.draft.hidden_BUD) == described(verified.final_BUD) == ((ROWS, width, hidden), bfloat16)
     assert described(verified.logits_BUV) == ((ROWS, width, vocab_size), bfloat16)
-    assert described(verified.anchor_BD) == ((ROWS, hidden), bfloat16)
+    assert described(verified.judged.anchor_BD) == ((ROWS, hidden), bfloat16)
     assert described(verified.draft.log_probs_BT) == ((ROWS, DRAFT_TOKENS), torch.float32)
-    assert described(verified.for_host_BH) == ((ROWS, DRAFT_TOKENS + 5), torch.int64)
+    assert described(verified.judged.for_host_BH) == ((ROWS, DRAFT_TOKENS + 5), torch.int64)
     head_dim, num_kv_heads = split.layers[0].self_attn.head_dim, shape.config.num_key_value_heads
     for layer in (0, split.num_layers - 1):
         keys, values = cache._buffers[layer]

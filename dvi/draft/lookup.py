@@ -162,7 +162,7 @@ class Lookup:
                   by their own request: they take a store's room and made no draft better.
     calibration   makes probabilities of what lookups suggest, from what became of such suggestions: counts alone, of
                   all tenants.
-    is_frozen     nothing is learnt from any request, as while something is measured.
+    is_frozen     nothing is learnt from any request.
     """
 
     name = "lookup"

@@ -30,10 +30,12 @@ class SourceRow(Protocol):
 class Source(Protocol):
     """Gives each request a row of its own.
 
-    name  as nodes carry it.
+    name       as nodes carry it.
+    is_frozen  nothing is learnt from any request, as while something is measured; each still has its own text.
     """
 
     name: str
+    is_frozen: bool
 
     def open(self, prompt_ids: Sequence[int], *, tenant: str = "", teaches: bool = True) -> SourceRow:
         """teaches False: nothing of this request stays, and none other learns from it."""

@@ -163,7 +163,7 @@ class PretendDevice(TorchDispatchMode):
         target = kwargs.get("device")
         gives_device = bool(on_device) if target is None else torch.device(target).type == DEVICE.type
         if func in _COPIES:
-            self._check_copy(func, args, gives_device, has_device=bool(on_device))
+            self._check_copy(func, args, gives_device)
             gives_device = isinstance(args[0], OnDevice) if func is _aten.copy_.default else gives_device
         elif on_device:
             self._check(func, args, tensors)
@@ -183,7 +183,7 @@ class PretendDevice(TorchDispatchMode):
 
         return tree_map(placed, outputs)
 
-    def _check_copy(self, func: Callable, args: tuple, gives_device: bool, *, has_device: bool) -> None:
+    def _check_copy(self, func: Callable, args: tuple, gives_device: bool) -> None:
         is_in_place = func is _aten.copy_.default
         source = args[1] if is_in_place else args[0]
         to_device = isinstance(args[0], OnDevice) if is_in_place else gives_device

@@ -163,6 +163,14 @@ def test_a_drafter_trained_beside_dense_weights_fits_the_blocks_and_the_other_wa
         assert found.split.weights == second
 
 
+@needs_kernels
+def test_a_model_of_blocks_is_decoded_exactly(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, kinds=dict.fromkeys([*LAYERS, "token_embd"], "Q4_1") | {"attn_output": "Q8_0"}, tied=True, **SIZES)
+    speculator = SelfSpeculator.from_pretrained(path, device="cpu", mode="exact")
+    assert (speculator.split.weights, speculator.mode) == ("blocks", "exact")
+
+
 def test_without_kernels_the_weights_are_dense(tmp_path, monkeypatch):
     monkeypatch.setenv(library.SWITCH, "off")
     write_gguf(tmp_path / "tiny.gguf", kinds=dict.fromkeys(LAYERS, "Q4_0"), **SIZES)

@@ -26,6 +26,7 @@ ENGINE = "dvi/serving/engine.py"
 TEST_BATCH, TEST_EXPERIENCE = "tests/decode/test_batch.py", "tests/decode/test_experience.py"
 TEST_ENGINE = "tests/serving/test_engine.py"
 TEST_PACKED = "tests/model/test_ragged.py"
+TEST_TREE = "tests/decode/test_tree_round.py"
 TEST_LAW = "tests/laws/test_sampling_law_engine.py"
 STUDENT, TEST_RANKS = "trainers/learning/student.py", "tests/learning/test_data_parallel.py"
 TEST_ONLINE, TEST_FAULTS = "tests/learning/test_online.py", "tests/learning/test_learner_faults.py"
@@ -385,6 +386,30 @@ MUTATIONS = [
         "tests/draft/test_length_policies.py",
     ),
     # Trees and lookups
+    Mutation(
+        "walk_to_any_node_of_the_token", "dvi/decode/tree_round.py",
+        "is_next_BN = (parents_BN == at_B[:, None]) & (ids_BN", "is_next_BN = (ids_BN", TEST_TREE,
+    ),
+    Mutation(
+        "walk_into_the_padding", "dvi/decode/tree_round.py",
+        "counts_BN = (node_N > 0) & (node_N <= num_nodes_B[:, None])", "counts_BN = (node_N > 0).expand_as(ids_BN)",
+        TEST_TREE,
+    ),
+    Mutation(
+        "penalties_of_the_wrong_branch", SAMPLING,
+        "is_above_BNN = (ancestors_BN[..., None] >> node_N & 1).bool()",
+        "is_above_BNN = torch.ones_like(ancestors_BN[..., None] >> node_N).bool().tril(-1)",
+        TEST_TREE,
+    ),
+    Mutation(
+        "accepted_nodes_left_where_they_lay", CACHE,
+        "buffer[row, :, start:stop] = buffer[row].index_select(1, slots.to(buffer.device))", "pass", TEST_TREE,
+    ),
+    Mutation(
+        "nodes_that_see_their_siblings", "dvi/model/tree.py",
+        "return (node_BS < 0)[:, None] | is_ancestor_BQS.bool()",
+        "return (node_BS < 0)[:, None] | (is_ancestor_BQS >= 0)", "tests/model/test_tree.py",
+    ),
     Mutation(
         "a_tree_grown_by_estimates_alone", "dvi/draft/tree.py",
         "offer(place.then(token_id), len(nodes) - 1, depth + 1, -falling)",

@@ -27,6 +27,7 @@ from dvi.model.context import max_positions_of, why_shorter
 from dvi.model.drafter import DRAFTER_KINDS, DrafterConfig
 from dvi.model.exact import exact_passes
 from dvi.model.gguf import bytes_of_layers, find_gguf
+from dvi.model.native.library import why_none
 from dvi.model.pretrained import read_config, read_tokenizer
 from dvi.model.split import SplitModel
 from dvi.model.starting_drafter import choose_split_layer, settle_adapter
@@ -186,6 +187,9 @@ def describe_machine() -> dict[str, Any]:
         f"{torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB"
         for index in range(torch.cuda.device_count())
     ]
+    without_kernels = why_none()
+    if without_kernels is not None:
+        notes.append(f"Llama-shaped models are decoded without compiled kernels, slower: {without_kernels}")
     exact = {dtype: _exact_mode_reason(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
     notes += [reason for reason in exact.values() if reason is not None]
     return {
@@ -196,6 +200,7 @@ def describe_machine() -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "bfloat16": "cuda" if devices and torch.cuda.is_bf16_supported() else "cpu" if _has_fast_cpu_bf16() else "slow",
+        "compiled_kernels": without_kernels is None,
         "exact_mode": {str(dtype).removeprefix("torch."): reason is None for dtype, reason in exact.items()},
         "problems": problems,
         "notes": notes,

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from dvi import __version__
 from dvi.cli.main import app
+from dvi.model.native import library
 from tests.support.paths import ROOT
 
 STORIES = str(ROOT / "tests/stories260k")
@@ -241,6 +242,13 @@ def test_doctor_finds_this_machine_sound():
     assert code == 0, facts["problems"]
     assert facts["versions"]["torch"] and "torch" in stderr
     assert {type(is_possible) for is_possible in facts["exact_mode"].values()} == {bool}
+    assert facts["compiled_kernels"] == (library.load() is not None)
+
+
+def test_doctor_says_why_there_are_no_compiled_kernels(monkeypatch):
+    monkeypatch.setenv(library.SWITCH, "off")
+    code, facts, _, _ = dvi_command("doctor")
+    assert code == 0 and not facts["compiled_kernels"] and any("DVI_NATIVE=off" in note for note in facts["notes"])
 
 
 def test_printed_settings_are_a_configuration_file_without_running_anything(tmp_path):

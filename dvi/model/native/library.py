@@ -76,7 +76,13 @@ class Drafter(Structure):
 def load() -> ctypes.CDLL | None:
     """The kernels, compiled now if they never were on this machine; None, with the reason in the log, without them."""
     wanted = os.environ.get(SWITCH, "native")
-    return None if wanted == "off" else _load(wanted)
+    return None if wanted == "off" else _load(wanted)[0]
+
+
+def why_none() -> str | None:
+    """Why there are no kernels here; None where there are."""
+    wanted = os.environ.get(SWITCH, "native")
+    return f"{SWITCH}=off" if wanted == "off" else _load(wanted)[1]
 
 
 def kernels_version() -> str | None:
@@ -85,12 +91,12 @@ def kernels_version() -> str | None:
 
 
 @functools.cache
-def _load(march: str) -> ctypes.CDLL | None:
+def _load(march: str) -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        return _bound(ctypes.CDLL(str(compiled(march))))
+        return _bound(ctypes.CDLL(str(compiled(march)))), None
     except (OSError, RuntimeError) as error:
         log.warning("layers run without compiled kernels, at a half to a third of the speed: %s", error)
-        return None
+        return None, str(error)
 
 
 def compiled(march: str = "native") -> Path:

@@ -17,6 +17,8 @@ import tempfile
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from pathlib import Path
 
+import torch  # noqa: F401  (brings the OpenMP runtime whose symbols the kernels need)
+
 from dvi.measured import cache_folder
 from dvi.progress import doing
 from dvi.whole_files import write_whole

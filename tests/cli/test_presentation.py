@@ -51,7 +51,7 @@ def test_a_speculator_and_its_parts_say_in_a_line_what_they_are():
         "SelfSpeculator(LlamaForCausalLM, 1 of 4 layers draft, float64 on cpu, "
         "anchored drafter v0, fixed policy, at most 3 drafts, fast mode)"
     )
-    assert repr(speculator.split) == "SplitModel(LlamaForCausalLM, 1 of 4 layers shallow, direct, float64 on cpu)"
+    assert repr(speculator.split) == "SplitModel(LlamaForCausalLM, 1 of 4 layers shallow, direct, dense float64 on cpu)"
     assert "AnchoredDrafter(v0, hidden 1024, rank 32, " in repr(speculator.drafter)
     assert repr(trainer).startswith("OnlineTrainer(0 steps in ") and "0 positions stored, drafter v0)" in repr(trainer)
     assert repr(trainer.replay) == "ReplayBuffer(0 of 16,384 positions)"

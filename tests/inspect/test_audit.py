@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import dvi.inspect.audit
+from dvi.decode.host_row import HostRow
 from dvi.decode.speculator import SelfSpeculator
 from dvi.inspect.audit import audit, divergence_table, logits_in_blocks
 from dvi.model.drafter import DrafterConfig
-from dvi.records import Verdict
 from tests.support.exact_doubles import needs_kernels, self_check_left_out
 from tests.support.paths import STORIES
 from tests.support.tiny_models import tiny_model
@@ -75,18 +75,19 @@ def test_on_the_native_path_there_is_no_noise(dtype):
     assert (report.mode, report.num_matches, report.noise) == ("exact", 2, 0.0) and report.num_drafted > 0
 
 
-class AcceptEverything:
+def accepting_everything(draft, target_ids_BU, final_sum_B):
     """A broken verifier: every draft is kept, whatever the target says."""
-
-    def __call__(self, token_ids_BT, num_drafted_B, argmax_BU, waived_BT):
-        last_B = argmax_BU.gather(1, num_drafted_B[:, None])[:, 0]
-        return Verdict(num_accepted_B=num_drafted_B, next_token_B=last_B)
+    columns = (draft.token_ids_BT, draft.num_drafted_B, target_ids_BU)
+    return [
+        HostRow(draft_ids, None, True, target_ids[count], num_waived=0, num_accepted=count, num_drafted=count)
+        for draft_ids, count, target_ids in zip(*(column.tolist() for column in columns), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 def test_a_verifier_that_accepts_everything_is_found_and_not_explained(load, mode, monkeypatch):
     """Catches an audit that explains every difference by noise, and one that looks at counts only."""
-    monkeypatch.setattr("dvi.decode.round.verify_greedy", AcceptEverything())
+    monkeypatch.setattr("dvi.decode.round.judged_on_host", accepting_everything)
     report = run(load(mode))
     assert report.num_matches == 0 and report.num_unexplained == 2
     for divergence in report.divergences:
@@ -97,7 +98,7 @@ def test_a_verifier_that_accepts_everything_is_found_and_not_explained(load, mod
 
 def test_a_difference_within_the_noise_is_explained_in_fast_mode_and_never_in_exact(load, monkeypatch):
     """Catches rounding reported as a bug, and the excuse of rounding where bits are promised."""
-    monkeypatch.setattr("dvi.decode.round.verify_greedy", AcceptEverything())
+    monkeypatch.setattr("dvi.decode.round.judged_on_host", accepting_everything)
     monkeypatch.setattr("dvi.inspect.audit._noise", lambda split, ids, start, other: (torch.arange(512.0), 1e6))
     assert run(load("fast")).num_unexplained == 0
     assert run(load("exact")).num_unexplained == 2

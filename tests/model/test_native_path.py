@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from dvi.model.ragged import Packing
 from dvi.model.split import SplitModel
 from tests.support.exact_doubles import needs_kernels
 from tests.support.gguf_files import quantised
+from tests.support.paths import ROOT
 from tests.support.tiny_models import tiny_model
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -184,6 +187,14 @@ def test_without_a_working_compiler_layers_run_as_before_and_a_warning_says_why(
     finally:
         library._load.cache_clear()
     assert [reason in record.message for record in caplog.records] == [True]
+
+
+@needs_kernels
+def test_the_kernels_load_in_a_process_that_has_not_asked_for_torch():
+    """They link no OpenMP runtime of their own: whoever loads them must have brought torch's."""
+    code = "from dvi.model.native import library; assert library.load() is not None, library.why_none()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_switched_off_means_not_even_compiled(monkeypatch):

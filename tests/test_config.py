@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dvi.config import load_config, to_yaml, write_provenance
-from dvi.settings import SamplingSettings, ServeConfig, TrainConfig, WarmupConfig
+from dvi.settings import DraftSettings, SamplingSettings, ServeConfig, TrainConfig, WarmupConfig
 from tests.support.paths import ROOT
 
 
@@ -263,3 +263,11 @@ def test_settings_cannot_be_changed_after_loading():
     """Catches code that edits a setting midway, so that config.yaml no longer says what ran."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config().train.lr = 1.0
+
+
+@pytest.mark.parametrize("policy", ["confidence", "companion"])
+def test_a_policy_that_asks_the_drafter_is_refused_where_lookups_propose(policy):
+    """Catches a setting that is silently ignored."""
+    with pytest.raises(ValueError, match=f"policy '{policy}' asks the drafter, but source 'lookup'"):
+        DraftSettings(source="lookup", policy=policy)
+    assert DraftSettings(source="lookup", policy="goodput").max_nodes == 16

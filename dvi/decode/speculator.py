@@ -1,6 +1,7 @@
 """SelfSpeculator: one frozen model that drafts for itself. Text in, text out, whatever the drafter has learnt so far.
 
 Ties model, tokenizer, split, drafter and rounds together; sees training only as a `Learner` that is passed in.
+One file though it is long: the arguments of the one public class are explained here, and what it does is elsewhere.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from dvi.decode.prompts import Prompt, PromptEncoder, is_one_prompt
 from dvi.decode.sequence import Sequence
 from dvi.decode.text import TextStream
 from dvi.decode.verification import StrictRule, VerifyRule
-from dvi.draft.catalogue import GOODPUT_BUCKETS, NODE_BUCKETS, goodput_buckets, make_companion, make_policy
+from dvi.draft.catalogue import GOODPUT_BUCKETS, buckets_of, make_companion, make_policy
 from dvi.draft.companion_model import load_companion
 from dvi.draft.companions import Companion
 from dvi.draft.costs import CostTable
 from dvi.draft.length_policies import FixedLength, LengthPolicy
-from dvi.draft.lookup import Lookup
 from dvi.draft.measure_costs import measure_costs
 from dvi.draft.node_budget import NodeBudget
 from dvi.learner import Learner
@@ -52,6 +52,7 @@ from dvi.settings import (
     LearningSettings,
     ModelSettings,
     check_companion,
+    check_source,
 )
 from dvi.traffic import Messages
 
@@ -87,14 +88,13 @@ class SelfSpeculator:
         seed: int = LearningSettings.seed,
     ) -> None:
         """See `from_pretrained`. A tokenizer of None serves token ids only (no text, no stop strings)."""
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-        if source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
-        if companion not in COMPANIONS:
-            raise ValueError(f"companion must be one of {', '.join(COMPANIONS)}, got {companion!r}")
+        for name, value, choices in (
+            ("mode", mode, MODES), ("source", source, SOURCES), ("policy", policy, POLICIES),
+            ("companion", companion, COMPANIONS),
+        ):  # fmt: skip
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        check_source(source, policy)
         check_companion(companion, companion_model)
         if not 0 <= num_draft_tokens <= GOODPUT_BUCKETS[-1]:
             raise ValueError(f"num_draft_tokens must be in 0..{GOODPUT_BUCKETS[-1]}, got {num_draft_tokens}; try 4")
@@ -373,7 +373,7 @@ class SelfSpeculator:
         if name == "auto":
             does_length_matter = any(not p.is_greedy and p.coupling == "rejection" for p in params)
             name = "fixed" if does_length_matter or self._is_lock_step else "goodput"
-        buckets = goodput_buckets(self.num_draft_tokens) if self.source == "drafter" else NODE_BUCKETS
+        buckets = buckets_of(self.source, self.num_draft_tokens)
 
         def costs() -> CostTable:
             rows = (*(r for r in (1, 2, 4, 8, 16) if r < batch_size), batch_size)  # a batch that drains has fewer
@@ -388,15 +388,11 @@ class SelfSpeculator:
     def new_policy(
         self, name: str, num_draft_tokens: int, *, costs: Callable[[], CostTable]
     ) -> LengthPolicy | NodeBudget:
-        """A draft-length rule by its name, which has learnt nothing yet; see `dvi.draft.catalogue.make_policy`.
-
-        Where a lookup proposes: a budget of nodes by measured costs, for a rule that weighs them, else of all nodes.
-        """
-        if self.source == "lookup" and num_draft_tokens:
-            return NodeBudget(Lookup(), self.max_nodes, costs() if name in TIMED_POLICIES else None)
+        """A draft-length rule by its name, which has learnt nothing yet; see `dvi.draft.catalogue.make_policy`."""
         return make_policy(
-            name, num_draft_tokens, confidence_threshold=self.confidence_threshold, costs=costs,
-            companion=self.new_companion, is_on_cpu=self.split.device.type == "cpu", can_pack=self.passes.can_pack,
+            name, num_draft_tokens, source=self.source, max_nodes=self.max_nodes,
+            confidence_threshold=self.confidence_threshold, costs=costs, companion=self.new_companion,
+            is_on_cpu=self.split.device.type == "cpu", can_pack=self.passes.can_pack,
         )
 
     def new_companion(self, name: str | None = None) -> Companion:

@@ -332,15 +332,11 @@ class DirectPath:
         x_MD = self._run(x_BQD.view(-1, x_BQD.shape[-1]), range(self.split_layer), cache, placement)
         return x_MD.view_as(x_BQD)
 
-    def deep(self, hidden_BQD: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
-        """The verifier's final hidden state [B, Q, D], after the final norm, from stored h_k."""
-        flat_MD = hidden_BQD.reshape(-1, hidden_BQD.shape[-1])
-        return self.deep_packed(flat_MD, cache, placement, None).view_as(hidden_BQD)
-
     def deep_packed(
         self, hidden_MD: Tensor, cache: RollbackCache, placement: Placement, packing: Packing | None
     ) -> Tensor:
-        """`deep` of the positions that the packing keeps, [M, D]; None keeps all."""
+        """The verifier's final hidden state, after the final norm, from stored h_k: of all positions of the placement,
+        row by row, or of those that the packing keeps, [M, D]."""
         x_MD = self._run(hidden_MD, range(self.split_layer, len(self._blocks)), cache, placement, packing)
         if self._final_floor is not None:
             return _normalise(x_MD, self._final_floor) * self._final_gain_D

@@ -120,7 +120,8 @@ class SplitModel:
         """
         if self.path == "views":
             return self._path.deep(hidden_BQD, token_ids_BQ, cache, placement).to(self.device)
-        return self._path.deep(hidden_BQD, cache, placement)  # Llama-shaped layers never look at token ids
+        flat_MD = hidden_BQD.reshape(-1, hidden_BQD.shape[-1])  # Llama-shaped layers never look at token ids
+        return self._path.deep_packed(flat_MD, cache, placement, None).view_as(hidden_BQD)
 
     @property
     def can_tree(self) -> bool:

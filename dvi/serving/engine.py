@@ -17,7 +17,7 @@ from dvi.decode.batch import DecodingBatch
 from dvi.decode.sequence import Sequence
 from dvi.decode.speculator import SelfSpeculator
 from dvi.decode.text import TextStream
-from dvi.draft.catalogue import GOODPUT_BUCKETS
+from dvi.draft.catalogue import GOODPUT_BUCKETS, buckets_of
 from dvi.draft.length_policies import CostTable, GoodputLength, LengthPolicy
 from dvi.draft.measure_costs import measure_costs
 from dvi.model.drafter import MAX_DEPTH
@@ -378,8 +378,8 @@ class Engine:
         if self._costs is None:
             rows = tuple(r for r in MEASURED_ROWS if r <= self._max_rows)
             self._costs = measure_costs(
-                self.speculator.passes, self.drafters[DEFAULT_DRAFTER], buckets=GOODPUT_BUCKETS, rows=rows,
-                budget_s=MEASURING_S,
+                self.speculator.passes, self.drafters[DEFAULT_DRAFTER], rows=rows, budget_s=MEASURING_S,
+                buckets=buckets_of(self.speculator.source, GOODPUT_BUCKETS[-1]),
             )
         return self._costs
 

@@ -35,6 +35,7 @@ from dvi.settings.decoding import (
     SamplingSettings,
     VerifySettings,
     check_companion,
+    check_source,
 )
 from dvi.settings.learning import DataSettings, EvalSettings, LearningSettings, OutputSettings, WarmupSettings
 from dvi.settings.serving import RouteSettings, ServeOutputSettings, ServeSettings
@@ -85,4 +86,5 @@ __all__ = [
     "WarmupConfig",
     "WarmupSettings",
     "check_companion",
+    "check_source",
 ]

@@ -126,7 +126,14 @@ class DraftSettings:
     companion_model: str | None = None
 
     def __post_init__(self) -> None:
+        check_source(self.source, self.policy)
         check_companion(self.companion, self.companion_model)
+
+
+def check_source(source: str, policy: str) -> None:
+    """Raises ValueError for a policy that asks a drafter where lookups propose."""
+    if source == "lookup" and policy in ("confidence", "companion"):
+        raise ValueError(f"policy {policy!r} asks the drafter, but source 'lookup' has none draft; try policy 'auto'")
 
 
 def check_companion(companion: str, companion_model: object | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dvi import SamplingParams, SelfSpeculator
+from dvi.decode.verification import MarginRule
 from dvi.draft.catalogue import GOODPUT_BUCKETS
 from dvi.model.starting_drafter import default_split_layer
 from tests.support.paths import STORIES
@@ -131,6 +132,9 @@ def test_a_bad_prompt_is_refused_with_value_and_bound(speculator, prompt, messag
     [
         ({"mode": "bitwise"}, "auto, exact, fast"),
         ({"policy": "long"}, "auto, fixed, confidence, goodput"),
+        ({"source": "lookups"}, "source must be one of drafter, lookup, got 'lookups'"),
+        ({"source": "lookup", "policy": "companion"}, "policy 'companion' asks the drafter"),
+        ({"source": "lookup", "rule": MarginRule()}, "the strict rule alone, got 'margin 0.9'"),
         ({"num_draft_tokens": 99}, rf"0\.\.{GOODPUT_BUCKETS[-1]}"),
         ({"split_layer": 5}, "split_layer must be in 0..4 for this 5-layer model, got 5"),
         ({"drafter": "medusa"}, "anchored, recurrent, lora_head"),

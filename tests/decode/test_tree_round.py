@@ -12,6 +12,7 @@ from dvi import SamplingParams, SelfSpeculator
 from dvi.decode.speculator import PLAIN
 from dvi.decode.tree_round import tree_draft, walk
 from dvi.draft.costs import CostTable
+from dvi.draft.length_policies import FixedLength
 from dvi.draft.node_budget import NodeBudget, path_estimates
 from dvi.draft.tree import ROOT, Node
 from dvi.model.native import library
@@ -192,6 +193,14 @@ def test_log_probabilities_and_transitions_are_those_of_the_committed_path():
         assert mine[:2] == theirs[:2]
         torch.testing.assert_close(mine[2], theirs[2], rtol=1e-5, atol=1e-5)
     assert all(one.num_drafted == 0 for one in found.transitions)
+
+
+@pytest.mark.parametrize(("name", "weighs"), [("fixed", False), ("goodput", True), ("auto", True)])
+def test_a_policys_name_says_whether_nodes_are_weighed(name, weighs):
+    """Catches a server whose "auto" verifies all that is proposed, whatever it costs."""
+    speculator, costs = speculator_of("direct").afresh(source="lookup"), CostTable({1: 1.0}, {1: 1.0})
+    assert (speculator.new_policy(name, 4, costs=lambda: costs).costs is costs) == weighs
+    assert isinstance(speculator.new_policy(name, 0, costs=lambda: costs), FixedLength)
 
 
 def chain(*estimates: float) -> list[float]:

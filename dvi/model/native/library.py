@@ -96,7 +96,7 @@ def kernels_version() -> str | None:
 def _load(march: str) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         return _bound(ctypes.CDLL(str(compiled(march)))), None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.warning("layers run without compiled kernels, at a half to a third of the speed: %s", error)
         return None, str(error)
 

@@ -149,15 +149,11 @@ class NativePath:
         x_MD = self._run(x_MD, range(self.split_layer), cache, placement, None)
         return x_MD.to(self._dtype).view_as(hidden_BQD)
 
-    def deep(self, hidden_BQD: Tensor, cache: RollbackCache, placement: Placement) -> Tensor:
-        """The verifier's final hidden state [B, Q, D], after the final norm, from stored h_k."""
-        flat_MD = hidden_BQD.reshape(-1, hidden_BQD.shape[-1])
-        return self.deep_packed(flat_MD, cache, placement, None).view_as(hidden_BQD)
-
     def deep_packed(
         self, hidden_MD: Tensor, cache: RollbackCache, placement: Placement, packing: Packing | None
     ) -> Tensor:
-        """`deep` of the positions that the packing keeps, [M, D]; None keeps all."""
+        """The verifier's final hidden state, after the final norm, from stored h_k: of all positions of the placement,
+        row by row, or of those that the packing keeps, [M, D]."""
         x_MD = hidden_MD.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         x_MD = self._run(x_MD, range(self.split_layer, len(self._layers)), cache, placement, packing)
         final_MD = torch.empty_like(x_MD, dtype=self._dtype)
